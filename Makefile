@@ -1,0 +1,44 @@
+# Two commands do everything: `make book` and `make test`. Both set up .venv first, from the pins in constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# One thread a process: two processes with two threads each stall one another.
+export OMP_NUM_THREADS = 1
+export NUMBA_NUM_THREADS = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv book test lint bench clean
+
+help:  ## Say what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+book: venv  ## Execute every notebook and build the book into book/_build/html/
+	"$(BIN)/dtbook" run
+	"$(BIN)/dtbook" build
+
+test: lint book  ## Lint, build the book, then test the package, the notebooks and the built pages
+	"$(BIN)/python" -m pytest -n 2 tests
+	"$(BIN)/python" -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks
+
+lint: venv  ## Check style and types
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/ruff" check .
+	"$(BIN)/mypy"
+
+bench: venv  ## Measure speed, with EnvPool beside it where that runs (Linux)
+	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	"$(BIN)/dtbook" bench
+
+clean:  ## Remove what was built: pages, executed notebooks, caches, the virtual environment
+	rm -rf .venv book/_build book/_executed runs screenshots .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find dtbook tests notebooks book benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+venv: .venv/installed  ## Create .venv and install the pinned dependencies
+
+.venv/installed: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
+	  "This book needs Python 3.11, 3.12 or 3.13, not %d.%d: choose one with `make PYTHON=python3.12 ...`." % v)'
+	test -x "$(BIN)/python" || "$(PYTHON)" -m venv .venv
+	"$(BIN)/python" -m pip install --constraint constraints.txt --editable ".[book,test]"
+	touch $@

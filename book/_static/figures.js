@@ -1,0 +1,66 @@
+// Draws the plotly figures of a page: each when it comes near the window, in the theme's colours, with the layout that
+// fits the width; again when theme or width class changes. plotly.js is loaded once, from the book's own files.
+(() => {
+  const root = document.documentElement;
+  const narrow = matchMedia("(max-width: 600px)"); // the same width as in book.css
+  const boxes = [...document.querySelectorAll(".book-figure")];
+
+  let library;
+  const plotly = () =>
+    (library ??= new Promise((resolve, reject) => {
+      const script = document.createElement("script");
+      script.src = root.dataset.content_root + "_static/plotly.min.js";
+      script.onload = () => resolve(window.Plotly);
+      script.onerror = reject;
+      document.head.append(script);
+    }));
+
+  // INK, GRID and PAPER of dtbook/figures.py become the theme's text, line and background colours.
+  function themed(text) {
+    const style = getComputedStyle(root);
+    const colors = { "#1f2328": "--figure-ink", "#d9dee3": "--figure-grid", "#fefefe": "--figure-paper" };
+    return Object.entries(colors).reduce(
+      (done, [color, name]) => done.replaceAll(color, style.getPropertyValue(name).trim()), text);
+  }
+
+  // Sets layout["a"]["b"] for the path "a.b".
+  function assign(layout, path, value) {
+    const keys = path.split(".");
+    const last = keys.pop();
+    keys.reduce((part, key) => (part[key] ??= {}), layout)[last] = value;
+  }
+
+  async function draw(box) {
+    box.dataset.asked = "";
+    const { data, layout, config } = JSON.parse(themed(box.querySelector("script").textContent));
+    const changes = narrow.matches ? (layout.meta.narrow ?? {}) : {};
+    for (const [path, value] of Object.entries(changes)) assign(layout, path, value);
+    delete layout.height; // the box has it, in CSS, before anything is drawn
+    let plot = box.querySelector(".book-figure-plot");
+    if (!plot) {
+      plot = document.createElement("div");
+      plot.className = "book-figure-plot";
+      box.append(plot);
+    }
+    const Plotly = await plotly();
+    await Plotly.react(plot, data, layout, config);
+    box.dataset.drawn = root.dataset.theme;
+  }
+
+  const redraw = () => boxes.filter((box) => "asked" in box.dataset).forEach(draw);
+  new MutationObserver(redraw).observe(root, { attributeFilter: ["data-theme"] });
+  narrow.addEventListener("change", redraw);
+  addEventListener("beforeprint", () => boxes.filter((box) => !("asked" in box.dataset)).forEach(draw));
+
+  const near = new IntersectionObserver(
+    (entries) => {
+      for (const { isIntersecting, target } of entries) {
+        if (!isIntersecting) continue;
+        near.unobserve(target);
+        draw(target);
+      }
+    },
+    { rootMargin: "100% 0px" },
+  );
+  boxes.forEach((box) => near.observe(box));
+})();

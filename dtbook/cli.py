@@ -1,0 +1,121 @@
+"""The `dtbook` command: run the notebooks, build the book, check what it starts from, measure."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dtbook.artifacts import CHECKOUT, ArtifactError, ArtifactStore
+from dtbook.notebooks import (
+    NotebookError,
+    check_parameters,
+    declared_parameters,
+    find_notebooks,
+    inputs_digest,
+    is_current,
+    run_notebook,
+)
+
+
+class _OneSentence(click.Group):
+    """Errors that are already a sentence for the reader are printed without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ArtifactError, NotebookError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_OneSentence, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dtbook")
+def main() -> None:
+    """Run and build the Decision Transformer book, from a checkout of its repository."""
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NN]...")
+@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Set a parameter; repeatable.")
+def run(names: tuple[str, ...], assignments: tuple[str, ...]) -> None:
+    """Execute notebooks in order: those numbered NN, or all of them.
+
+    A copy that is up to date is not made again. With -p the copies go to runs/ and never reach the book.
+    """
+    paths = find_notebooks(CHECKOUT / "notebooks", names)
+    folder = CHECKOUT / "runs" if assignments else CHECKOUT / "book" / "_executed"
+    given = dict(_assignment(text) for text in assignments)
+    parameters = {path: check_parameters(path, given) for path in paths}
+    for position, path in enumerate(paths, start=1):
+        line = f"[{position}/{len(paths)}] {path.stem}"
+        click.echo(f"{line}: {_run(path, folder / path.name, parameters[path], line)}")
+    click.echo(f"Executed notebooks are in {folder}")
+
+
+def _run(path: Path, target: Path, parameters: dict[str, object], line: str) -> str:
+    """Make `target` unless it is current, and return what was done; `line` labels a bar that counts cells."""
+    inputs = inputs_digest(path, parameters, ArtifactStore())
+    if is_current(target, inputs):
+        return "up to date"
+    start = time.perf_counter()
+    run_notebook(path, target, parameters, inputs, progress=line if sys.stderr.isatty() else "")
+    return f"done in {time.perf_counter() - start:.1f} s"
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise click.BadParameter(f"-p takes NAME=VALUE, not {text!r}")
+    return name, value
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NN]...")
+def params(names: tuple[str, ...]) -> None:
+    """List the parameters that notebooks declare: name, type, default, unit and meaning."""
+    for path in find_notebooks(CHECKOUT / "notebooks", names):
+        click.echo(path.stem)
+        for parameter in declared_parameters(path).values():
+            kind = type(parameter.default).__name__
+            click.echo(f"  {parameter.name}: {kind} = {parameter.default!r}  {parameter.meaning}".rstrip())
+
+
+@main.command()
+def build() -> None:
+    """Build the book from the executed notebooks, clean and without a warning, into book/_build/html/."""
+    book = CHECKOUT / "book"
+    if not book.is_dir():
+        raise NotebookError(f"{CHECKOUT} has no book/: `dtbook build` needs a checkout of the repository")
+    shutil.rmtree(book / "_build", ignore_errors=True)  # an incremental build repeats no warning
+    program = Path(sys.executable).with_name("jupyter-book")
+    files = ["--config", "book/_config.yml", "--toc", "book/_toc.yml", "--path-output", "book"]
+    sys.exit(subprocess.run([program, "build", ".", *files, "-W", "--keep-going"], cwd=CHECKOUT).returncode)
+
+
+@main.command()
+def verify() -> None:
+    """Check every artifact in data/ against its manifest."""
+    store = ArtifactStore()
+    if problems := store.verify():
+        raise ArtifactError("\n".join(problems))
+    sizes = [entry["bytes"] for entry in store.entries().values()]
+    click.echo(f"{store.root}: {len(sizes)} artifacts, {sum(sizes) / 1e6:.1f} MB, all as the manifest says")
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def bench(names: tuple[str, ...]) -> None:
+    """Run the benchmarks of that NAME, or all of them; each prints a table."""
+    scripts = {script.stem: script for script in sorted((CHECKOUT / "benchmarks").glob("[a-z]*.py"))}
+    if unknown := sorted(set(names) - set(scripts)):
+        raise click.BadParameter(f"there is no benchmark {unknown[0]!r}: {', '.join(scripts) or 'none'}")
+    failed = []
+    for name in names or scripts:
+        click.echo(f"{name}:")
+        if subprocess.run([sys.executable, scripts[name]], cwd=CHECKOUT).returncode:
+            failed.append(name)
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}")

@@ -1,0 +1,201 @@
+"""The notebook runner: checked parameters, cells run by papermill, a digest to tell which copy is current."""
+
+import ast
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from ipykernel.kernelspec import get_kernel_dict
+from IPython.core.inputtransformer2 import TransformerManager
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+from dtbook.artifacts import ArtifactStore, atomic_write, describe
+from dtbook.provenance import code_behind, digest, imported_names
+
+# Nobody watches a kernel of the runner, and times in progress bars would make every copy different.
+KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+
+class NotebookError(ValueError):
+    """A notebook that is not there, was given a wrong parameter, or failed; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a notebook's parameters cell declares in one line: `name = default  # unit and meaning`."""
+
+    name: str
+    default: Any
+    meaning: str
+
+    def accept(self, value: object) -> object:
+        """Return `value`, or what a text says, if it has the default's type; raise ValueError if not."""
+        kind = type(self.default)
+        if isinstance(value, str) and kind is not str:
+            value = _literal(value)
+        if kind is float and type(value) is int:
+            value = float(value)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite or (self.default is not None and type(value) is not kind):
+            wanted = f"{kind.__name__}, like {self.default!r}"
+            raise ValueError(f"{self.name} must be of type {wanted}, not {value!r}")
+        return value
+
+
+def _literal(text: str) -> object:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    with suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
+
+
+def find_notebooks(folder: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Return the notebooks of `folder` in reading order: all, or those with one of these numbers or names."""
+    found = sorted(folder.glob("[0-9]*_*.ipynb"))
+    if not found:
+        raise NotebookError(f"{folder} has no notebooks NN_topic.ipynb")
+    chosen: set[Path] = set()
+    for name in names:
+        matches = [path for path in found if name in (path.stem, path.name) or _same_number(name, path)]
+        if not matches:
+            raise NotebookError(f"there is no notebook {name!r}: {', '.join(path.stem for path in found)}")
+        chosen.update(matches)
+    return [path for path in found if path in chosen or not names]
+
+
+def _same_number(name: str, path: Path) -> bool:
+    return name.zfill(2) == path.stem.partition("_")[0]
+
+
+def declared_parameters(path: Path) -> dict[str, Parameter]:
+    """Return the parameters that a notebook declares, in order; raise NotebookError for a derived default."""
+    parameters = {}
+    for name, found in papermill.inspect_notebook(path).items():
+        try:
+            default = ast.literal_eval(found["default"])
+        except (ValueError, SyntaxError) as error:
+            sentence = f"{path.stem}: the default of {name} must be a plain value, not {found['default']}"
+            raise NotebookError(sentence) from error
+        parameters[name] = Parameter(name, default, found["help"].strip())
+    return parameters
+
+
+def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, object]:
+    """Return `given`, values or their texts, in the notebook's types; raise NotebookError for a wrong one."""
+    declared = declared_parameters(path)
+    for name in given:
+        if name not in declared:
+            known = ", ".join(declared) or "none"
+            raise NotebookError(f"{path.stem} has no parameter {name!r}: it declares {known}")
+    try:
+        return {name: declared[name].accept(value) for name, value in given.items()}
+    except ValueError as error:
+        raise NotebookError(f"{path.stem}: {error}") from error
+
+
+def notebook_digest(notebook: Mapping[str, Any]) -> str:
+    """Return the sha256 of what a reader writes in a notebook: each cell's kind, source and metadata.
+
+    Outputs, execution counts and cell ids do not count, so a notebook and its stripped copy have one digest.
+    Works on an `nbformat` notebook and on the plain JSON of the file. An executed copy carries the digest of
+    the source it was made from in `metadata["dtbook"]["digest"]`; the copy is stale when the two differ.
+    """
+    return digest(
+        [[cell["cell_type"], "".join(cell["source"]), cell["metadata"]] for cell in notebook["cells"]]
+    )
+
+
+def inputs_digest(path: Path, parameters: Mapping[str, object], store: ArtifactStore) -> str:
+    """Return the sha256 of all that a notebook's outputs follow from.
+
+    Those are its cells, its parameters, the rooms of dtbook and libraries that it imports, and the manifest.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    code = "\n".join(TransformerManager().transform_cell(cell) for cell in cells)
+    manifest = describe(store.manifest) if store.manifest.exists() else None
+    return digest([notebook_digest(notebook), parameters, code_behind(imported_names(code)), manifest])
+
+
+def is_current(target: Path, inputs: str) -> bool:
+    """Return whether `target` is an executed copy that was made from `inputs`."""
+    if not target.exists():
+        return False
+    with suppress(nbformat.reader.NotJSONError):
+        return bool(nbformat.read(target, as_version=4).metadata.get("dtbook", {}).get("inputs") == inputs)
+    return False
+
+
+def run_notebook(
+    path: Path, target: Path, parameters: Mapping[str, object], inputs: str, progress: str = ""
+) -> None:
+    """Execute a notebook in a fresh kernel, in its own folder, and write the executed copy to `target`.
+
+    Two runs from the same inputs write the same bytes. On failure there is no `target`; the notebook as far
+    as it came is kept beside it as `NN_topic.failed.ipynb`, and NotebookError names notebook, cell and error.
+    A bar with the label `progress` counts the cells; without a label there is none.
+    """
+    failed = target.with_suffix(".failed.ipynb")
+    for former in (target, failed):
+        former.unlink(missing_ok=True)
+    source_digest = notebook_digest(nbformat.read(path, as_version=4))
+    with atomic_write(target) as draft:
+        try:
+            executed = papermill.execute_notebook(
+                path,
+                draft,
+                dict(parameters),
+                kernel_name="python3",
+                cwd=path.parent,
+                progress_bar={"desc": progress, "leave": False} if progress else False,
+                kernel_manager_class=_KernelManager,
+                coalesce_streams=True,
+                record_timing=False,
+            )
+        except (papermill.PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
+            draft.replace(failed)
+            raise NotebookError(f"{path.stem} failed{_where(error)}; {failed} is the run so far") from error
+        _forget_the_run(executed)
+        made_from = {"digest": source_digest, "inputs": inputs, "parameters": dict(parameters)}
+        executed.metadata["dtbook"] = made_from
+        nbformat.write(executed, draft)
+
+
+def _where(error: Exception) -> str:
+    if isinstance(error, papermill.PapermillExecutionError):
+        cause = f"{error.ename}: {error.evalue}".splitlines()[0]
+        return f" in cell [{error.exec_count}], `{error.source.splitlines()[0]}`: {cause}"
+    return f": {str(error).strip().splitlines()[0]}"
+
+
+def _forget_the_run(executed: nbformat.NotebookNode) -> None:
+    """Drop, in place, papermill's times, paths and random ids: what is left follows from the inputs."""
+    executed.metadata.pop("papermill", None)
+    for cell in executed.cells:
+        cell.metadata.pop("papermill", None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell["id"] = "injected-parameters"
+        elif not cell.metadata.get("tags"):
+            cell.metadata.pop("tags", None)
+
+
+class _ThisPython(KernelSpecManager):
+    """Kernels of the Python that runs the book, whatever is registered under the user's name."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        environment = {name: os.environ.get(name, value) for name, value in KERNEL_ENVIRONMENT.items()}
+        return KernelSpec(**get_kernel_dict(), env=environment)
+
+
+class _KernelManager(AsyncKernelManager):
+    def _kernel_spec_manager_default(self) -> KernelSpecManager:
+        return _ThisPython()

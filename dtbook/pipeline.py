@@ -1,0 +1,159 @@
+"""From nothing to a replicated model: PPO, trajectories, Decision Transformer, calibration, stage by stage.
+
+Each stage writes whole artifacts and says in their manifest what made them; a stage whose artifacts are there,
+made by the same code from the same parameters, is not run again.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from dtbook import ppo, training
+from dtbook.artifacts import ArtifactStore
+from dtbook.collection import QuotaConfig, collect_by_quota
+from dtbook.gridworld import DynamicObstaclesVectorEnv, Task
+from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.ppo import PPOConfig
+from dtbook.rollout import CALIBRATION_RTGS, calibration_curve
+from dtbook.training import TrainConfig
+from dtbook.trajectories import RecordEpisodes, Trajectories
+
+SHIPPED = ("ppo.parquet", "history.npz", "collection.parquet", "trajectories.npz", "model", "training.parquet")
+SHIPPED += ("evaluations.parquet", "calibration.parquet")
+"""What `data/` holds of the reference replication (seed 0); PPO's checkpoints are too large for git."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of one replication but its seed."""
+
+    task: Task = Task()
+    ppo: PPOConfig = PPOConfig()
+    envs: int = 64
+    """Environments that PPO learns in at once."""
+    quota: QuotaConfig = QuotaConfig()
+    model: DTConfig = DTConfig()
+    train: TrainConfig = TrainConfig()
+    calibration: Mapping[str, Any] = field(
+        default_factory=lambda: {"rtgs": list(CALIBRATION_RTGS), "episodes": 500, "max_steps": 300}
+    )
+
+
+def folder_of(seed: int) -> str:
+    """Where a replication's artifacts lie in a store: `seed_0`, `seed_1` …"""
+    return f"seed_{seed}"
+
+
+def name_of(seed: int, file: str) -> str:
+    """The name of a replication's artifact in a store."""
+    return f"{folder_of(seed)}/{file}"
+
+
+def replicate(store: ArtifactStore, seed: int, recipe: Recipe | None = None, progress: bool = True) -> None:
+    """Make every artifact of one replication in `store`, going on where an interrupted call stopped."""
+    recipe = recipe or Recipe()
+    with ppo.one_thread():
+        for stage in (_ppo, _collection, _training, _calibration):
+            stage(store, seed, recipe, progress)
+
+
+def calibrate(model: DecisionTransformer, settings: Mapping[str, Any], seed: int) -> pd.DataFrame:
+    """Greedy and sampled calibration curves of one model, told apart by the column `acting`."""
+    curves = [
+        calibration_curve(model, greedy=acting == "greedy", seed=seed, **settings).assign(acting=acting)
+        for acting in ("greedy", "sampled")
+    ]
+    return pd.concat(curves, ignore_index=True)
+
+
+def calibrate_post(store: ArtifactStore, recipe: Recipe | None = None) -> None:
+    """Measure the calibration of the post's own weights, which are fetched or found where they are needed."""
+    settings = dict((recipe or Recipe()).calibration)
+
+    def make() -> list[Writer]:
+        return [_table(calibrate(DecisionTransformer.from_post_checkpoint(), settings, 0))]
+
+    _run(store, 0, "calibration", ("rollout",), settings, ["post/calibration.parquet"], make)
+
+
+Writer = Callable[[Path], Any]
+
+
+def _table(table: pd.DataFrame) -> Writer:
+    return lambda path: table.to_parquet(path, index=False)
+
+
+def _run(
+    store: ArtifactStore,
+    seed: int,
+    stage: str,
+    rooms: tuple[str, ...],
+    parameters: Mapping[str, Any],
+    names: Sequence[str],
+    make: Callable[[], Sequence[Writer]],
+) -> None:
+    """Unless all the named artifacts are there and current, make them: `make` returns what writes each."""
+    made_by = {"stage": stage, "rooms": rooms, "parameters": parameters, "seeds": (seed,)}
+    if all(store.is_current(name, **made_by) for name in names):
+        return
+    for name, write in zip(names, make(), strict=True):
+        with store.write(name, **made_by) as path:
+            write(path)
+
+
+def _ppo(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
+    def make() -> list[Writer]:
+        task = recipe.task
+        envs = DynamicObstaclesVectorEnv(recipe.envs, task.size, task.n_obstacles, task.max_steps, task.random_start)
+        recorder = RecordEpisodes(envs)
+        result = ppo.train(recorder, recipe.ppo, seed, progress)
+        flat = {f"{at}/{name}": t for at, state in result.checkpoints.items() for name, t in state.items()}
+        history = recorder.trajectories()
+        return [_table(result.diagnostics), history.save, lambda path: save_file(flat, path)]
+
+    names = [name_of(seed, file) for file in ("ppo.parquet", "history.npz", "checkpoints.safetensors")]
+    parameters = {"task": asdict(recipe.task), "ppo": asdict(recipe.ppo), "envs": recipe.envs}
+    _run(store, seed, "ppo", ("ppo", "trajectories"), parameters, names, make)
+
+
+def _collection(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
+    def make() -> list[Writer]:
+        checkpoints: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in load_file(store.path(name_of(seed, "checkpoints.safetensors"))).items():
+            at, name = key.split("/")
+            checkpoints.setdefault(int(at), {})[name] = tensor
+        ordered = dict(sorted(checkpoints.items()))
+        collected = collect_by_quota(ordered, recipe.task, recipe.quota, seed, progress)
+        return [_table(collected.log), collected.trajectories.save]
+
+    names = [name_of(seed, file) for file in ("collection.parquet", "trajectories.npz")]
+    parameters = {"task": asdict(recipe.task), "ppo": asdict(recipe.ppo), "quota": asdict(recipe.quota)}
+    _run(store, seed, "collection", ("collection",), parameters, names, make)
+
+
+def _training(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
+    folder = store.root / folder_of(seed) / ".training"  # where a killed run goes on; gone when it is done
+
+    def make() -> list[Writer]:
+        data = Trajectories.load(store.path(name_of(seed, "trajectories.npz")))
+        result = training.train(data, recipe.model, recipe.train, seed, folder, progress)
+        return [_table(result.curve), _table(result.evaluations), result.model.save_pretrained]
+
+    names = [name_of(seed, file) for file in ("training.parquet", "evaluations.parquet", "model")]
+    _run(store, seed, "training", ("training",), asdict(recipe), names, make)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _calibration(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
+    def make() -> list[Writer]:
+        model = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
+        return [_table(calibrate(model, recipe.calibration, seed))]
+
+    names = [name_of(seed, "calibration.parquet")]
+    _run(store, seed, "calibration", ("rollout",), asdict(recipe), names, make)

@@ -1,0 +1,277 @@
+"""Offline training of the Decision Transformer: sampling, optimiser, checkpoints, evaluation along the way.
+
+Every batch is drawn from a generator seeded with (seed, step), so a run that was killed resumes from its last
+whole checkpoint to the same final bytes as one that was not.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float32, Int64, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from dtbook.artifacts import atomic_write
+from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.rollout import rollout
+from dtbook.trajectories import CLASS_NAMES, Trajectories
+
+Evaluate = Callable[[DecisionTransformer], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a Decision Transformer is trained; the defaults are the measured recipe of the book.
+
+    Raises ValueError naming the field, its value and what is allowed.
+    """
+
+    steps: int = 8_000
+    """Optimiser steps."""
+    batch_size: int = 512
+    """Windows (for a context of one timestep: state–action pairs) a step."""
+    lr: float = 3e-4
+    """Highest learning rate, reached after the warm-up and followed by a cosine to zero."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """`adam` adds the weight decay to the gradient (coupled L2), as the post did; `adamw` decouples it."""
+    weight_decay: float = 1e-4
+    """Coefficient of the weight decay."""
+    last_step_share: float = 0.1
+    """Share of the batch replaced by the last step of its episode: the post's over-sampling hack."""
+    balance_classes: bool = True
+    """Draw episodes of return −1, 0 and + equally; otherwise every step of the data is equally likely."""
+    checkpoint_every: int = 1_000
+    """Steps between checkpoints (and evaluations)."""
+    evaluation_episodes: int = 100
+    """Episodes for each RTG at an evaluation, greedy and sampled; 0 for none."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "evaluation_episodes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr must be a positive number, not {self.lr}")
+        if self.optimizer not in ("adam", "adamw"):
+            raise ValueError(f"optimizer must be 'adam' or 'adamw', not {self.optimizer!r}")
+        if not 0 <= self.last_step_share <= 1:
+            raise ValueError(f"last_step_share must lie between 0 and 1, not {self.last_step_share}")
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up, then half a cosine down to zero."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+class Batch(NamedTuple):
+    """Windows of consecutive timesteps, padded on the right where an episode begins (`real` marks the rest)."""
+
+    states: UInt8[torch.Tensor, "batch time 7 7 3"]
+    rtgs: Float32[torch.Tensor, "batch time"]
+    timesteps: Int64[torch.Tensor, "batch time"]
+    actions: Int64[torch.Tensor, "batch time"]
+    real: Bool[torch.Tensor, "batch time"]
+
+
+class Sampler:
+    """Draws training windows: a return class, an episode of it by its length, a uniform step of that episode.
+
+    Classes are drawn equally where `balance_classes` says so. A `last_step_share` of the windows end at the
+    last step of the episode instead. Raises ValueError where a class that should be drawn has no episode.
+    """
+
+    def __init__(self, data: Trajectories, context: int, config: TrainConfig) -> None:
+        self.data, self.context, self.config = data, context, config
+        lengths, classes = data.lengths, data.classes
+        self.last_row = np.repeat(data.episode_starts + lengths - 1, lengths)
+        self.episode_returns = np.repeat(data.returns, lengths)
+        self.start_row = np.repeat(data.episode_starts, lengths)
+        step_classes = np.repeat(classes, lengths)
+        groups = [np.flatnonzero(step_classes == c) for c in range(len(CLASS_NAMES))]
+        missing = [name for name, rows in zip(CLASS_NAMES, groups, strict=True) if not len(rows)]
+        if missing and config.balance_classes:
+            raise ValueError(f"balance_classes needs episodes of every return, but none have return {missing[0]}")
+        self.groups = groups if config.balance_classes else [np.arange(len(step_classes))]
+
+    def rows(self, rng: np.random.Generator) -> Int64[np.ndarray, " batch"]:
+        """Step rows at which the windows of one batch end."""
+        size, groups = self.config.batch_size, self.groups
+        group, uniform = rng.integers(len(groups), size=size), rng.random(size)
+        sizes = np.array([len(rows) for rows in groups])
+        within = (uniform * sizes[group]).astype(np.int64)
+        rows = np.choose(group, [rows[np.minimum(within, len(rows) - 1)] for rows in groups])
+        return np.where(rng.random(size) < self.config.last_step_share, self.last_row[rows], rows)
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        """One batch of windows."""
+        end = self.rows(rng)
+        first = np.maximum(end - self.context + 1, self.start_row[end])
+        rows = first[:, None] + np.arange(self.context)
+        real = rows <= end[:, None]
+        rows = np.minimum(rows, end[:, None])
+        images = self.data.observations(rows.ravel()).reshape(*rows.shape, 7, 7, 3)
+        return Batch(
+            torch.from_numpy(images),
+            torch.from_numpy(self.episode_returns[rows]),
+            torch.from_numpy(rows - self.start_row[rows]),
+            torch.from_numpy(self.data.actions[rows].astype(np.int64)),
+            torch.from_numpy(real),
+        )
+
+
+class TrainResult(NamedTuple):
+    """The trained model, the loss at every step, and the evaluations along the way."""
+
+    model: DecisionTransformer
+    curve: pd.DataFrame
+    """One row a step: `step`, `loss` (cross-entropy, nats), `accuracy`, `lr`."""
+    evaluations: pd.DataFrame
+    """One row an evaluation: `step` and, for instance, `greedy 0.9`, the mean return when asked for 0.9."""
+
+
+def train(
+    data: Trajectories,
+    model_config: DTConfig,
+    config: TrainConfig,
+    seed: int,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train a Decision Transformer on `data`.
+
+    With a `folder`, each checkpoint is kept there as `step_NNNNNN/` (a model folder, and the optimiser beside
+    it), and a run that finds checkpoints of the same settings goes on from the last. Raises ValueError where
+    the folder belongs to other settings, or the data do not fit the model.
+    """
+    _check_fit(data, model_config)
+    sampler = Sampler(data, model_config.n_timesteps, config)
+    model = DecisionTransformer(model_config, seed=seed)
+    optimizer = _optimizer(model, config)
+    run = _Run(folder, {"model": asdict(model_config), "train": asdict(config), "seed": seed})
+    curve, evaluations, begin = run.resume(model, optimizer)
+    torch.set_flush_denormal(True)  # the unused state channel decays to denormals, which cost a factor of two
+    try:
+        with tqdm(total=config.steps, initial=begin, desc="training", disable=not progress) as bar:
+            for step in range(begin, config.steps):
+                batch = sampler.batch(np.random.default_rng([seed, step]))
+                curve.append(_update(model, optimizer, batch, config.learning_rate(step), step))
+                bar.update()
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                    evaluations.append({"step": step + 1, **evaluate(model, config.evaluation_episodes, seed, data)})
+                    bar.set_postfix({k: f"{v:.2f}" for k, v in evaluations[-1].items() if k.startswith("greedy")})
+                    run.save(step + 1, model, optimizer, curve, evaluations)
+    finally:
+        torch.set_flush_denormal(False)
+    return TrainResult(model.eval(), pd.DataFrame(curve), pd.DataFrame(evaluations))
+
+
+def evaluate(model: DecisionTransformer, episodes: int, seed: int, data: Trajectories) -> dict[str, float]:
+    """Mean returns, greedy and sampled, when asked for −1, 0 and 0.9 in the task the data come from."""
+    if not episodes:
+        return {}
+    asked = np.repeat([-1.0, 0.0, 0.9], episodes)
+    result = {}
+    for how in ("greedy", "sampled"):
+        returns = rollout(model, asked, how == "greedy", seed=seed, task=data.task).returns
+        means = returns.reshape(3, episodes).mean(1)
+        result |= {f"{how} {rtg:g}": float(mean) for rtg, mean in zip((-1, 0, 0.9), means, strict=True)}
+    return result
+
+
+def _check_fit(data: Trajectories, model_config: DTConfig) -> None:
+    longest = int(data.lengths.max()) if len(data.lengths) else 0
+    if not 1 <= longest <= model_config.max_steps:
+        raise ValueError(
+            f"data must hold episodes of 1 to {model_config.max_steps} steps (max_steps), the longest has {longest}"
+        )
+
+
+def _optimizer(model: DecisionTransformer, config: TrainConfig) -> torch.optim.Optimizer:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def _update(
+    model: DecisionTransformer, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, step: int
+) -> dict[str, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    logits = model.fast_forward(batch.states, batch.rtgs, batch.timesteps, batch.actions[:, :-1])[batch.real]
+    target = batch.actions[batch.real]
+    loss = F.cross_entropy(logits, target)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    accuracy = (logits.detach().argmax(-1) == target).float().mean()
+    return {"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "lr": lr}
+
+
+class _Run:
+    """The folder of one training run: checkpoints from which it can go on, each whole or absent."""
+
+    def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = Path(folder) if folder else None, settings
+
+    def checkpoints(self) -> Iterator[Path]:
+        if self.folder:
+            yield from sorted(self.folder.glob("step_*[0-9]"), reverse=True)
+
+    def resume(
+        self, model: DecisionTransformer, optimizer: torch.optim.Optimizer
+    ) -> tuple[list[dict[str, float]], list[dict[str, float]], int]:
+        """Load the last whole checkpoint, if there is one, into model and optimiser."""
+        for folder in self.checkpoints():
+            state = json.loads((folder / "training.json").read_text())
+            if state["settings"] != self.settings:
+                raise ValueError(f"{folder} belongs to a run of other settings; give another folder or remove it")
+            try:
+                saved = load_file(folder / "optimizer.safetensors")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{folder / 'optimizer.safetensors'} is not whole ({error}); remove {folder}") from None
+            model.load_state_dict(DecisionTransformer.from_pretrained(folder).state_dict())
+            _load_moments(optimizer, saved)
+            return state["curve"], state["evaluations"], state["curve"][-1]["step"]
+        return [], [], 0
+
+    def save(
+        self,
+        step: int,
+        model: DecisionTransformer,
+        optimizer: torch.optim.Optimizer,
+        curve: list[dict[str, float]],
+        evaluations: list[dict[str, float]],
+    ) -> None:
+        """Write a checkpoint folder, whole or not at all."""
+        if self.folder is None:
+            return
+        with atomic_write(self.folder / f"step_{step:06d}") as temporary:
+            model.save_pretrained(temporary)
+            save_file(_moments(optimizer), temporary / "optimizer.safetensors")
+            state = {"settings": self.settings, "curve": curve, "evaluations": evaluations}
+            (temporary / "training.json").write_text(json.dumps(state))
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    states = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, state in states.items() for name, value in state.items()}
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in saved.items():
+        index, name = key.split(".")
+        states.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

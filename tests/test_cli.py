@@ -1,0 +1,329 @@
+"""The `dtbook` command on a small book of its own: what it runs, refuses, and leaves after a failure."""
+
+import json
+import shutil
+import sys
+
+import nbformat
+import pytest
+from click.testing import CliRunner
+
+from dtbook import cli, provenance
+from dtbook.artifacts import ArtifactStore
+from dtbook.notebooks import KERNEL_ENVIRONMENT, Parameter, inputs_digest, notebook_digest
+
+PARAMETERS = """episodes = 3  # episodes, at least 1
+temperature = 1.0  # of the softmax
+title = "curve"
+greedy = False  # act by argmax
+rtgs = [0.0, 0.5]  # asked returns"""
+
+
+def write_notebook(path, *cells, parameters=None):
+    nodes = [nbformat.v4.new_code_cell(source, id=f"cell-{i}") for i, source in enumerate(cells)]
+    if parameters:
+        nodes.insert(
+            0, nbformat.v4.new_code_cell(parameters, id="parameters", metadata={"tags": ["parameters"]})
+        )
+    notebook = nbformat.v4.new_notebook(cells=nodes)
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    folder = tmp_path / "my böok"
+    (folder / "book").mkdir(parents=True)
+    write_notebook(folder / "notebooks/01_task.ipynb", "print(episodes * temperature)", parameters=PARAMETERS)
+    monkeypatch.setattr(cli, "CHECKOUT", folder)
+    monkeypatch.setattr("dtbook.artifacts.CHECKOUT", folder)
+    (folder / "pyproject.toml").touch()
+    return folder
+
+
+def dtbook(*arguments):
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def executed(checkout, name="01_task", folder="book/_executed"):
+    return nbformat.read(checkout / folder / f"{name}.ipynb", as_version=4)
+
+
+def printed(notebook):
+    return [output.get("text") for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+# Running
+
+
+def test_notebooks_run_in_order_with_a_line_each_and_then_are_up_to_date(checkout):
+    write_notebook(checkout / "notebooks/10_late.ipynb", "1 + 1")
+    write_notebook(checkout / "notebooks/02_middle.ipynb", "2 + 2")
+    first = dtbook("run")
+    assert first.exit_code == 0, first.output
+    lines = first.output.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["[1/3] 01_task", "[2/3] 02_middle", "[3/3] 10_late"]
+    assert all(": done in " in line for line in lines[:3])
+
+    assert dtbook("run").output.count("up to date") == 3
+    write_notebook(checkout / "notebooks/02_middle.ipynb", "2 + 3")
+    assert [line.partition(": ")[2][:4] for line in dtbook("run").output.splitlines()[:3]] == [
+        "up t",
+        "done",
+        "up t",
+    ]
+
+
+def test_an_executed_copy_is_the_source_with_its_outputs_and_the_digest(checkout):
+    dtbook("run", "1")
+    source = nbformat.read(checkout / "notebooks/01_task.ipynb", as_version=4)
+    copy = executed(checkout)
+    assert printed(copy) == ["3.0\n"]
+    assert copy.metadata["dtbook"]["digest"] == notebook_digest(source) == notebook_digest(copy)
+    assert [cell.id for cell in copy.cells] == [cell.id for cell in source.cells]
+    assert list((checkout / "book/_executed").iterdir()) == [checkout / "book/_executed/01_task.ipynb"]
+
+
+def test_two_runs_write_the_same_bytes(checkout):
+    cells = ["import sys; print('a'); print('e', file=sys.stderr)", "print('b', flush=True); print('c')"]
+    write_notebook(checkout / "notebooks/01_task.ipynb", *cells, parameters=PARAMETERS)
+    copies = []
+    for _ in range(2):
+        dtbook("run", "01", "-p", "episodes=5")
+        copies.append((checkout / "runs/01_task.ipynb").read_bytes())
+        shutil.rmtree(checkout / "runs")
+    assert copies[0] == copies[1]
+
+
+def test_the_kernel_is_this_python_with_one_thread_and_no_progress_bars(checkout, tmp_path, monkeypatch):
+    spec = tmp_path / "jupyter/kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": ["false"], "display_name": "another", "language": "python"}))
+    for variable in ("JUPYTER_PATH", "JUPYTER_DATA_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "jupyter"))
+    for variable in KERNEL_ENVIRONMENT:
+        monkeypatch.delenv(variable, raising=False)
+    show = "import os, sys; print(sys.executable, *map(os.getenv, ['OMP_NUM_THREADS', 'NUMBA_NUM_THREADS']))"
+    bar = "from tqdm import tqdm\nfor _ in tqdm(range(3)): pass"
+    write_notebook(checkout / "notebooks/01_task.ipynb", show, bar, "import os; print(os.getcwd())")
+    assert dtbook("run").exit_code == 0
+    assert printed(executed(checkout)) == [f"{sys.executable} 1 1\n", f"{checkout / 'notebooks'}\n"]
+
+
+def test_a_damaged_copy_is_made_again(checkout):
+    dtbook("run")
+    copy = checkout / "book/_executed/01_task.ipynb"
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:100])
+    assert "done in" in dtbook("run").output
+    assert copy.read_bytes() == whole
+
+
+def test_inputs_are_cells_parameters_code_and_artifacts(tmp_path, monkeypatch):
+    (tmp_path / "rollout.py").write_text("import numpy")
+    (tmp_path / "ppo.py").write_text("")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    path = tmp_path / "notebooks/04_calibration.ipynb"
+    store = ArtifactStore(tmp_path / "data")
+
+    def digests_after(change):
+        change()
+        return inputs_digest(path, {"episodes": 1}, store)
+
+    def write_artifact():
+        with store.write("a", stage="test", rooms=[]) as draft:
+            draft.write_text("a")
+
+    write_notebook(path, "%time 1", "from dtbook.rollout import rollout")
+    before = digests_after(lambda: None)
+    assert digests_after(lambda: (tmp_path / "ppo.py").write_text("1")) == before, "a room it does not import"
+    assert inputs_digest(path, {"episodes": 2}, store) != before
+    changes = [
+        lambda: write_notebook(path, "%time 2", "from dtbook.rollout import rollout"),
+        lambda: (tmp_path / "rollout.py").write_text("import scipy"),
+        write_artifact,
+    ]
+    assert len({before, *map(digests_after, changes)}) == 4
+
+
+def test_a_digest_ignores_what_running_a_notebook_leaves():
+    cell = {"cell_type": "code", "source": "1 + 1", "metadata": {}}
+    run = cell | {
+        "outputs": [{"output_type": "stream"}],
+        "execution_count": 1,
+        "id": "x",
+        "source": ["1 +", " 1"],
+    }
+    digest = notebook_digest({"cells": [cell]})
+    assert digest == notebook_digest({"cells": [run]})
+    for change in ({"source": "1 + 2"}, {"cell_type": "markdown"}, {"metadata": {"tags": ["hide-input"]}}):
+        assert notebook_digest({"cells": [cell | change]}) != digest
+
+
+# Parameters
+
+
+def test_parameters_reach_the_notebook_but_not_the_book(checkout):
+    assert dtbook("run", "1", "-p", "episodes=7", "-p", "temperature=2").exit_code == 0
+    assert printed(executed(checkout, folder="runs")) == ["14.0\n"]
+    assert not (checkout / "book/_executed").exists()
+    assert "up to date" in dtbook("run", "1", "-p", "episodes=7", "-p", "temperature=2").output
+    assert "done in" in dtbook("run", "1", "-p", "episodes=8").output
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        (
+            "episode=3",
+            "01_task has no parameter 'episode': it declares episodes, temperature, title, greedy, rtgs",
+        ),
+        ("episodes=2.5", "01_task: episodes must be of type int, like 3, not 2.5"),
+        ("episodes=many", "01_task: episodes must be of type int, like 3, not 'many'"),
+        ("episodes=true", "01_task: episodes must be of type int, like 3, not True"),
+        ("temperature=nan", "01_task: temperature must be of type float, like 1.0, not 'nan'"),
+        ("temperature=1e999", "01_task: temperature must be of type float, like 1.0, not inf"),
+        ("greedy=1", "01_task: greedy must be of type bool, like False, not 1"),
+        ("rtgs=0.5", "01_task: rtgs must be of type list, like [0.0, 0.5], not 0.5"),
+        ("episodes", "-p takes NAME=VALUE, not 'episodes'"),
+        ("=3", "-p takes NAME=VALUE, not '=3'"),
+    ],
+)
+def test_a_wrong_parameter_is_one_sentence_and_nothing_runs(checkout, assignment, sentence):
+    result = dtbook("run", "01", "-p", assignment)
+    assert result.exit_code != 0
+    assert result.output.splitlines()[-1].removeprefix("Error: ").removeprefix("Invalid value: ") == sentence
+    assert not (checkout / "runs").exists()
+
+
+def test_every_notebook_is_checked_before_the_first_runs(checkout):
+    write_notebook(checkout / "notebooks/02_other.ipynb", "1")
+    result = dtbook("run", "-p", "episodes=3")
+    assert "02_other has no parameter 'episodes': it declares none" in result.output
+    assert not (checkout / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("default", "text", "value"),
+    [
+        (3, "-4", -4),
+        (1.0, "2", 2.0),
+        (1.0, "1e-3", 1e-3),
+        (False, "TRUE", True),
+        ("a", "3", "3"),
+        ([0.5], "[1]", [1]),
+    ],
+)
+def test_texts_become_values_of_the_declared_type(default, text, value):
+    accepted = Parameter("x", default, "").accept(text)
+    assert accepted == value
+    assert type(accepted) is type(value)
+
+
+def test_params_lists_name_type_default_and_meaning(checkout):
+    lines = dtbook("params", "01_task").output.splitlines()
+    assert lines[:4] == [
+        "01_task",
+        "  episodes: int = 3  episodes, at least 1",
+        "  temperature: float = 1.0  of the softmax",
+        "  title: str = 'curve'",
+    ]
+
+
+def test_a_derived_default_is_refused(checkout):
+    write_notebook(checkout / "notebooks/01_task.ipynb", "1", parameters="steps = 2 * 300")
+    assert "01_task: the default of steps must be a plain value, not 2 * 300" in dtbook("params").output
+
+
+def test_an_unknown_notebook_is_answered_with_the_known_ones(checkout):
+    result = dtbook("run", "9")
+    assert result.exit_code != 0
+    assert result.output == "Error: there is no notebook '9': 01_task\n"
+
+
+# Failing
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        (
+            "x = -1\nraise ValueError(f'episodes must be positive, not {x}')",
+            "ValueError: episodes must be positive, not -1",
+        ),
+        ("import os; os._exit(1)", "Kernel died"),
+    ],
+)
+def test_a_failure_names_the_cell_keeps_the_run_and_stops(checkout, cell, sentence):
+    dtbook("run", "1")
+    write_notebook(checkout / "notebooks/01_task.ipynb", "print('so far')", cell)
+    write_notebook(checkout / "notebooks/02_next.ipynb", "1")
+    result = dtbook("run")
+    assert result.exit_code == 1
+    error = result.output.splitlines()[-1]
+    assert error.startswith("Error: 01_task failed")
+    assert sentence in error
+    assert "[2/2]" not in result.output
+    assert printed(executed(checkout, "01_task.failed"))[0] == "so far\n"
+    assert not (checkout / "book/_executed/01_task.ipynb").exists(), (
+        "a former success must not look like this one"
+    )
+
+    write_notebook(checkout / "notebooks/01_task.ipynb", "print('mended')")
+    assert dtbook("run").exit_code == 0
+    assert sorted(path.name for path in (checkout / "book/_executed").iterdir()) == [
+        "01_task.ipynb",
+        "02_next.ipynb",
+    ]
+
+
+def test_a_failure_shows_the_line_that_starts_the_cell(checkout):
+    write_notebook(checkout / "notebooks/01_task.ipynb", "1", "rollout = None\nrollout()")
+    assert "01_task failed in cell [2], `rollout = None`: TypeError: " in dtbook("run").output
+
+
+# The other commands
+
+
+def test_verify_tells_good_from_bad(checkout):
+    with ArtifactStore().write("curve.csv", stage="test", rooms=[]) as draft:
+        draft.write_text("0,0\n")
+    assert ArtifactStore().root == checkout / "data"
+    result = dtbook("verify")
+    assert (result.exit_code, "1 artifacts, 0.0 MB, all as the manifest says" in result.output) == (0, True)
+    (checkout / "data/curve.csv").write_text("0,1\n")
+    result = dtbook("verify")
+    assert result.exit_code == 1
+    assert f"Error: {checkout / 'data/curve.csv'} is not what" in result.output
+
+
+def test_build_is_clean_and_fails_on_a_warning_every_time(checkout):
+    (checkout / "book/_toc.yml").write_text("format: jb-book\nroot: book/intro\n")
+    (checkout / "book/_config.yml").write_text("title: A book\nonly_build_toc_files: true\n")
+    (checkout / "book/intro.md").write_text("# A book\n\n{ref}`nowhere`\n")
+    assert [dtbook("build").exit_code for _ in range(2)] == [1, 1]
+    (checkout / "book/intro.md").write_text("# A book\n\nIt is finished.\n")
+    (checkout / "book/_build/html/old.html").write_text("of a former build")
+    assert dtbook("build").exit_code == 0
+    assert "It is finished." in (checkout / "book/_build/html/book/intro.html").read_text()
+    assert not (checkout / "book/_build/html/old.html").exists()
+
+
+def test_build_without_a_book_is_one_sentence(checkout):
+    (checkout / "book").rmdir()
+    assert "has no book/: `dtbook build` needs a checkout" in dtbook("build").output
+
+
+def test_bench_runs_each_and_fails_with_one(checkout, capfd):
+    (checkout / "benchmarks").mkdir()
+    (checkout / "benchmarks/speed.py").write_text("print('steps/s | 1')")
+    assert dtbook("bench").exit_code == 0
+    assert capfd.readouterr().out == "steps/s | 1\n"
+    assert "there is no benchmark 'sped': speed" in dtbook("bench", "sped").output
+    (checkout / "benchmarks/broken.py").write_text("1 / 0")
+    result = dtbook("bench")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (1, "Error: failed: broken")
+    assert "steps/s | 1\n" in capfd.readouterr().out, "one failure does not keep the others from running"

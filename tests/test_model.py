@@ -1,0 +1,492 @@
+"""The Decision Transformer against TransformerLens, minigrid and a float64 transcription of the original."""
+
+import math
+import os
+from contextlib import contextmanager
+
+import gymnasium
+import jaxtyping
+import minigrid  # noqa: F401 - registers the environments
+import numpy as np
+import pytest
+import torch
+from minigrid.wrappers import OneHotPartialObsWrapper
+from transformer_lens import patching
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+
+from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.model_config import one_hot
+
+SHAPES = {
+    "the post's": DTConfig(),
+    "two layers, three timesteps": DTConfig(
+        d_model=24, n_heads=4, d_head=8, d_mlp=40, n_layers=2, n_timesteps=3, max_steps=20
+    ),
+    "one-hot, three layers, nine timesteps": DTConfig(
+        d_model=16, n_heads=1, d_head=12, d_mlp=8, n_layers=3, n_timesteps=9, encoding="one-hot"
+    ),
+}
+every_shape = pytest.mark.parametrize("cfg", SHAPES.values(), ids=SHAPES.keys())
+SMALL = DTConfig(d_model=16, n_heads=2, d_head=4, d_mlp=8, max_steps=20)
+NEEDS_POST_MODEL = pytest.mark.skipif(
+    not os.environ.get("DTBOOK_POST_MODEL"),
+    reason="set DTBOOK_POST_MODEL to the path of the post's checkpoint to run this",
+)
+
+
+def loud(cfg, dtype=torch.float32):
+    """A model whose every parameter, biases included, is far from zero."""
+    model, generator = DecisionTransformer(cfg).to(dtype), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
+            )
+        model.W_E_state *= 0.3
+    return model.eval()
+
+
+def inputs(cfg, batch=6, time=None, seed=0):
+    """Views with valid indices, RTGs, timesteps and actions, at random."""
+    rng, time = np.random.default_rng(seed), time or cfg.n_timesteps
+    states = np.stack([rng.integers(n, size=(batch, time, 7, 7)) for n in (11, 6, 3)], axis=-1)
+    return (
+        torch.tensor(states, dtype=torch.uint8),
+        torch.tensor(rng.uniform(-1, 1, (batch, time)), dtype=torch.float32),
+        torch.tensor(rng.integers(cfg.max_steps + 1, size=(batch, time))),
+        torch.tensor(rng.integers(3, size=(batch, time - 1))),
+    )
+
+
+def bridge_of(model):
+    """TransformerLens's own small transformer, holding this model's weights."""
+    cfg = model.cfg
+    shape = {
+        name: getattr(cfg, name) for name in ("d_model", "d_head", "n_heads", "d_mlp", "n_layers", "n_ctx")
+    }
+    bridge = TransformerBridge.boot_native(
+        TransformerBridgeConfig(
+            **shape,
+            d_vocab=cfg.n_actions,
+            act_fn="relu",
+            normalization_type=None,
+            architecture="TransformerLensNative",
+        )
+    )
+    weights = {"head.weight": model.W_U.T}
+    for index, block in enumerate(model.blocks):
+        attn, mlp, layer = block.attn, block.mlp, f"layers.{index}"
+        for name in "QKV":
+            by_head = getattr(attn, f"W_{name}").transpose(1, 2)
+            weights[f"{layer}.attn.{name.lower()}.weight"] = by_head.reshape(-1, cfg.d_model)
+            weights[f"{layer}.attn.{name.lower()}.bias"] = getattr(attn, f"b_{name}").flatten()
+        weights[f"{layer}.attn.o.weight"] = attn.W_O.reshape(-1, cfg.d_model).T
+        weights[f"{layer}.attn.o.bias"] = attn.b_O
+        weights[f"{layer}.mlp.fc_in.weight"], weights[f"{layer}.mlp.fc_in.bias"] = mlp.W_in.T, mlp.b_in
+        weights[f"{layer}.mlp.fc_out.weight"], weights[f"{layer}.mlp.fc_out.bias"] = mlp.W_out.T, mlp.b_out
+    bridge = bridge.to(model.W_U.dtype)
+    own = {
+        name.replace("_original_component.", ""): p for name, p in bridge.original_model.named_parameters()
+    }
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+    return bridge.eval()
+
+
+@contextmanager
+def as_users_run_it():
+    """Without the type checks of the test run, so that the model's own messages are reached."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# Against TransformerLens
+
+
+@every_shape
+def test_logits_equal_transformerlens(cfg):
+    model = loud(cfg)
+    batch = inputs(cfg)
+    with torch.no_grad():
+        resid = model.embed(*batch)
+        expected = bridge_of(model)(resid, start_at_layer=0)[:, 1::3] + model.b_U
+        torch.testing.assert_close(model(*batch), expected, atol=1e-5, rtol=1e-5)
+    assert expected.abs().max() > 0.1
+
+
+@every_shape
+def test_activations_equal_transformerlens_under_the_same_names(cfg):
+    model = loud(cfg, torch.float64)
+    _, cache = model.run_with_cache(*inputs(cfg))
+    with torch.no_grad():
+        _, expected = bridge_of(model).run_with_cache(model.embed(*inputs(cfg)), start_at_layer=0)
+    names = [f"attn.hook_{name}" for name in ("q", "k", "v", "z", "pattern")] + [
+        "mlp.hook_pre",
+        "mlp.hook_post",
+    ]
+    names += [f"hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")]
+    for layer in range(cfg.n_layers):
+        for name in (f"blocks.{layer}.{name}" for name in names):
+            torch.testing.assert_close(
+                cache[name].flatten(2), expected[name].flatten(2), atol=1e-10, rtol=1e-10
+            )
+
+
+def test_activation_cache_tools_agree_with_the_model():
+    cfg = SHAPES["two layers, three timesteps"]
+    model = loud(cfg, torch.float64)
+    logits, cache = model.run_with_cache(*inputs(cfg))
+    final = cache["resid_post", -1]
+    close = {"atol": 1e-12, "rtol": 1e-12}
+    torch.testing.assert_close(cache.decompose_resid().sum(0), final, **close)
+    torch.testing.assert_close(cache.accumulated_resid()[-1], final, **close)
+    torch.testing.assert_close(
+        cache.get_full_resid_decomposition(expand_neurons=False).sum(0), final, **close
+    )
+    torch.testing.assert_close(cache.get_full_resid_decomposition().sum(0), final, **close)
+    heads = cache.stack_head_results(layer=1).sum(0) + model.accumulated_bias(1, include_mlp_biases=False)
+    torch.testing.assert_close(heads, cache["attn_out", 0], **close)
+    with_mlp_input = model.accumulated_bias(1, mlp_input=True)
+    expected = model.b_O.sum(0) + model.blocks[0].mlp.b_out
+    torch.testing.assert_close(with_mlp_input, expected, **close)
+    direct = cache.logit_attrs(final[None], tokens=2, incorrect_tokens=1)[0, :, 1::3]
+    torch.testing.assert_close(
+        direct + (model.b_U[2] - model.b_U[1]), logits[..., 2] - logits[..., 1], **close
+    )
+
+
+def test_cache_of_one_input_can_drop_its_batch_axis():
+    model = loud(SMALL)
+    batch = inputs(SMALL, batch=1)
+    _, whole = model.run_with_cache(*batch)
+    _, single = model.run_with_cache(*batch, remove_batch_dim=True)
+    assert not single.has_batch_dim
+    torch.testing.assert_close(single["pattern", 0], whole["pattern", 0][0])
+
+
+def test_transformerlens_patching_functions_run_on_the_model():
+    """TransformerLens's functions hand over one tensor; this one is an index into a list of inputs."""
+
+    class ByIndex(torch.nn.Module):
+        def __init__(self, model, inputs):
+            super().__init__()
+            self.model, self.inputs, self.cfg = model, inputs, model.cfg
+
+        def arguments(self, tokens):
+            return [column[tokens[:, 0]] for column in self.inputs]
+
+        def run_with_hooks(self, tokens, **kwargs):
+            return self.model.run_with_hooks(*self.arguments(tokens), **kwargs)
+
+    model = loud(SMALL).eval()
+    wrapped = ByIndex(model, inputs(SMALL, batch=8)).eval()
+    clean, corrupted = torch.arange(4)[:, None].expand(-1, 2), torch.arange(4, 8)[:, None].expand(-1, 2)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(*wrapped.arguments(clean))
+        both = patching.get_act_patch_resid_pre(wrapped, corrupted, cache, lambda logits: logits[0, 0, 2])
+        heads = patching.get_act_patch_attn_head_out_all_pos(wrapped, corrupted, cache, lambda x: x[0, 0, 2])
+        swap = [
+            ("blocks.0.attn.hook_z", lambda z, hook: torch.cat([z[:, :, :1], cache[hook.name][:, :, 1:]], 2))
+        ]
+        expected = model.run_with_hooks(*wrapped.arguments(corrupted), fwd_hooks=swap)
+    assert both.shape == (1, 2)
+    assert heads[0, 1] == pytest.approx(float(expected[0, 0, 2]), abs=1e-6)
+
+
+# The embedding, by a transcription of design and original
+
+
+@every_shape
+def test_tokens_are_what_the_design_says(cfg):
+    model = loud(cfg, torch.float64)
+    states, rtgs, timesteps, actions = inputs(cfg, batch=2)
+    resid = model.embed(states, rtgs, timesteps, actions).detach()
+    time = states.shape[1]
+    for b in range(2):
+        for t in range(time):
+            image, shared = states[b, t].numpy(), model.W_E_time[timesteps[b, t]]
+            state = torch.zeros(cfg.d_model, dtype=torch.float64)
+            for i in range(7):
+                for j in range(7):
+                    for channel in range(3):
+                        index = int(image[i, j, channel])
+                        if cfg.encoding == "index":
+                            state += index * model.W_E_state[channel * 49 + i * 7 + j]
+                        else:
+                            state += model.W_E_state[((0, 11, 17)[channel] + index) * 49 + i * 7 + j]
+            expected = [rtgs[b, t].double() * model.W_E_rtg, state]
+            if t < time - 1:
+                expected.append(model.W_E_action[actions[b, t]])
+            for offset, token in enumerate(expected):
+                pos = 3 * t + offset
+                torch.testing.assert_close(resid[b, pos], token + shared + model.W_pos[pos])
+    assert resid.shape[1] == 3 * time - 1
+
+
+def test_one_hot_bits_are_minigrids():
+    env = gymnasium.make("MiniGrid-Dynamic-Obstacles-8x8-v0").unwrapped
+    wrapper = OneHotPartialObsWrapper(env)
+    rng = np.random.default_rng(0)
+    image = np.stack([rng.integers(n, size=(7, 7)) for n in (11, 6, 3)], axis=-1).astype(np.uint8)
+    expected = wrapper.observation({"image": image})["image"]
+    assert (one_hot(torch.from_numpy(image)).numpy() == expected).all()
+
+
+@NEEDS_POST_MODEL
+def test_the_posts_model_computes_what_the_original_code_does():
+    """Transcribed in NumPy float64 from the original's forward pass and the TransformerLens of its time."""
+    sd = torch.load(os.environ["DTBOOK_POST_MODEL"], weights_only=True)
+    sd = {name: value.double().numpy() for name, value in sd.items()}
+    attn = {
+        name: sd[f"transformer.blocks.0.attn.{name}"]
+        for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
+    }
+    mlp = {name: sd[f"transformer.blocks.0.mlp.{name}"] for name in ("W_in", "b_in", "W_out", "b_out")}
+    states, rtgs, timesteps, _ = inputs(DTConfig(), batch=20)
+    flat = (
+        states[:, 0].numpy().transpose(0, 3, 1, 2).reshape(20, 147)
+    )  # "channel height width" of image[i, j, c]
+    time = sd["time_embedding.weight"][timesteps[:, 0].numpy()]
+    rtg = rtgs.double().numpy() @ sd["reward_embedding.0.weight"].T + time
+    x = np.stack([rtg, flat @ sd["state_encoder.weight"].T + time], 1) + sd["transformer.pos_embed.W_pos"][:2]
+    q, k, v = (np.einsum("bpm,hmd->bhpd", x, attn[f"W_{n}"]) + attn[f"b_{n}"][:, None] for n in "QKV")
+    scores = np.einsum("bhqd,bhkd->bhqk", q, k) / np.sqrt(64)
+    scores[..., 0, 1] = sd["transformer.blocks.0.attn.IGNORE"]
+    pattern = np.exp(scores - scores.max(-1, keepdims=True))
+    pattern /= pattern.sum(-1, keepdims=True)
+    x = x + np.einsum("bhqk,bhkd,hdm->bqm", pattern, v, attn["W_O"]) + attn["b_O"]
+    x = x + np.maximum(x @ mlp["W_in"] + mlp["b_in"], 0) @ mlp["W_out"] + mlp["b_out"]
+    expected = x[:, 1] @ sd["predict_actions.weight"].T + sd["predict_actions.bias"]
+    model = DecisionTransformer.from_post_checkpoint().double()
+    np.testing.assert_allclose(model(states, rtgs, timesteps)[:, 0].detach(), expected, atol=1e-10)
+
+
+def test_a_model_without_layers_reads_its_state_token():
+    model = loud(DTConfig(d_model=8, n_layers=0, max_steps=20))
+    batch = inputs(model.cfg)
+    torch.testing.assert_close(model(*batch), model.embed(*batch)[:, 1::3] @ model.W_U + model.b_U)
+
+
+@every_shape
+def test_padding_at_the_end_changes_nothing_before_it(cfg):
+    model = loud(cfg)
+    states, rtgs, timesteps, actions = inputs(cfg)
+    time = (cfg.n_timesteps + 1) // 2
+    short = model(states[:, :time], rtgs[:, :time], timesteps[:, :time], actions[:, : time - 1])
+    torch.testing.assert_close(short, model(states, rtgs, timesteps, actions)[:, :time], atol=1e-5, rtol=1e-5)
+
+
+# The fast path
+
+
+@pytest.mark.parametrize("encoding", ["index", "one-hot"])
+@pytest.mark.parametrize("n_timesteps", [1, 3])
+def test_fast_forward_equals_forward(encoding, n_timesteps):
+    model = loud(DTConfig(encoding=encoding, n_timesteps=n_timesteps))
+    batch = inputs(model.cfg, batch=64, time=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model.fast_forward(*batch), model(*batch), atol=1e-5, rtol=1e-5)
+        model.double()
+        torch.testing.assert_close(model.fast_forward(*batch), model(*batch), atol=1e-12, rtol=1e-12)
+
+
+def test_fast_forward_has_forwards_gradients():
+    model = loud(SHAPES["the post's"], torch.float64)
+    batch = inputs(model.cfg, batch=16)
+    target = torch.randint(3, (16,), generator=torch.Generator().manual_seed(0))
+
+    def gradients(logits):
+        loss = torch.nn.functional.cross_entropy(logits[:, 0], target)
+        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+
+    for fast, slow in zip(gradients(model.fast_forward(*batch)), gradients(model(*batch)), strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-13, rtol=1e-9)
+
+
+def test_fast_forward_takes_the_fused_path_only_where_it_holds(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("fused")
+
+    monkeypatch.setattr(DecisionTransformer, "_fused_logits", refuse)
+    for cfg in (SHAPES["two layers, three timesteps"], DTConfig(n_timesteps=3), DTConfig(n_layers=0)):
+        model = loud(cfg)
+        torch.testing.assert_close(model.fast_forward(*inputs(cfg)), model(*inputs(cfg)))
+    with pytest.raises(AssertionError, match="fused"):
+        loud(SMALL).fast_forward(*inputs(SMALL))
+
+
+def test_fast_forward_lets_hooks_act():
+    model = loud(SMALL)
+    ablate = [("blocks.0.hook_mlp_out", lambda value, hook: torch.zeros_like(value))]
+    with model.hooks(fwd_hooks=ablate):
+        torch.testing.assert_close(model.fast_forward(*inputs(SMALL)), model(*inputs(SMALL)))
+        ablated = model.fast_forward(*inputs(SMALL))
+    assert (model.fast_forward(*inputs(SMALL)) - ablated).abs().max() > 0.1
+
+
+# Hooks
+
+
+def test_ablating_a_head_by_result_z_or_weights_is_the_same():
+    model = loud(SHAPES["two layers, three timesteps"], torch.float64)
+    batch = inputs(model.cfg)
+
+    def zero_head(value, hook):
+        value[:, :, 2] = 0
+        return value
+
+    by_z = model.run_with_hooks(*batch, fwd_hooks=[("blocks.1.attn.hook_z", zero_head)])
+    by_result = model.run_with_hooks(*batch, fwd_hooks=[("blocks.1.attn.hook_result", zero_head)])
+    with torch.no_grad():
+        model.blocks[1].attn.W_O[2] = 0
+    torch.testing.assert_close(by_z, by_result, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(by_z, model(*batch), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("letter", "qkv")
+def test_one_heads_input_can_be_edited_alone(letter):
+    model = loud(SMALL, torch.float64)
+    _, cache = model.run_with_cache(*inputs(SMALL))
+    _, other = model.run_with_cache(*inputs(SMALL, seed=1))
+
+    def swap(value, hook):
+        value[:, :, 1] = other["resid_pre", 0]
+        return value
+
+    with model.hooks(fwd_hooks=[(f"blocks.0.hook_{letter}_input", swap)]):
+        _, edited = model.run_with_cache(*inputs(SMALL))
+    for name in "qkv":
+        expected = cache[name, 0].clone()
+        if name == letter:
+            expected[:, :, 1] = other[name, 0][:, :, 1]
+        torch.testing.assert_close(edited[name, 0], expected)
+
+
+def test_caching_everything_changes_nothing_and_leaves_no_hook():
+    model = loud(SHAPES["two layers, three timesteps"], torch.float64)
+    batch = inputs(model.cfg)
+    logits, cache = model.run_with_cache(*batch)
+    torch.testing.assert_close(logits, model(*batch))
+    assert set(cache.keys()) == set(model.hook_dict)
+    assert not any(hook.has_hooks() for hook in model.hook_dict.values())
+
+
+# Weights
+
+
+def test_stacked_weights_have_transformerlens_axes():
+    cfg = SHAPES["two layers, three timesteps"]
+    model = loud(cfg)
+    assert model.W_Q.shape == (2, 4, 24, 8)
+    assert model.W_O.shape == (2, 4, 8, 24)
+    assert (model.b_out[1] == model.blocks[1].mlp.b_out).all()
+    assert model.W_U.shape == (24, 3)
+    with pytest.raises(AttributeError, match="W_Q"):
+        _ = DecisionTransformer(DTConfig(n_layers=0)).W_Q
+
+
+def test_permuted_heads_are_the_same_function():
+    model = loud(SHAPES["two layers, three timesteps"], torch.float64)
+    batch = inputs(model.cfg)
+    permuted = model.permute_heads(1, [2, 0, 3, 1])
+    torch.testing.assert_close(permuted(*batch), model(*batch), atol=1e-12, rtol=1e-12)
+    _, cache = model.run_with_cache(*batch)
+    _, after = permuted.run_with_cache(*batch)
+    torch.testing.assert_close(after["result", 1], cache["result", 1][:, :, [2, 0, 3, 1]])
+    assert model.metadata == {}
+    assert permuted.metadata["head_order"] == {"1": [2, 0, 3, 1]}
+    assert permuted.permute_heads(1, [1, 3, 0, 2]).metadata["head_order"] == {"1": [0, 1, 2, 3]}
+
+
+def test_the_seed_decides_every_weight():
+    first, same = (DecisionTransformer(SMALL, seed=3).state_dict() for _ in range(2))
+    generator = torch.Generator().manual_seed(3)
+    handed, other = (
+        DecisionTransformer(SMALL, generator).state_dict(),
+        DecisionTransformer(SMALL, 4).state_dict(),
+    )
+    for name, value in first.items():
+        assert torch.equal(value, same[name])
+        assert torch.equal(value, handed[name])
+        assert ".b_" in name or name == "b_U" or not torch.equal(value, other[name])
+
+
+# What is refused
+
+
+def wrong_inputs():
+    states, rtgs, timesteps, actions = inputs(SHAPES["two layers, three timesteps"])
+    nan, late = rtgs.clone(), timesteps.clone()
+    nan[2, 1], late[0, 0] = float("nan"), 21
+    yield "float states", (states.float(), rtgs, timesteps, actions), "uint8"
+    yield "no time axis", (states[:, 0], rtgs, timesteps, actions), r"states has shape \(6, 7, 7, 3\)"
+    yield (
+        "smaller view",
+        (states[:, :, :5, :5], rtgs, timesteps, actions),
+        r"\(6, 3, 5, 5, 3\).*\*\(7, 7, 3\)",
+    )
+    yield (
+        "long context",
+        (*(x.repeat(1, 2, *[1] * (x.ndim - 2)) for x in (states, rtgs, timesteps)), None),
+        "6 timesteps",
+    )
+    yield "integer rtgs", (states, rtgs.long(), timesteps, actions), "rtgs is torch.int64"
+    yield "float timesteps", (states, rtgs, timesteps.float(), actions), "timesteps torch.float32"
+    yield "short rtgs", (states, rtgs[:, :2], timesteps, actions), r"rtgs has shape \(6, 2\)"
+    yield "rtg not a number", (states, nan, timesteps, actions), "rtgs holds nan"
+    yield "late timestep", (states, rtgs, late, actions), "timesteps reaches.* 21; allowed is 0 to 20"
+    yield "negative timestep", (states, rtgs, late - 21, actions), "timesteps reaches from -"
+    yield "no actions", (states, rtgs, timesteps, None), r"give \(batch, 2\) of them"
+    yield "too many actions", (states, rtgs, timesteps, timesteps), r"\(6, 3\).*= \(6, 2\)"
+    yield (
+        "action 3",
+        (states, rtgs, timesteps, actions * 0 + 3),
+        "actions reaches from 3 to 3; allowed is 0 to 2",
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"), [pytest.param(*case[1:], id=case[0]) for case in wrong_inputs()]
+)
+@pytest.mark.parametrize("method", ["forward", "fast_forward"])
+def test_wrong_inputs_get_one_sentence(batch, message, method):
+    model = loud(SHAPES["two layers, three timesteps"])
+    with as_users_run_it(), pytest.raises((ValueError, TypeError), match=message) as caught:
+        getattr(model, method)(*batch)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("rtg", "timestep"), [(float("inf"), 0), (0.0, -1)])
+def test_the_fused_path_checks_too(rtg, timestep):
+    states = inputs(SMALL, batch=1)[0]
+    with pytest.raises(ValueError, match=r"rtgs holds inf|timesteps reaches"):
+        loud(SMALL).fast_forward(states, torch.tensor([[rtg]]), torch.tensor([[timestep]]))
+
+
+def test_an_index_minigrid_does_not_know_is_refused():
+    states = torch.zeros(7, 7, 3, dtype=torch.uint8)
+    states[0, 0, 1] = 6
+    with pytest.raises(ValueError, match=r"states\[\.\.\., 1\] reaches from 0 to 6; allowed is 0 to 5"):
+        one_hot(states)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n_heads", 0), ("d_model", -1), ("n_layers", -1), ("encoding", "onehot"), ("d_mlp", 2.5)],
+)
+def test_wrong_configurations_name_field_and_value(field, value):
+    with as_users_run_it(), pytest.raises(ValueError, match=rf"DTConfig\.{field} is {value!r}"):
+        DTConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("layer", "order", "message"), [(1, [0, 1], "layer is 1"), (0, [0, 0], "permutation of 0 to 1")]
+)
+def test_heads_that_do_not_exist_are_not_permuted(layer, order, message):
+    with pytest.raises(ValueError, match=message):
+        loud(SMALL).permute_heads(layer, order)
