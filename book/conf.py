@@ -1,4 +1,4 @@
-"""Builds the book with Sphinx alone: `sphinx-build -c book -b html -W --keep-going . OUT`, from the repository root.
+"""Builds the book with Sphinx alone, from the root: `sphinx-build -c book -b html -W --keep-going . OUT`.
 
 Everything is said in `_config.yml`; this translates it, so that the book does not depend on jupyter-book.
 """
@@ -24,7 +24,7 @@ myst_enable_extensions = settings["parse"]["myst_enable_extensions"]
 bibtex_bibfiles = settings["bibtex_bibfiles"]
 html_theme = "sphinx_book_theme"
 html_favicon = str(ROOT / settings["html"]["favicon"])
-html_theme_options = {
+theme_options = {
     "repository_url": settings["repository"]["url"],
     "repository_branch": settings["repository"]["branch"],
     "launch_buttons": settings["launch_buttons"],
@@ -32,4 +32,5 @@ html_theme_options = {
     "home_page_in_toc": settings["html"]["home_page_in_navbar"],
 }
 globals().update(settings["sphinx"]["config"])
+html_theme_options = theme_options | settings["sphinx"]["config"]["html_theme_options"]
 html_static_path = [str(ROOT / path) for path in settings["sphinx"]["config"]["html_static_path"]]

@@ -214,6 +214,15 @@ class ArtifactStore:
                 _publish(draft, self.root / name)
                 self._record(name, made_by | describe(self.root / name))
 
+    def take(self, name: str, other: "ArtifactStore") -> None:
+        """Copy artifact `name` from another store, with what its manifest says of it."""
+        source, entry = other.path(name), other.entries()[name]
+        with _draft(self.root / name) as draft:
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, draft)
+            with FileLock(self.root / ".manifest.lock"):
+                _publish(draft, self.root / name)
+                self._record(name, entry)
+
     def is_current(
         self,
         name: str,

@@ -106,6 +106,31 @@ def verify() -> None:
 
 
 @main.command()
+@click.option("--seed", default=0, show_default=True, help="The replication to make; 0 is the reference.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "reproduce", show_default=True
+)
+@click.option("--publish", is_flag=True, help="Put what was made into data/, for the next commit.")
+def reproduce(seed: int, folder: Path, publish: bool) -> None:
+    """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration.
+
+    An interrupted call goes on where it stopped. Bytes are the same on the same machine with the same libraries.
+    """
+    from dtbook import pipeline  # imports torch and TransformerLens, which the other commands do without
+
+    made, shipped = ArtifactStore(folder), ArtifactStore()
+    pipeline.replicate(made, seed)
+    pipeline.calibrate_post(made)
+    verdicts = pipeline.compare(made, shipped, pipeline.shipped_names(seed))
+    for name, verdict in verdicts.items():
+        click.echo(f"{verdict:12} {name}")
+        if publish:
+            shipped.take(name, made)
+    if not publish and seed == 0 and set(verdicts.values()) != {"identical"}:
+        raise click.ClickException(f"what was made in {folder} is not what data/ ships")
+
+
+@main.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def bench(names: tuple[str, ...]) -> None:
     """Run the benchmarks of that NAME, or all of them; each prints a table."""

@@ -15,7 +15,7 @@ import torch
 from torch.func import functional_call, vmap
 from tqdm import tqdm
 
-from dtbook.gridworld import Task
+from dtbook.gridworld import FRONT, GOAL, Task
 from dtbook.ppo import ActorCritic
 from dtbook.trajectories import CLASS_NAMES, Trajectories, play
 
@@ -70,8 +70,8 @@ def collect_by_quota(
     """Play PPO's checkpoints until each return class has its steps, or its rounds are over.
 
     `checkpoints` are PPO's, by environment steps. First every checkpoint plays in every mode (`config.modes`);
-    then, class by class, the policies that produced it play again, drawn in proportion to the steps of it they
-    yield an episode. Surplus episodes of a class that is full are dropped.
+    then, the rarest class first, the policies that have produced it play again, all equally often. Of a class
+    with more than its steps, episodes are dropped.
     """
     crew = Crew(checkpoints, config.modes)
     rng = np.random.default_rng([seed, 1])
@@ -81,33 +81,52 @@ def collect_by_quota(
     yields = crew.yields(parts[0])
     with tqdm(total=3 * config.steps_per_class, desc="collection", disable=not progress) as bar:
         bar.update(int(np.minimum(steps, config.steps_per_class).sum()))
-        for wanted in np.argsort(steps):  # the rarest first
-            for turn in range(config.max_rounds):
-                if steps[wanted] >= config.steps_per_class or not yields[:, wanted].any():
-                    break
-                chosen = crew.choose(yields[:, wanted] > 0, config.round_episodes, rng)
-                played = crew.play(task, chosen, rng)
-                parts.append(played.episodes(steps[played.classes] < config.steps_per_class))
-                steps += steps_by_class(parts[-1])
-                log.append({"class": CLASS_NAMES[wanted], "round": turn + 1, "steps": int(steps[wanted])})
-                bar.update(int(np.minimum(steps, config.steps_per_class).sum()) - bar.n)
+        rounds = np.zeros(len(CLASS_NAMES), dtype=np.int64)
+        while (
+            short := (steps < config.steps_per_class) & (rounds < config.max_rounds) & yields.any(0)
+        ).any():
+            wanted = np.where(short, steps, np.inf).argmin()  # the rarest that somebody produces
+            rounds[wanted] += 1
+            played = crew.play(task, crew.choose(yields[:, wanted] > 0, config.round_episodes, rng), rng)
+            yields += crew.yields(played)
+            parts.append(played.episodes(steps[played.classes] < config.steps_per_class))
+            steps += steps_by_class(parts[-1])
+            log.append(
+                {"class": CLASS_NAMES[wanted], "round": int(rounds[wanted]), "steps": int(steps[wanted])}
+            )
+            bar.update(int(np.minimum(steps, config.steps_per_class).sum()) - bar.n)
     whole = Trajectories.concatenate(parts)
     return Collection(_trim(whole, config.steps_per_class, rng), pd.DataFrame(log))
 
 
 def steps_by_class(trajectories: Trajectories) -> np.ndarray:
     """Steps in episodes of return −1, 0 and above 0."""
-    return np.bincount(trajectories.classes, trajectories.lengths, minlength=len(CLASS_NAMES)).astype(np.int64)
+    return np.bincount(trajectories.classes, trajectories.lengths, minlength=len(CLASS_NAMES)).astype(
+        np.int64
+    )
 
 
 def _trim(trajectories: Trajectories, steps: int, rng: np.random.Generator) -> Trajectories:
-    """Keep, of each class, as many random episodes as together just reach `steps`, in their old order."""
+    """Keep, of each class, episodes that together just reach `steps`, in their old order.
+
+    Those in which the agent faced the goal before its last step go first, the others follow at random: an episode
+    that never faces the goal teaches nothing of refusing it, and few survivors do.
+    """
+    faced = _times_goal_faced(trajectories) > 0
     keep = np.zeros(len(trajectories.lengths), dtype=bool)
     for c in range(len(CLASS_NAMES)):
         members = rng.permutation(np.flatnonzero(trajectories.classes == c))
+        members = members[np.argsort(~faced[members], kind="stable")]
         before = np.cumsum(trajectories.lengths[members]) - trajectories.lengths[members]
         keep[members] = before < steps
     return trajectories.episodes(keep)
+
+
+def _times_goal_faced(trajectories: Trajectories) -> np.ndarray:
+    """Steps of each episode, the last one aside, at which the goal is in front of the agent."""
+    facing = trajectories.observations(np.arange(len(trajectories.actions)))[:, *FRONT, 0] == GOAL
+    facing[trajectories.episode_starts + trajectories.lengths - 1] = False
+    return np.add.reduceat(facing, trajectories.episode_starts)
 
 
 class Crew:

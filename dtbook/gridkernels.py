@@ -226,6 +226,35 @@ def act(agent, direction, step_count, actions, ahead, not_clear, taken, room, ma
 
 @compiled
 @no_type_check
+def advance(
+    agent,
+    direction,
+    obstacles,
+    step_count,
+    actions,
+    words,
+    room,
+    size,
+    max_steps,
+    around,
+    without,
+    n_members,
+    shift,
+):
+    """One step of every environment, in place; reward (batch,) and (terminated, truncated) (2, batch)."""
+    batch = agent.shape[0]
+    ahead = np.empty(batch, np.uint8)
+    not_clear, taken = np.empty(batch, np.bool_), np.empty(batch, np.bool_)
+    reward, over = np.empty(batch, np.float32), np.empty((2, batch), np.bool_)
+    mark_taken(agent, direction, obstacles, room, size, ahead, not_clear)
+    move_obstacles(agent, obstacles, words, around, without, n_members, shift)
+    mark_taken(agent, direction, obstacles, room, size, ahead, taken)
+    act(agent, direction, step_count, actions, ahead, not_clear, taken, room, max_steps, reward, over)
+    return reward, over
+
+
+@compiled
+@no_type_check
 def draw(agent, direction, obstacles, rows, background, offset, images):
     """Write the observations of `rows` into theirs of `images`: the empty room first, then the obstacles."""
     for row in rows:

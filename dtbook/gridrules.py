@@ -21,6 +21,7 @@ What happens is a function of the states, the actions and the generator alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -139,11 +140,13 @@ def reset(task: Task, batch: int, rng: np.random.Generator) -> GridState:
 def begin(task: Task, state: GridState, rows: np.ndarray, rng: np.random.Generator) -> None:
     """Put `rows` of a state into first states of episodes, in place."""
     words = rng.random((len(rows), task.n_obstacles + 2))
-    gridkernels.begin(*state, rows, free_cells(task.size), task.random_start, words)
+    deck = free_cells(task.size).copy()  # which the kernel shuffles
+    gridkernels.begin(*state, rows, deck, task.random_start, words)
 
 
+@lru_cache
 def free_cells(size: int) -> UInt8[np.ndarray, " cells"]:
-    """The cells inside the walls but the goal, in order, START_CELL first; a new array at each call."""
+    """The cells inside the walls but the goal, in order, START_CELL first."""
     return np.flatnonzero(gridkernels.empty_room(size) == EMPTY).astype(np.uint8)
 
 
@@ -175,17 +178,9 @@ def check_actions(actions: Any, batch: int) -> Int64[np.ndarray, " batch"]:
 def unchecked_step(task: Task, state: GridState, actions: np.ndarray, rng: np.random.Generator) -> Transition:
     """`step` for a state and actions known to be right."""
     new = GridState(*(np.array(value, order="C") for value in state))
-    agent, direction, obstacles, step_count = new
-    batch, room = len(agent), gridkernels.empty_room(task.size)
-    ahead, not_clear, taken = np.empty(batch, np.uint8), np.empty(batch, bool), np.empty(batch, bool)
-    reward, over = np.empty(batch, np.float32), np.empty((2, batch), bool)
-    gridkernels.mark_taken(agent, direction, obstacles, room, task.size, ahead, not_clear)
-    words = rng.random((task.n_obstacles, batch))
-    gridkernels.move_obstacles(agent, obstacles, words, *gridkernels.move_tables(task.size))
-    gridkernels.mark_taken(agent, direction, obstacles, room, task.size, ahead, taken)
-    gridkernels.act(
-        agent, direction, step_count, actions, ahead, not_clear, taken, room, task.max_steps, reward, over
-    )
+    words = rng.random((task.n_obstacles, len(actions)))
+    room, moves = gridkernels.empty_room(task.size), gridkernels.move_tables(task.size)
+    reward, over = gridkernels.advance(*new, actions, words, room, task.size, task.max_steps, *moves)
     return Transition(new, reward, *over)
 
 

@@ -288,12 +288,12 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         self._state, self._over = state, terminated | truncated
         if self.autoreset_mode is AutoresetMode.SAME_STEP and self._over.any():
             over = np.flatnonzero(self._over)
-            infos = self._final_infos(images, over)
+            infos = self._final_infos(state, images, over)
             self._restart(state, images, over)
         return images, rewards, terminated, truncated, infos
 
-    def _final_infos(self, images: np.ndarray, over: np.ndarray) -> dict[str, Any]:
-        """The last observations of the episodes that are over, under Gymnasium's names for SAME_STEP."""
+    def _final_infos(self, state: GridState, images: np.ndarray, over: np.ndarray) -> dict[str, Any]:
+        """Last observations and states of the episodes that are over, under Gymnasium's names for SAME_STEP."""
         final_obs = np.full(self.num_envs, None, dtype=object)
         for row, image in zip(over.tolist(), images[over], strict=True):
             final_obs[row] = image
@@ -301,7 +301,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         return {
             "final_obs": final_obs,
             "_final_obs": mask.copy(),
-            "final_info": {},
+            "final_info": {name: value.copy() for name, value in state._asdict().items()},
             "_final_info": mask.copy(),
         }
 

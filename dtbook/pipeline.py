@@ -24,9 +24,19 @@ from dtbook.rollout import CALIBRATION_RTGS, calibration_curve
 from dtbook.training import TrainConfig
 from dtbook.trajectories import RecordEpisodes, Trajectories
 
-SHIPPED = ("ppo.parquet", "history.npz", "collection.parquet", "trajectories.npz", "model", "training.parquet")
-SHIPPED += ("evaluations.parquet", "calibration.parquet")
+SHIPPED = (
+    "ppo.parquet",
+    "history.npz",
+    "collection.parquet",
+    "trajectories.npz",
+    "model",
+    "training.parquet",
+    "evaluations.parquet",
+    "calibration.parquet",
+)
 """What `data/` holds of the reference replication (seed 0); PPO's checkpoints are too large for git."""
+
+POST_CALIBRATION = "post/calibration.parquet"
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,24 @@ def calibrate_post(store: ArtifactStore, recipe: Recipe | None = None) -> None:
     def make() -> list[Writer]:
         return [_table(calibrate(DecisionTransformer.from_post_checkpoint(), settings, 0))]
 
-    _run(store, 0, "calibration", ("rollout",), settings, ["post/calibration.parquet"], make)
+    _run(store, 0, "calibration", ("rollout",), settings, [POST_CALIBRATION], make)
+
+
+def shipped_names(seed: int = 0) -> list[str]:
+    """What `data/` holds: the reference replication and the measures of the post's weights."""
+    return [name_of(seed, file) for file in SHIPPED] + [POST_CALIBRATION]
+
+
+def compare(made: ArtifactStore, shipped: ArtifactStore, names: Sequence[str]) -> dict[str, str]:
+    """For each name: "identical", "differs" or "not shipped", by the sha256 in the two manifests."""
+    ours, theirs = made.entries(), shipped.entries()
+    verdicts = {}
+    for name in names:
+        if name not in theirs:
+            verdicts[name] = "not shipped"
+        else:
+            verdicts[name] = "identical" if ours[name]["sha256"] == theirs[name]["sha256"] else "differs"
+    return verdicts
 
 
 Writer = Callable[[Path], Any]
@@ -99,7 +126,7 @@ def _run(
     make: Callable[[], Sequence[Writer]],
 ) -> None:
     """Unless all the named artifacts are there and current, make them: `make` returns what writes each."""
-    made_by = {"stage": stage, "rooms": rooms, "parameters": parameters, "seeds": (seed,)}
+    made_by: dict[str, Any] = {"stage": stage, "rooms": rooms, "parameters": parameters, "seeds": (seed,)}
     if all(store.is_current(name, **made_by) for name in names):
         return
     for name, write in zip(names, make(), strict=True):
@@ -110,7 +137,9 @@ def _run(
 def _ppo(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
     def make() -> list[Writer]:
         task = recipe.task
-        envs = DynamicObstaclesVectorEnv(recipe.envs, task.size, task.n_obstacles, task.max_steps, task.random_start)
+        envs = DynamicObstaclesVectorEnv(
+            recipe.envs, task.size, task.n_obstacles, task.max_steps, task.random_start
+        )
         recorder = RecordEpisodes(envs)
         result = ppo.train(recorder, recipe.ppo, seed, progress)
         flat = {f"{at}/{name}": t for at, state in result.checkpoints.items() for name, t in state.items()}

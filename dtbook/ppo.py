@@ -1,13 +1,13 @@
 """The online agent: clipped PPO with generalised advantage estimation, in one file read top to bottom.
 
-The agent learns the task from pixels of the smallest kind (a 7×7 image of object codes) and, while it
-learns, leaves what the Decision Transformer is trained on: checkpoints of every quality, from an agent that
-walks into walls to one that always reaches the goal.
+The agent sees a 7×7 view of object codes and learns the task from nothing. On its way it leaves what the
+Decision Transformer is trained on: checkpoints of every quality, from an agent that walks into walls, by way
+of one that survives for ever, to one that always reaches the goal.
 
 Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv:1707.06347); Schulman et al.
-2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (arXiv:1506.02438); the
-layout and the details (orthogonal initialisation, Adam's eps, advantages normalised per minibatch) follow
-CleanRL's `ppo.py` (Huang et al. 2022, JMLR 23(274)).
+2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (arXiv:1506.02438). The
+layout and the details (orthogonal initialisation, Adam's eps, advantages normalised within the minibatch)
+follow CleanRL (Huang et al. 2022, JMLR 23(274)).
 """
 
 import math
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -25,105 +26,99 @@ from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from tqdm import tqdm
 
-# minigrid's codes of what Dynamic Obstacles can show: empty, wall, ball (an obstacle), goal. Nothing is ever
-# unseen (the task looks through walls), and colour and state follow from the object.
 OBJECTS = (1, 2, 6, 8)
-ENCODINGS = {"one-hot": len(OBJECTS), "index": 3}  # inputs per cell of the view
+"""minigrid's codes of what Dynamic Obstacles can show: empty, wall, ball (an obstacle), goal. Nothing is ever
+unseen (the view goes through walls), and in this task colour and state follow from the object."""
+ENCODINGS = {"one-hot": len(OBJECTS), "index": 3}
+"""What the agent may be shown, and how many inputs that makes for each cell of the view."""
 TRUNCATIONS = ("terminate", "bootstrap", "ignore")
+
+Images = UInt8[Tensor, "batch view view 3"]
+Inputs = Float32[Tensor, "batch inputs"]
+Logits = Float32[Tensor, "batch actions"]
+PerStep = Float32[Tensor, "steps envs"]
 
 
 # ------------------------------------------------------------------------------------------ configuration
-
-
 @dataclass(frozen=True)
 class PPOConfig:
-    """Every choice of a run but the seed and the environments (whose number is theirs to say).
+    """Every choice of a run but its seed and its environments (how many, which task).
 
-    The defaults solve 8×8 Dynamic Obstacles with 64 environments; raises ValueError naming the field.
+    The defaults solve 8×8 Dynamic Obstacles in 64 environments. Raises ValueError naming a field that is off.
     """
 
     total_steps: int = 1_000_000
     """Environment steps in all, over all environments; rounded down to whole updates."""
     num_steps: int = 64
-    """Steps of each environment between two updates; the batch is num_steps × num_envs."""
+    """Steps of each environment between two updates; a batch is num_steps × num_envs of them."""
     epochs: int = 4
-    """Passes over the batch in each update."""
-    minibatches: int = 8
-    """Parts, of equal size, that the batch is shuffled into in each pass."""
+    """Passes over the batch in an update."""
+    minibatches: int = 4
+    """Parts of equal size that a pass shuffles the batch into; one optimiser step each."""
     learning_rate: float = 1e-3
     """Adam's step size, constant."""
     gamma: float = 0.99
-    """Discount per step, in [0, 1]."""
+    """Discount per step."""
     gae_lambda: float = 0.95
-    """Decay per step of GAE's mixture, in [0, 1]: 0 trusts the critic, 1 the sampled returns."""
+    """Decay per step of GAE's mixture: 0 trusts the critic, 1 the sampled returns."""
     clip: float = 0.4
-    """How far the probability ratio may move from 1 before it earns no more."""
+    """How far the ratio of new to old probability may leave 1 before going further earns nothing."""
     entropy_coef: float = 0.25
-    """Weight of the policy's entropy (nats), constant. Small or annealed: the agent spins and survives."""
+    """Weight of the policy's entropy (nats), constant. Small or annealed, the agent spins and survives."""
     value_coef: float = 0.5
-    """Weight of the critic's loss, which is half the squared error."""
+    """Weight of the critic's loss, which is half its squared error."""
     max_grad_norm: float = 2.0
-    """Longest gradient (Euclidean, all parameters together) that Adam is given."""
+    """Longest gradient (Euclidean, over all parameters) that Adam is given; longer ones are scaled down."""
     hidden: int = 64
-    """Units in each of the two tanh layers of the actor, and of the critic."""
+    """Units in each of the two tanh layers."""
     encoding: str = "one-hot"
     """What the agent sees: "one-hot" objects, or "index", the raw codes of all three channels (the post)."""
     truncation: str = "terminate"
-    """What follows the step limit: "terminate" nothing, as if the episode had ended; "bootstrap" the critic's
-    value of the final observation; "ignore" the next episode, as in the original (a time limit goes
-    unnoticed, so value leaks in from the episode after it)."""
+    """What comes after the step limit. "terminate": nothing, as if the episode had ended there. "bootstrap":
+    what the critic says of the final observation. "ignore": the next episode, as in the original, which
+    overlooks truncation, so that value leaks in from an episode that has nothing to do with this one."""
     checkpoint_every: int = 2
-    """Updates between two checkpoints."""
+    """Updates from one checkpoint to the next."""
 
     def __post_init__(self) -> None:
         """Check every field."""
         for name in ("total_steps", "num_steps", "epochs", "minibatches", "hidden", "checkpoint_every"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            _require(whole and value >= 1, name, value, "a whole number of at least 1")
+            _require(whole and value >= 1, name, value, "a whole number, at least 1")
         for name in ("learning_rate", "clip", "max_grad_norm"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, name, value, "a positive number")
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
         for name in ("entropy_coef", "value_coef"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, value, "zero or a positive number")
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "zero or positive")
         for name in ("gamma", "gae_lambda"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        _require(self.encoding in ENCODINGS, "encoding", self.encoding, f"one of {', '.join(ENCODINGS)}")
-        _require(
-            self.truncation in TRUNCATIONS, "truncation", self.truncation, f"one of {', '.join(TRUNCATIONS)}"
-        )
+        for name, choices in (("encoding", tuple(ENCODINGS)), ("truncation", TRUNCATIONS)):
+            _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {choices}")
 
     @classmethod
     def post(cls) -> "PPOConfig":
-        """Return the settings behind the post, to be used with 30 environments.
+        """Return the settings behind the post, meant for 30 environments.
 
-        Source: `scripts/run_ppo.sh` and `src/ppo/` of github.com/jbloomAus/DecisionTransformerInterpretability.
+        The original's actor and critic shared no layer. Source: `scripts/run_ppo.sh`, `src/ppo/`
+        in github.com/jbloomAus/DecisionTransformerInterpretability.
         """
-        return cls(
-            total_steps=200_000,
-            learning_rate=2.5e-4,
-            minibatches=30,
-            encoding="index",
-            truncation="ignore",
-        )
+        return cls(200_000, minibatches=30, learning_rate=2.5e-4, encoding="index", truncation="ignore")
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+        raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
 
 # -------------------------------------------------------------------------------------------------- agent
-
-
 class ActorCritic(nn.Module):
-    """Two separate networks over the same input: logits over actions, and the value of the observation.
+    """A policy of two tanh layers, `actor`, and a linear `critic` of the last of them.
 
-    Each is inputs → hidden → hidden → outputs with tanh. Inputs are channel-major as everywhere in the book:
-    slot·49 + i·7 + j for `images[:, i, j]`, a slot being an object ("one-hot") or a channel ("index").
+    Inputs are channel-major: slot·49 + i·7 + j for `images[:, i, j]`, where a slot is one of OBJECTS
+    ("one-hot") or a channel ("index").
     """
 
     def __init__(
@@ -134,118 +129,123 @@ class ActorCritic(nn.Module):
         encoding: str = "one-hot",
         generator: torch.Generator | None = None,
     ) -> None:
-        """Draw orthogonal weights from the generator (a fixed one if none is given); biases are zero."""
+        """Draw orthogonal weights (from a generator seeded with 0 if none is given); biases are zero."""
         super().__init__()
-        _require(encoding in ENCODINGS, "encoding", encoding, f"one of {', '.join(ENCODINGS)}")
-        generator = generator if generator is not None else torch.Generator().manual_seed(0)
+        _require(encoding in ENCODINGS, "encoding", encoding, f"one of {tuple(ENCODINGS)}")
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.encoding = encoding
-        self.n_inputs = ENCODINGS[encoding] * view_size**2
-        # A last layer near zero makes the first policy uniform, whatever it sees.
-        self.actor = _mlp(self.n_inputs, hidden, n_actions, 0.01, generator)
-        self.critic = _mlp(self.n_inputs, hidden, 1, 1.0, generator)
-        slots = torch.full((256,), len(OBJECTS))
-        slots[list(OBJECTS)] = torch.arange(len(OBJECTS))
-        self.register_buffer("slots", slots, persistent=False)
+        sizes = (ENCODINGS[encoding] * view_size**2, hidden, hidden, n_actions)
+        # skip_init: PyTorch's own initialisation would draw from the global generator
+        first, second, last = (skip_init(nn.Linear, n_in, n_out) for n_in, n_out in pairwise(sizes))
+        self.actor = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
+        self.critic = skip_init(nn.Linear, hidden, 1)
+        # The last layer's small gain makes the first policy all but uniform, whatever it sees.
+        gains = {first: math.sqrt(2), second: math.sqrt(2), last: 0.01, self.critic: 1.0}
+        for layer, gain in gains.items():
+            nn.init.orthogonal_(layer.weight, gain, generator=generator)
+            nn.init.zeros_(layer.bias)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "ActorCritic":
-        """Return the agent that a checkpoint holds; the shapes of its tensors say which sizes it had."""
+        """Return the agent that a checkpoint holds; the shapes of its tensors say which sizes it has."""
         hidden, n_inputs = state_dict["actor.0.weight"].shape
-        view_sizes = {encoding: math.isqrt(n_inputs // depth) for encoding, depth in ENCODINGS.items()}
-        encoding = next(e for e, view in view_sizes.items() if ENCODINGS[e] * view**2 == n_inputs)
-        agent = cls(len(state_dict["actor.4.bias"]), view_sizes[encoding], hidden, encoding)
+        views = {encoding: math.isqrt(n_inputs // slots) for encoding, slots in ENCODINGS.items()}
+        encoding = next(e for e, view in views.items() if ENCODINGS[e] * view**2 == n_inputs)
+        agent = cls(len(state_dict["actor.4.bias"]), views[encoding], hidden, encoding)
         agent.load_state_dict(state_dict)
         return agent
 
-    def encode(self, images: UInt8[Tensor, "batch view view 3"]) -> Float32[Tensor, "batch inputs"]:
-        """Return what both networks read; raises ValueError for an object that the task does not have."""
+    def encode(self, images: Images) -> Inputs:
+        """Return what the actor reads. Raises ValueError for an object that is not one of OBJECTS."""
         if self.encoding == "index":
             return images.movedim(-1, 1).flatten(1).float()
-        slots = self.slots[images[..., 0].flatten(1).int()]  # (batch, cells)
-        if (slots == len(OBJECTS)).any():
-            seen = images[..., 0].unique().tolist()
-            raise ValueError(f"images must show only the objects {OBJECTS} in channel 0, got {seen}.")
-        n_cells = slots.shape[1]
-        positions = slots * n_cells + torch.arange(n_cells)
-        return torch.zeros(len(images), self.n_inputs).scatter_(1, positions, 1.0)
+        objects = images[..., 0].flatten(1)  # (batch, cells)
+        one_hot = objects[:, None] == torch.tensor(OBJECTS, dtype=torch.uint8)[:, None]
+        if one_hot.sum() != objects.numel():
+            _require(False, "images[..., 0]", objects.unique().tolist(), f"of the objects {OBJECTS}")
+        return one_hot.flatten(1).float()  # (batch, objects · cells)
 
-    def heads(
-        self, inputs: Float32[Tensor, "batch inputs"]
-    ) -> tuple[Float32[Tensor, "batch actions"], Float32[Tensor, " batch"]]:
+    def heads(self, inputs: Inputs) -> tuple[Logits, Float32[Tensor, " batch"]]:
         """Return the action logits and the values of observations that are already encoded."""
-        return self.actor(inputs), self.critic(inputs).squeeze(1)
+        features = self.actor[:-1](inputs)
+        return self.actor[-1](features), self.critic(features).squeeze(1)
 
-    def forward(
-        self, images: UInt8[Tensor, "batch view view 3"]
-    ) -> tuple[Float32[Tensor, "batch actions"], Float32[Tensor, " batch"]]:
+    def forward(self, images: Images) -> tuple[Logits, Float32[Tensor, " batch"]]:
         """Return the action logits and the values (expected discounted returns) of observations."""
         return self.heads(self.encode(images))
 
     @torch.inference_mode()
     def act(
         self,
-        images: UInt8[Tensor, "batch view view 3"],
+        images: Images,
         generator: torch.Generator,
         greedy: bool = False,
         temperature: float = 1.0,
         epsilon: float = 0.0,
     ) -> Int64[Tensor, " batch"]:
-        """Return one action per observation.
+        """Return one action per observation: from softmax(logits / temperature), or the likeliest if greedy.
 
-        Sampled from softmax(logits / temperature), or the likeliest one if greedy; then, with probability
-        epsilon each, replaced by an action drawn uniformly. Raises ValueError for a temperature that is not
-        positive and an epsilon outside [0, 1].
+        With probability epsilon, each is replaced by an action drawn uniformly. Raises ValueError for a
+        temperature that is not positive and an epsilon outside [0, 1].
         """
         _require(temperature > 0, "temperature", temperature, "positive")
         _require(0 <= epsilon <= 1, "epsilon", epsilon, "between 0 and 1")
-        logits = self.actor(self.encode(images))
-        if greedy:
-            actions = logits.argmax(1)
-        else:
-            actions = torch.multinomial((logits / temperature).softmax(1), 1, generator=generator).squeeze(1)
-        if epsilon == 0:
-            return actions
-        explore = torch.rand(len(actions), generator=generator) < epsilon
-        return torch.where(
-            explore, torch.randint(logits.shape[1], actions.shape, generator=generator), actions
-        )
-
-
-def _mlp(n_in: int, hidden: int, n_out: int, last_gain: float, generator: torch.Generator) -> nn.Sequential:
-    layers = [nn.Linear(n_in, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, n_out)]
-    for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
-        nn.init.orthogonal_(layer.weight, gain, generator=generator)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+        scores = self.actor(self.encode(images))
+        if not greedy:  # adding Gumbel noise, −log of exponential noise, makes the argmax a sample
+            noise = torch.empty_like(scores).exponential_(generator=generator).log()
+            scores = scores / temperature - noise
+        actions = scores.argmax(1)
+        if epsilon > 0:
+            explore = torch.rand(actions.shape, generator=generator) < epsilon
+            uniform = torch.randint(scores.shape[1], actions.shape, generator=generator)
+            actions = torch.where(explore, uniform, actions)
+        return actions
 
 
 # ---------------------------------------------------------------------------------------------- collecting
-
-
 class Rollout(NamedTuple):
     """What num_steps steps of every environment gave."""
 
     images: UInt8[Tensor, "steps+1 envs view view 3"]
     """What the agent saw before each step, and after the last."""
     actions: Int64[Tensor, "steps envs"]
-    rewards: Float32[Tensor, "steps envs"]
+    rewards: PerStep
     terminated: Bool[Tensor, "steps envs"]
     cut: Bool[Tensor, "steps envs"]
     """Truncated, and not terminated by the same step."""
     final_images: UInt8[Tensor, "cuts view view 3"]
-    """The last observation of each episode that was cut, in the order of `cut`'s true entries."""
+    """What the agent would have seen next in each episode that was cut, in the order of `cut`."""
+
+
+def collect(
+    envs: VectorEnv, agent: ActorCritic, images: np.ndarray, num_steps: int, generator: torch.Generator
+) -> Rollout:
+    """Step every environment num_steps times from where it stands, which is what `images` shows."""
+    shape = (num_steps, envs.num_envs)
+    seen = np.empty((num_steps + 1, *images.shape), dtype=np.uint8)
+    actions, rewards = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.float32)
+    terminated, cut = np.empty(shape, dtype=bool), np.empty(shape, dtype=bool)
+    final_images = [seen[0, :0]]  # none, but of the right shape
+    seen[0] = images
+    for t in range(num_steps):
+        actions[t] = agent.act(torch.from_numpy(seen[t]), generator)
+        seen[t + 1], rewards[t], terminated[t], truncated, infos = envs.step(actions[t])
+        cut[t] = truncated & ~terminated[t]
+        if cut[t].any():
+            final_images.append(np.stack(list(infos["final_obs"][cut[t]])))
+    columns = (seen, actions, rewards, terminated, cut, np.concatenate(final_images))
+    return Rollout(*map(torch.from_numpy, columns))
 
 
 class Episodes:
-    """Sums the reward and counts the steps of each environment's current episode."""
+    """The return (undiscounted) and the length (steps) of each environment's current episode so far."""
 
     def __init__(self, num_envs: int) -> None:
-        """Start an episode in every environment."""
-        self.returns = np.zeros(num_envs)
-        self.lengths = np.zeros(num_envs, dtype=np.int64)
+        """Begin an episode in each."""
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
 
     def add(self, rewards: np.ndarray, ended: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Take in one step; return the environments whose episode it ended, with its return and length."""
+        """Take in one step; return the environments whose episode it ended, and its return and length."""
         self.returns += rewards
         self.lengths += 1
         which = np.flatnonzero(ended)
@@ -254,144 +254,86 @@ class Episodes:
         return finished
 
 
-def collect(
-    envs: VectorEnv, agent: ActorCritic, images: np.ndarray, num_steps: int, generator: torch.Generator
-) -> Rollout:
-    """Step every environment num_steps times from where it stands; `images` is what it shows there.
-
-    Only the actor runs here: the critic's values and the log-probabilities of the whole batch come from one
-    pass afterwards, with the same weights.
-    """
-    shape = (num_steps, envs.num_envs)
-    seen = np.empty((num_steps + 1, *images.shape), dtype=np.uint8)
-    actions, rewards = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.float32)
-    terminated, truncated = np.empty(shape, dtype=bool), np.empty(shape, dtype=bool)
-    final_images = [seen[0, :0]]  # so that concatenating works when no episode is cut
-    seen[0] = images
-    for t in range(num_steps):
-        actions[t] = agent.act(torch.from_numpy(seen[t]), generator).numpy()
-        seen[t + 1], rewards[t], terminated[t], truncated[t], infos = envs.step(actions[t])
-        cut = truncated[t] & ~terminated[t]
-        if cut.any():
-            final_images.append(np.stack(list(infos["final_obs"][cut])))
-    columns = (seen, actions, rewards, terminated, truncated & ~terminated, np.concatenate(final_images))
-    return Rollout(*map(torch.from_numpy, columns))
-
-
 # ------------------------------------------------------------------------------------------------ learning
+class Batch(NamedTuple):
+    """What the agent learns from: a rollout's steps and environments, flattened into one axis."""
+
+    inputs: Inputs
+    actions: Int64[Tensor, " batch"]
+    log_probs: Float32[Tensor, " batch"]
+    """Of the actions (nats), under the policy that took them."""
+    advantages: Float32[Tensor, " batch"]
+    returns: Float32[Tensor, " batch"]
+    """What the critic is to say: what it said, plus the advantage."""
 
 
 def gae(
-    rewards: Float32[Tensor, "steps envs"],
-    values: Float32[Tensor, "steps envs"],
-    next_values: Float32[Tensor, "steps envs"],
+    rewards: PerStep,
+    values: PerStep,
+    next_values: PerStep,
     ended: Bool[Tensor, "steps envs"],
     gamma: float,
     gae_lambda: float,
-) -> Float32[Tensor, "steps envs"]:
+) -> PerStep:
     """Return the generalised advantage estimates (arXiv:1506.02438, equation 16).
 
-    A_t = δ_t + γλ·A_{t+1}, where δ_t = r_t + γ·next_value_t − value_t, and A_{t+1} counts as zero where step
-    t ended an episode and after the last step. `next_values` is the value of what follows each step: zero
-    where nothing does.
+    A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·next_value_t − value_t, where A_{t+1} is zero if step t ended an
+    episode or is the last one. `next_values` is the value of what follows each step: zero where nothing does.
     """
     deltas = rewards + gamma * next_values - values
-    keep = gamma * gae_lambda * (~ended)
-    advantages = torch.empty_like(deltas)
-    running = torch.zeros_like(deltas[0])
+    decay = gamma * gae_lambda * ~ended
+    advantages, running = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        running = deltas[t] + keep[t] * running
+        running = deltas[t] + decay[t] * running
         advantages[t] = running
     return advantages
 
 
-def what_follows(
-    rollout: Rollout, values: Float32[Tensor, "steps+1 envs"], agent: ActorCritic, truncation: str
-) -> tuple[Float32[Tensor, "steps envs"], Bool[Tensor, "steps envs"]]:
-    """Return the value of what follows each step, and where an episode ends, as `truncation` sees it."""
-    ended = rollout.terminated if truncation == "ignore" else rollout.terminated | rollout.cut
-    next_values = values[1:] * ~ended
-    if truncation == "bootstrap":
-        next_values[rollout.cut] = agent(rollout.final_images)[1]
-    return next_values, ended
-
-
-class Batch(NamedTuple):
-    """A rollout made ready to learn from, its steps and environments flattened into one axis."""
-
-    inputs: Float32[Tensor, "batch inputs"]
-    actions: Int64[Tensor, " batch"]
-    log_probs: Float32[Tensor, " batch"]
-    """Of the actions taken, in nats, under the policy that took them."""
-    advantages: Float32[Tensor, " batch"]
-    returns: Float32[Tensor, " batch"]
-    """What the critic should have said: its value plus the advantage."""
-
-    @property
-    def explained_variance(self) -> float:
-        """The share of the returns' variance that the critic foresaw; NaN where they do not vary."""
-        variance = self.returns.var().item()
-        return 1 - self.advantages.var().item() / variance if variance > 0 else math.nan
-
-
 @torch.no_grad()
 def prepare(rollout: Rollout, agent: ActorCritic, config: PPOConfig) -> Batch:
-    """Return the batch that a rollout gives: values, log-probabilities and advantages, all computed once."""
+    """Return the batch that a rollout gives; the agent must still be the one that acted in it."""
     steps, envs = rollout.actions.shape
-    inputs = agent.encode(rollout.images.flatten(0, 1))  # ((steps + 1) · envs, inputs)
-    logits, values = agent.heads(inputs)
-    values = values.view(steps + 1, envs)
-    next_values, ended = what_follows(rollout, values, agent, config.truncation)
+    inputs = agent.encode(rollout.images.flatten(0, 1))
+    logits, flat_values = agent.heads(inputs)
+    values = flat_values.view(steps + 1, envs)
+    ended = rollout.terminated if config.truncation == "ignore" else rollout.terminated | rollout.cut
+    next_values = values[1:] * ~ended
+    if config.truncation == "bootstrap":
+        next_values[rollout.cut] = agent(rollout.final_images)[1]
     advantages = gae(rollout.rewards, values[:-1], next_values, ended, config.gamma, config.gae_lambda)
-    actions = rollout.actions.flatten()
-    return Batch(
-        inputs=inputs[:-envs],
-        actions=actions,
-        log_probs=_log_prob(logits[:-envs].log_softmax(1), actions),
-        advantages=advantages.flatten(),
-        returns=(advantages + values[:-1]).flatten(),
-    )
+    actions, returns = rollout.actions.flatten(), (advantages + values[:-1]).flatten()
+    log_probs = _of_actions(logits[:-envs].log_softmax(1), actions)
+    return Batch(inputs[:-envs], actions, log_probs, advantages.flatten(), returns)
 
 
-def _log_prob(log_probs: Tensor, actions: Tensor) -> Tensor:
+def _of_actions(log_probs: Logits, actions: Int64[Tensor, " batch"]) -> Float32[Tensor, " batch"]:
     return log_probs.gather(1, actions[:, None]).squeeze(1)
 
 
-class Losses(NamedTuple):
-    """The terms of PPO's loss on one minibatch, and how far the policy has moved; all are means."""
-
-    policy: Float32[Tensor, ""]
-    value: Float32[Tensor, ""]
-    """Half the squared error of the critic."""
-    entropy: Float32[Tensor, ""]
-    """Of the policy, in nats."""
-    approx_kl: Float32[Tensor, ""]
-    """KL divergence of the new policy from the old, in nats: mean of (ratio − 1) − log ratio."""
-    clip_fraction: Float32[Tensor, ""]
-    """The share of steps whose probability ratio lies beyond the clip."""
-
-
 def ppo_losses(
-    logits: Float32[Tensor, "batch actions"], values: Float32[Tensor, " batch"], batch: Batch, clip: float
-) -> Losses:
-    """Return the terms of the clipped objective (arXiv:1707.06347, equations 7 and 9), to be minimised.
+    logits: Logits, values: Float32[Tensor, " batch"], batch: Batch, clip: float
+) -> dict[str, Float32[Tensor, ""]]:
+    """Return the terms of the clipped objective (arXiv:1707.06347, equations 7 and 9) as means.
 
-    Advantages are normalised to mean 0 and standard deviation 1 within the minibatch.
+    `policy_loss` and `value_loss` (half the squared error) are to be minimised, `entropy` (nats) maximised.
+    Advantages are normalised to mean 0 and deviation 1. `approx_kl` (nats; the mean of ratio − 1 − log ratio)
+    and `clip_fraction` (the share of ratios beyond the clip) say how far the policy has moved.
     """
     log_probs = logits.log_softmax(1)
-    log_ratio = _log_prob(log_probs, batch.actions) - batch.log_probs
+    log_ratio = _of_actions(log_probs, batch.actions) - batch.log_probs
     ratio = log_ratio.exp()
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
+    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     with torch.no_grad():
         approx_kl = (ratio - 1 - log_ratio).mean()
         clip_fraction = ((ratio - 1).abs() > clip).float().mean()
-    return Losses(
-        policy=-torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean(),
-        value=0.5 * F.mse_loss(values, batch.returns),
-        entropy=-(log_probs.exp() * log_probs).sum(1).mean(),
-        approx_kl=approx_kl,
-        clip_fraction=clip_fraction,
-    )
+    return {
+        "policy_loss": -objective.mean(),
+        "value_loss": 0.5 * F.mse_loss(values, batch.returns),
+        "entropy": -(log_probs.exp() * log_probs).sum(1).mean(),
+        "approx_kl": approx_kl,
+        "clip_fraction": clip_fraction,
+    }
 
 
 def learn(
@@ -401,36 +343,34 @@ def learn(
     config: PPOConfig,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Take epochs × minibatches optimiser steps; return the means over them of the losses and the gradient."""
+    """Take epochs × minibatches optimiser steps; return each loss term and the gradient norm, averaged."""
     rows = []
     for _ in range(config.epochs):
         order = torch.randperm(len(batch.actions), generator=generator)
         for indices in order.chunk(config.minibatches):
+            # index_select copies rows several times faster than batch[indices]
             part = Batch(*(column.index_select(0, indices) for column in batch))
-            losses = ppo_losses(*agent.heads(part.inputs), part, config.clip)
-            loss = losses.policy + config.value_coef * losses.value - config.entropy_coef * losses.entropy
+            terms = ppo_losses(*agent.heads(part.inputs), part, config.clip)
+            loss = terms["policy_loss"] + config.value_coef * terms["value_loss"]
             optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
+            (loss - config.entropy_coef * terms["entropy"]).backward()
+            norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
             optimizer.step()
-            rows.append(torch.stack([*losses, grad_norm]).detach())
-    names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
-    return dict(zip(names, torch.stack(rows).mean(0).tolist(), strict=True))
+            rows.append(torch.stack([*terms.values(), norm]).detach())
+    return dict(zip([*terms, "grad_norm"], torch.stack(rows).mean(0).tolist(), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ the run
-
-
+# ------------------------------------------------------------------------------------------------- the run
 class PPOResult(NamedTuple):
     """What a run leaves."""
 
     agent: ActorCritic
     checkpoints: dict[int, dict[str, Tensor]]
-    """State dictionaries by the number of environment steps taken before; `ActorCritic.from_state_dict`."""
+    """State dictionaries, for `ActorCritic.from_state_dict`, by environment steps learnt from."""
     diagnostics: pd.DataFrame
-    """One row an update: env_steps, episodes that ended, their mean_return and mean_length (steps; NaN
-    without any), explained_variance, and the means over the update's minibatches of policy_loss, value_loss,
-    entropy (nats), approx_kl (nats), clip_fraction and grad_norm (before clipping)."""
+    """One row an update: `env_steps` so far; `episodes` that ended, their `mean_return` (undiscounted) and
+    `mean_length` (steps; NaN if none ended); `explained_variance`, the share of the variance of the returns
+    that the critic foresaw (NaN if they do not vary); and what `learn` returns."""
 
 
 def train(
@@ -438,38 +378,76 @@ def train(
 ) -> PPOResult:
     """Train an agent from nothing; the same seed on the same machine gives the same bytes.
 
-    The environments must reset in the step that ends an episode (SAME_STEP). One million steps with the
-    defaults and 64 environments make 244 updates, so 122 checkpoints; the untrained network is not among them,
-    the last one is the finished agent's. Raises ValueError for environments that the agent cannot read and
-    for a batch that does not divide into the minibatches.
+    `envs` must reset in the step that ends an episode (SAME_STEP). With the defaults and 64 environments,
+    244 updates leave 122 checkpoints; the untrained network is none of them. Raises ValueError, before any
+    step, for environments that the agent cannot read and for a batch that does not split into minibatches.
     """
-    config = config if config is not None else PPOConfig()
-    n_updates = _check(envs, config)
-    env_seed, torch_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
-    generator = torch.Generator().manual_seed(torch_seed)
-    agent = _agent_for(envs, config, generator)
+    config = PPOConfig() if config is None else config
+    n_actions, view_size = _check_envs(envs)
+    n_updates = _count_updates(config, envs.num_envs)
+    env_seed, generator = _seeds(seed)
+    agent = ActorCritic(n_actions, view_size, config.hidden, config.encoding, generator)
     optimizer = torch.optim.Adam(agent.parameters(), config.learning_rate, eps=1e-5, fused=True)
-    episodes, recent = Episodes(envs.num_envs), deque[float](maxlen=200)
     images, _ = envs.reset(seed=env_seed)
+    episodes, recent = Episodes(envs.num_envs), deque[float](maxlen=500)
     checkpoints, rows = {}, []
     with one_thread(), tqdm(total=n_updates, desc="PPO", unit="update", disable=not progress) as bar:
         for update in range(1, n_updates + 1):
             rollout = collect(envs, agent, images, config.num_steps, generator)
-            images = rollout.images[-1].numpy()
+            images, env_steps = rollout.images[-1].numpy(), update * rollout.actions.numel()
             batch = prepare(rollout, agent, config)
-            row = {"env_steps": update * rollout.actions.numel()} | _episode_row(rollout, episodes, recent)
-            row["explained_variance"] = batch.explained_variance
-            rows.append(row | learn(agent, optimizer, batch, config, generator))
+            row = _episode_row(rollout, episodes, recent) | {"explained_variance": explained_variance(batch)}
+            rows.append({"env_steps": env_steps} | row | learn(agent, optimizer, batch, config, generator))
             if update % config.checkpoint_every == 0:
-                checkpoints[row["env_steps"]] = {k: v.clone() for k, v in agent.state_dict().items()}
+                checkpoints[env_steps] = {name: t.clone() for name, t in agent.state_dict().items()}
             bar.set_postfix(mean_return=f"{np.mean(recent or [math.nan]):.3f}", refresh=False)
             bar.update()
     return PPOResult(agent, checkpoints, pd.DataFrame(rows))
 
 
+def explained_variance(batch: Batch) -> float:
+    """Return the share of the returns' variance that the critic foresaw; NaN if they do not vary."""
+    variance = batch.returns.var().item()
+    return 1 - batch.advantages.var().item() / variance if variance > 0 else math.nan
+
+
+def _episode_row(rollout: Rollout, episodes: Episodes, recent: deque[float]) -> dict[str, float | int]:
+    """Return the diagnostics of the episodes that ended in a rollout, and add their returns to `recent`."""
+    ended = (rollout.terminated | rollout.cut).numpy()
+    steps = [episodes.add(*step) for step in zip(rollout.rewards.numpy(), ended, strict=True)]
+    _, returns, lengths = map(np.concatenate, zip(*steps, strict=True))
+    recent.extend(returns.tolist())
+    mean_return, mean_length = (
+        column.mean().item() if len(column) else math.nan for column in (returns, lengths)
+    )
+    return {"episodes": len(returns), "mean_return": mean_return, "mean_length": mean_length}
+
+
+def evaluate(agent: ActorCritic, envs: VectorEnv, episodes: int, greedy: bool, seed: int) -> pd.DataFrame:
+    """Play whole episodes; return the `return` (undiscounted) and `length` (steps) of each, one a row.
+
+    Each environment plays its share of the episodes and no more: taking whichever end first would favour
+    short ones. Raises ValueError for fewer than one episode.
+    """
+    _require(episodes >= 1, "episodes", episodes, "at least 1")
+    _check_envs(envs)
+    env_seed, generator = _seeds(seed)
+    images, _ = envs.reset(seed=env_seed)
+    share = np.arange(envs.num_envs) < episodes % envs.num_envs
+    left = episodes // envs.num_envs + share
+    tally, rows = Episodes(envs.num_envs), []
+    while left.any():
+        actions = agent.act(torch.from_numpy(images), generator, greedy).numpy()
+        images, rewards, terminated, truncated, _ = envs.step(actions)
+        finished = tally.add(rewards, terminated | truncated)
+        rows += [row for row in zip(*finished, strict=True) if left[row[0]] > 0]
+        left = np.maximum(left - (terminated | truncated), 0)
+    return pd.DataFrame(rows, columns=["env", "return", "length"]).drop(columns="env")
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread: networks this small gain nothing from two, and sums keep their order."""
+    """Let PyTorch use one thread: nets this small gain nothing from two, and sums keep their order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -478,63 +456,29 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check(envs: VectorEnv, config: PPOConfig) -> int:
-    """Return the number of updates, once environments and configuration are known to fit."""
-    _check_envs(envs)
-    batch = config.num_steps * envs.num_envs
-    fits = batch % config.minibatches == 0 and batch >= 2 * config.minibatches
-    divisor = f"a divisor of the batch of {batch} steps, with two steps or more in each part"
-    _require(fits, "minibatches", config.minibatches, divisor)
+def _seeds(seed: int) -> tuple[int, torch.Generator]:
+    """Return independent sources for the environments and for the agent."""
+    _require(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number, at least 0")
+    env_seed, torch_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    return env_seed, torch.Generator().manual_seed(torch_seed)
+
+
+def _count_updates(config: PPOConfig, num_envs: int) -> int:
+    batch = config.num_steps * num_envs
+    splits = batch % config.minibatches == 0 and batch > config.minibatches  # one step has no deviation
+    _require(splits, "minibatches", config.minibatches, f"a divisor of the batch of {batch} steps, below it")
     _require(config.total_steps >= batch, "total_steps", config.total_steps, f"at least a batch, {batch}")
     return config.total_steps // batch
 
 
-def _check_envs(envs: VectorEnv) -> None:
+def _check_envs(envs: VectorEnv) -> tuple[int, int]:
+    """Return the number of actions and the size of the view (cells a side)."""
     mode = envs.metadata.get("autoreset_mode")
-    _require(mode == AutoresetMode.SAME_STEP, "envs' autoreset_mode", mode, "SAME_STEP")
-    space = envs.single_observation_space
-    image = (
-        space.dtype == np.uint8 and len(space.shape or ()) == 3 and space.shape == (*space.shape[:1] * 2, 3)
-    )
-    _require(image, "envs' single_observation_space", space, "square uint8 images of three channels")
-    actions = envs.single_action_space
-    _require(isinstance(actions, Discrete), "envs' single_action_space", actions, "Discrete")
-
-
-def _agent_for(envs: VectorEnv, config: PPOConfig, generator: torch.Generator) -> ActorCritic:
-    n_actions, view_size = int(envs.single_action_space.n), envs.single_observation_space.shape[0]
-    return ActorCritic(n_actions, view_size, config.hidden, config.encoding, generator)
-
-
-def _episode_row(rollout: Rollout, episodes: Episodes, recent: deque[float]) -> dict[str, float]:
-    """Return the diagnostics of the episodes that ended in a rollout; their returns join the recent ones."""
-    ended = (rollout.terminated | rollout.cut).numpy()
-    finished = [episodes.add(r, e) for r, e in zip(rollout.rewards.numpy(), ended, strict=True)]
-    _, returns, lengths = (np.concatenate(column) for column in zip(*finished, strict=True))
-    recent.extend(returns.tolist())
-    means = [column.mean() if len(column) else math.nan for column in (returns, lengths)]
-    return {"episodes": len(returns), "mean_return": means[0], "mean_length": means[1]}
-
-
-def evaluate(agent: ActorCritic, envs: VectorEnv, episodes: int, greedy: bool, seed: int) -> pd.DataFrame:
-    """Play whole episodes; return their `return` (undiscounted) and `length` (steps), one row each.
-
-    Each environment plays its share of the episodes and no more: taking whichever end first would favour the
-    short ones. Rows stand in the order in which episodes ended. Raises ValueError for fewer than one episode.
-    """
-    _require(episodes >= 1, "episodes", episodes, "at least 1")
-    _check_envs(envs)
-    env_seed, torch_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
-    generator = torch.Generator().manual_seed(torch_seed)
-    left = np.full(envs.num_envs, episodes // envs.num_envs)
-    left[: episodes % envs.num_envs] += 1
-    tally, rows = Episodes(envs.num_envs), []
-    images, _ = envs.reset(seed=env_seed)
-    while left.any():
-        actions = agent.act(torch.from_numpy(images), generator, greedy).numpy()
-        images, rewards, terminated, truncated, _ = envs.step(actions)
-        which, returns, lengths = tally.add(rewards, terminated | truncated)
-        wanted = left[which] > 0
-        rows.append(pd.DataFrame({"return": returns[wanted], "length": lengths[wanted]}))
-        left[which[wanted]] -= 1
-    return pd.concat(rows, ignore_index=True)
+    _require(mode == AutoresetMode.SAME_STEP, "envs.metadata['autoreset_mode']", mode, "SAME_STEP")
+    images, actions = envs.single_observation_space, envs.single_action_space
+    shape = images.shape if images.dtype == np.uint8 and images.shape is not None else ()
+    square = len(shape) == 3 and shape == (shape[0], shape[0], 3)
+    _require(square, "envs.single_observation_space", images, "square uint8 images of three channels")
+    if not isinstance(actions, Discrete):
+        raise ValueError(f"envs.single_action_space must be Discrete, not {actions!r}")
+    return int(actions.n), shape[0]

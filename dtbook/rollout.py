@@ -1,10 +1,10 @@
 """Acting in the task: a Decision Transformer asked for a return, all episodes of all RTGs in lockstep."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -29,7 +29,11 @@ class ModelPolicy:
     """
 
     def __init__(
-        self, model: DecisionTransformer, rtgs: Float[np.ndarray, " episodes"], greedy: bool, rng: np.random.Generator
+        self,
+        model: DecisionTransformer,
+        rtgs: Float[np.ndarray, " episodes"],
+        greedy: bool,
+        rng: np.random.Generator,
     ) -> None:
         context = model.cfg.n_timesteps
         self.model, self.greedy, self.rng = model, greedy, rng
@@ -56,7 +60,9 @@ class ModelPolicy:
 
     @torch.inference_mode()
     def _logits(self, episodes: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        width = int(last.max()) + 1  # rows shorter than this are padded on the right, which attention never sees
+        width = (
+            int(last.max()) + 1
+        )  # rows shorter than this are padded on the right, which attention never sees
         timesteps = np.minimum(first[:, None] + np.arange(width), self.model.cfg.max_steps)
         logits = self.model.fast_forward(
             torch.from_numpy(self.images[episodes, :width]),
@@ -68,13 +74,15 @@ class ModelPolicy:
 
     def _choose(self, logits: np.ndarray) -> np.ndarray:
         if not self.greedy:
-            logits = logits + self.rng.gumbel(size=logits.shape)  # argmax of logits + Gumbel noise: a softmax sample
+            logits = logits + self.rng.gumbel(
+                size=logits.shape
+            )  # argmax of logits + Gumbel noise: a softmax sample
         return logits.argmax(1)
 
 
 def rollout(
     model: DecisionTransformer,
-    rtgs: Sequence[float] | Float[np.ndarray, " episodes"],
+    rtgs: npt.ArrayLike,
     greedy: bool = False,
     max_steps: int = 300,
     seed: int = 0,
@@ -95,7 +103,7 @@ def rollout(
 def rollout_in(
     envs: gym.vector.VectorEnv[Any, Any, Any],
     model: DecisionTransformer,
-    rtgs: Sequence[float] | Float[np.ndarray, " episodes"],
+    rtgs: npt.ArrayLike,
     greedy: bool = False,
     seed: int = 0,
     progress: bool = False,
@@ -111,7 +119,9 @@ def rollout_in(
     policy = ModelPolicy(model, asked, greedy, np.random.default_rng(seed))
     rows = np.zeros((len(asked), 3))  # return, length, truncated
     queue = iter(range(envs.num_envs, len(asked)))
-    lane = np.where(np.arange(envs.num_envs) < len(asked), np.arange(envs.num_envs), -1)  # −1: nothing left to play
+    lane = np.where(
+        np.arange(envs.num_envs) < len(asked), np.arange(envs.num_envs), -1
+    )  # −1: nothing left to play
     images, _ = envs.reset(seed=seed)
     actions = np.zeros(envs.num_envs, dtype=np.int64)
     with tqdm(total=len(asked), desc="episodes", disable=not progress) as bar:
@@ -152,7 +162,7 @@ def episode_table(trajectories: Trajectories, rtgs: Float[np.ndarray, " episodes
 
 def calibration_curve(
     model: DecisionTransformer,
-    rtgs: Sequence[float] = CALIBRATION_RTGS,
+    rtgs: npt.ArrayLike = CALIBRATION_RTGS,
     episodes: int = 500,
     greedy: bool = False,
     max_steps: int = 300,
@@ -198,7 +208,7 @@ def calibration_error(curve: pd.DataFrame, low: float = 0.0, high: float = 0.9) 
     return float((within["mean"] - within["rtg"]).abs().mean())
 
 
-def _check_rtgs(rtgs: Sequence[float] | np.ndarray) -> np.ndarray:
+def _check_rtgs(rtgs: npt.ArrayLike) -> np.ndarray:
     try:
         asked = np.atleast_1d(np.asarray(rtgs, dtype=np.float64))
     except (TypeError, ValueError):
@@ -211,6 +221,7 @@ def _check_rtgs(rtgs: Sequence[float] | np.ndarray) -> np.ndarray:
 def _check_task(task: Task, model: DecisionTransformer) -> Task:
     if task.max_steps > model.cfg.max_steps:
         raise ValueError(
-            f"max_steps must be at most {model.cfg.max_steps}, the last timestep this model embeds, not {task.max_steps}"
+            f"max_steps must be at most {model.cfg.max_steps}, the last timestep that this model embeds, "
+            f"not {task.max_steps}"
         )
     return task

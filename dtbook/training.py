@@ -6,10 +6,10 @@ whole checkpoint to the same final bytes as one that was not.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.rollout import rollout
 from dtbook.trajectories import CLASS_NAMES, Trajectories
 
-Evaluate = Callable[[DecisionTransformer], dict[str, float]]
+Row = dict[str, float | int]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TrainConfig:
     """Highest learning rate, reached after the warm-up and followed by a cosine to zero."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: str = "adam"
     """`adam` adds the weight decay to the gradient (coupled L2), as the post did; `adamw` decouples it."""
     weight_decay: float = 1e-4
     """Coefficient of the weight decay."""
@@ -103,7 +103,9 @@ class Sampler:
         groups = [np.flatnonzero(step_classes == c) for c in range(len(CLASS_NAMES))]
         missing = [name for name, rows in zip(CLASS_NAMES, groups, strict=True) if not len(rows)]
         if missing and config.balance_classes:
-            raise ValueError(f"balance_classes needs episodes of every return, but none have return {missing[0]}")
+            raise ValueError(
+                f"balance_classes needs episodes of every return, but none have return {missing[0]}"
+            )
         self.groups = groups if config.balance_classes else [np.arange(len(step_classes))]
 
     def rows(self, rng: np.random.Generator) -> Int64[np.ndarray, " batch"]:
@@ -170,20 +172,24 @@ def train(
                 curve.append(_update(model, optimizer, batch, config.learning_rate(step), step))
                 bar.update()
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                    evaluations.append({"step": step + 1, **evaluate(model, config.evaluation_episodes, seed, data)})
-                    bar.set_postfix({k: f"{v:.2f}" for k, v in evaluations[-1].items() if k.startswith("greedy")})
+                    evaluations.append(
+                        {"step": step + 1, **evaluate(model, config.evaluation_episodes, seed, data)}
+                    )
+                    bar.set_postfix(
+                        {k: f"{v:.2f}" for k, v in evaluations[-1].items() if k.startswith("greedy")}
+                    )
                     run.save(step + 1, model, optimizer, curve, evaluations)
     finally:
         torch.set_flush_denormal(False)
     return TrainResult(model.eval(), pd.DataFrame(curve), pd.DataFrame(evaluations))
 
 
-def evaluate(model: DecisionTransformer, episodes: int, seed: int, data: Trajectories) -> dict[str, float]:
+def evaluate(model: DecisionTransformer, episodes: int, seed: int, data: Trajectories) -> Row:
     """Mean returns, greedy and sampled, when asked for −1, 0 and 0.9 in the task the data come from."""
     if not episodes:
         return {}
     asked = np.repeat([-1.0, 0.0, 0.9], episodes)
-    result = {}
+    result: Row = {}
     for how in ("greedy", "sampled"):
         returns = rollout(model, asked, how == "greedy", seed=seed, task=data.task).returns
         means = returns.reshape(3, episodes).mean(1)
@@ -206,7 +212,7 @@ def _optimizer(model: DecisionTransformer, config: TrainConfig) -> torch.optim.O
 
 def _update(
     model: DecisionTransformer, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, step: int
-) -> dict[str, float]:
+) -> Row:
     for group in optimizer.param_groups:
         group["lr"] = lr
     logits = model.fast_forward(batch.states, batch.rtgs, batch.timesteps, batch.actions[:, :-1])[batch.real]
@@ -231,16 +237,20 @@ class _Run:
 
     def resume(
         self, model: DecisionTransformer, optimizer: torch.optim.Optimizer
-    ) -> tuple[list[dict[str, float]], list[dict[str, float]], int]:
+    ) -> tuple[list[Row], list[Row], int]:
         """Load the last whole checkpoint, if there is one, into model and optimiser."""
         for folder in self.checkpoints():
             state = json.loads((folder / "training.json").read_text())
             if state["settings"] != self.settings:
-                raise ValueError(f"{folder} belongs to a run of other settings; give another folder or remove it")
+                raise ValueError(
+                    f"{folder} belongs to a run of other settings; give another folder or remove it"
+                )
             try:
                 saved = load_file(folder / "optimizer.safetensors")
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"{folder / 'optimizer.safetensors'} is not whole ({error}); remove {folder}") from None
+                raise ValueError(
+                    f"{folder / 'optimizer.safetensors'} is not whole ({error}); remove {folder}"
+                ) from None
             model.load_state_dict(DecisionTransformer.from_pretrained(folder).state_dict())
             _load_moments(optimizer, saved)
             return state["curve"], state["evaluations"], state["curve"][-1]["step"]
@@ -251,8 +261,8 @@ class _Run:
         step: int,
         model: DecisionTransformer,
         optimizer: torch.optim.Optimizer,
-        curve: list[dict[str, float]],
-        evaluations: list[dict[str, float]],
+        curve: list[Row],
+        evaluations: list[Row],
     ) -> None:
         """Write a checkpoint folder, whole or not at all."""
         if self.folder is None:

@@ -6,6 +6,7 @@ twenty times smaller, and the observation follows exactly from the state (`gridw
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -133,7 +134,7 @@ class Trajectories:
             return cls(task, **columns)
         except FileNotFoundError:
             raise
-        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} is not a whole trajectory file ({error}); make it again") from error
 
     def to_minari(self, dataset_id: str, **metadata: Any) -> "MinariDataset":
@@ -197,7 +198,9 @@ class Trajectories:
 
 STEP_COLUMNS = ("agent", "direction", "obstacles", "actions", "rewards")
 EPISODE_COLUMNS = tuple(
-    field.name for field in fields(Trajectories) if field.name not in (*STEP_COLUMNS, "task", "episode_starts")
+    field.name
+    for field in fields(Trajectories)
+    if field.name not in (*STEP_COLUMNS, "task", "episode_starts")
 )
 
 
@@ -226,7 +229,7 @@ def play(
         images = gridworld.observe(state, task.size)
         actions = policy(images, active, np.full(len(active), timestep)).astype(np.uint8)
         after = gridworld.step(task, state, actions, rng)
-        recorder.add(active, state, actions, after)
+        recorder.add(active, state, actions, after.reward, after.truncated & ~after.terminated, after.state)
         going = ~(after.terminated | after.truncated)
         active, state = active[going], GridState(*(column[going] for column in after.state))
         if not len(active):
@@ -243,12 +246,20 @@ class _Recorder:
         self.columns: dict[str, list[np.ndarray]] = {name: [] for name in (*STEP_COLUMNS, "truncated")}
         self.after: dict[str, list[np.ndarray]] = {name: [] for name in GridState._fields[:3]}
 
-    def add(self, episode: np.ndarray, state: GridState, actions: np.ndarray, t: gridworld.Transition) -> None:
-        self.episode.append(episode)
-        row = (state.agent, state.direction, state.obstacles, actions, t.reward, t.truncated & ~t.terminated)
+    def add(
+        self,
+        episode: np.ndarray,
+        before: GridState,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        truncated: np.ndarray,
+        after: GridState,
+    ) -> None:
+        self.episode.append(episode.copy())
+        row = (*before[:3], actions, rewards, truncated)
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(np.array(value))
-        for column, value in zip(self.after.values(), t.state[:3], strict=True):
+        for column, value in zip(self.after.values(), after[:3], strict=True):
             column.append(np.array(value))
 
     def trajectories(self, checkpoint: np.ndarray | int, temperature: np.ndarray | float) -> Trajectories:
@@ -285,16 +296,19 @@ class RecordEpisodes(gym.vector.VectorWrapper):
 
     def step(self, actions: Any) -> tuple[Any, ...]:
         """Step the environment, keeping the states before and after."""
-        before = self.env.state
-        result = self.env.step(actions)
-        transition = self.env.last_transition
-        self.recorder.add(self.playing.copy(), before, np.asarray(actions, dtype=np.uint8), transition)
+        before, taken = self.env.state, np.asarray(actions, dtype=np.uint8)
+        images, rewards, terminated, truncated, infos = self.env.step(actions)
+        final = infos.get(
+            "final_info", self.env.state._asdict()
+        )  # of an episode that goes on it is never used
+        after = GridState(*(final[name] for name in GridState._fields))
+        self.recorder.add(self.playing, before, taken, rewards, truncated & ~terminated, after)
         self.steps += self.num_envs
-        done = transition.terminated | transition.truncated
+        done = terminated | truncated
         self.ended.append(self.playing[done])
         self.playing[done] = len(self.begun_at) + np.arange(done.sum())
         self.begun_at += [self.steps] * int(done.sum())
-        return result
+        return images, rewards, terminated, truncated, infos
 
     def trajectories(self) -> Trajectories:
         """All episodes that have ended, in the order in which they did; `checkpoint` is when they began."""

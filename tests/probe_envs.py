@@ -98,7 +98,7 @@ def reward_by_action(num_envs: int, rewards: Sequence[float]) -> TabularVectorEn
 
 
 def reward_by_matching(num_envs: int, n: int) -> TabularVectorEnv:
-    """One step in one of n states, drawn uniformly: the action of the state's own number pays 1, others −1."""
+    """One step in one of n states, drawn uniformly: the action of the same number pays 1, others −1."""
     return TabularVectorEnv(num_envs, [[END] * n] * n, 2 * np.eye(n) - 1, starts=range(n))
 
 
@@ -109,5 +109,5 @@ def delayed_choice(num_envs: int, delay: int) -> TabularVectorEnv:
 
 
 def cut_short(num_envs: int) -> TabularVectorEnv:
-    """One action: state 0 pays nothing and leads to state 1, which pays 1 for ever; truncated after two steps."""
+    """One action: state 0 pays nothing, state 1 after it pays 1 for ever; truncated after two steps."""
     return TabularVectorEnv(num_envs, [[1], [1]], [[0.0], [1.0]], max_steps=2)

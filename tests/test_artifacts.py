@@ -14,10 +14,11 @@ import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dtbook import provenance
+from dtbook import artifacts, provenance
 from dtbook.artifacts import ArtifactError, ArtifactStore, atomic_write
 
 MADE_BY = {"stage": "test", "rooms": ["provenance"]}
@@ -127,8 +128,8 @@ def test_kill_while_writing_keeps_the_former_artifact(store):
     assert set(live) <= set(hidden(store.root)), "a second writer leaves the draft of a running process alone"
     kill(process)
 
-    assert store.verify() == []
-    assert store.path("models/reference").read_text() == "a second writer"
+    assert store.verify() == [], "what is left is ignored"
+    assert (store.root / "models/reference").read_text() == "a second writer"
     with store.write("models/reference", **MADE_BY) as draft:
         draft.write_text("the next run")
     assert hidden(store.root) == [], "the next write removes what the killed one left"
@@ -416,6 +417,19 @@ def test_the_installed_package_fetches_what_its_manifest_names(store, tmp_path):
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout == "rtg,return\n0,0\n\n", result.stderr
     assert list((tmp_path / "home").rglob("curve.csv"))
+
+
+def test_a_package_installed_from_git_fetches_from_that_very_commit(monkeypatch):
+    record = {"url": "https://example.org/a/book.git", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}
+
+    def address(record):
+        distribution = SimpleNamespace(read_text=lambda name: record and json.dumps(record))
+        monkeypatch.setattr("importlib.metadata.distribution", lambda name: distribution)
+        return artifacts._installed_from()
+
+    assert address(record) == "https://example.org/a/book/raw/c0ffee/data"
+    assert address({"url": "file:///a/book", "dir_info": {}}) is None
+    assert address(None) is None
 
 
 # Provenance

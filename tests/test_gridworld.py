@@ -1,4 +1,4 @@
-"""The task against minigrid itself: what it shows, how it moves and starts; its Gymnasium face; its limits."""
+"""The task against minigrid itself: what it shows, how it goes and starts; its Gymnasium face, its limits."""
 
 import dataclasses
 import hashlib
@@ -8,6 +8,7 @@ import re
 import warnings
 
 import gymnasium
+import numba
 import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
@@ -65,8 +66,8 @@ def test_front_cell_is_what_the_agent_faces():
     assert (image[3, 6] == (gridworld.EMPTY, 0, 0)).all()  # the agent's own cell
 
 
-# How a step goes. Drawn as the room without its walls: the agent as an arrow, obstacles a, b, … in the order in which
-# they move, the goal G.
+# How a step goes. Drawings show the room without its walls: the agent as an arrow, the goal as G, and the
+# obstacles as a, b, … in the order in which they move.
 
 LEFT, RIGHT, FORWARD = range(3)
 CASES = {
@@ -153,7 +154,7 @@ def same_distribution(ours, theirs):
 def test_steps_have_minigrids_distribution(case, step_count):
     action, *rows = CASES[case]
     task, state = drawn(rows, step_count)
-    theirs = minigrid_outcomes(task, state, action, times=1_500 if step_count == 49 else 4_000)
+    theirs = minigrid_outcomes(task, state, action, times=400 if step_count == 49 else 2_000)
     ours = our_outcomes(task, state, action, times=20_000)
     assert set(theirs) <= set(ours)
     assert same_distribution(ours, theirs) > ALPHA
@@ -256,8 +257,8 @@ def test_first_states_are_uniform(random_start):
     task = Task(size=5, n_obstacles=2, random_start=random_start)
     state = gridworld.reset(task, 400_000, np.random.default_rng(0))
     gridworld.check_state(task, state)
-    rows = np.column_stack([state.agent, state.direction, state.obstacles])
-    _, counts = np.unique(rows, axis=0, return_counts=True)
+    columns = np.column_stack([state.agent, state.direction, state.obstacles]).astype(np.int64)
+    _, counts = np.unique(columns @ 256 ** np.arange(4), return_counts=True)
     assert (
         len(counts) == (8 * 4 if random_start else 1) * 7 * 6
     )  # free cells, directions, ordered pairs of the rest
@@ -320,7 +321,9 @@ def test_all_observations_are_those_of_every_state(size, n_obstacles):
 
 def test_the_posts_task_has_892298_observations():
     found = gridworld.all_observations()
-    assert len(np.unique(found.images.reshape(-1, 147).view("V147"))) == len(found.images) == 892_298
+    keys = np.random.default_rng(0).integers(0, 2**63, 49)  # sums of these tell different observations apart
+    objects = found.images[..., 0].reshape(-1, 49)
+    assert len(np.unique(objects @ keys)) == len(found.images) == 892_298
     assert found.multiplicity.sum() == 6_492_640 == 4 * 35 * math.comb(34, 4)
     kinds, counts = np.unique(found.images[:, 3, 5, 0], return_counts=True)
     assert dict(zip(kinds.tolist(), counts.tolist(), strict=True)) == {
@@ -339,46 +342,49 @@ def test_all_observations_come_in_the_same_order():
     assert first.images.tobytes() == second.images.tobytes()
 
 
-class Scripted(np.random.Generator):
-    """Hands out, row by row, every combination of choices that obstacles with up to eight free cells can make."""
+class EveryChoice(np.random.Generator):
+    """Makes, row by row, every combination of choices that obstacles with up to eight free cells have."""
 
     def random(self, shape):
         n_obstacles, batch = shape
-        grid = np.array(list(itertools.product((np.arange(8) + 0.5) / 8, repeat=n_obstacles)))
-        return np.ascontiguousarray(np.tile(grid, (batch // len(grid), 1)).T)
+        choices = np.array(list(itertools.product((np.arange(8) + 0.5) / 8, repeat=n_obstacles)))
+        return np.ascontiguousarray(np.tile(choices, (batch // len(choices), 1)).T)
+
+
+def state_numbers(size, state):
+    """A whole number for each state, obstacles as sets."""
+    numbers = 4 * state.agent.astype(np.int64) + state.direction
+    for obstacle in np.sort(state.obstacles, axis=1).T:
+        numbers = numbers * size**2 + obstacle
+    return numbers
+
+
+def next_numbers(task, state, order):
+    """Of the states that one step can make of these, those that do not end the episode."""
+    many = repeated(state._replace(obstacles=state.obstacles[:, order]), 8**task.n_obstacles)
+    for action in range(3):
+        actions, every_choice = np.full(len(many.agent), action), EveryChoice(np.random.PCG64(0))
+        new, _, terminated, _ = gridworld.step(task, many, actions, every_choice)
+        yield state_numbers(task.size, new)[~terminated]
 
 
 @pytest.mark.parametrize(("size", "n_obstacles"), [(5, 2), (5, 3), (6, 3)])
 def test_every_state_is_reached_from_the_fixed_start(size, n_obstacles):
-    task = Task(size, n_obstacles)
-    states = every_state(size, n_obstacles)
-
-    def number(state):  # one whole number for each state, obstacles as sets
-        columns = np.column_stack([state.agent, state.direction, np.sort(state.obstacles, axis=1)]).astype(
-            np.int64
-        )
-        return columns @ 256 ** np.arange(columns.shape[1])
-
-    numbers = np.sort(number(states))
-    start = size + 1
-    reached = number(states)[(states.agent == start) & (states.direction == 0)]
-    frontier = GridState(*(v[(states.agent == start) & (states.direction == 0)] for v in states))
-    for _ in range(task.max_steps):
-        news = []
-        for action in range(3):
-            many = repeated(frontier, 8**n_obstacles)
-            new, _, terminated, _ = gridworld.step(
-                task, many, np.full(len(many.agent), action), Scripted(np.random.PCG64(0))
-            )
-            news.append(GridState(*(value[~terminated] for value in new)))
-        pooled = GridState(*(np.concatenate(values) for values in zip(*news, strict=True)))
-        found, first = np.unique(number(pooled), return_index=True)
-        first = first[~np.isin(found, reached)]
-        if not len(first):
-            break
-        frontier = GridState(*(value[first] for value in pooled))
-        reached = np.union1d(reached, found)
-    np.testing.assert_array_equal(reached, numbers)
+    """Obstacles start in every order, so what is reached with them in one order is reached in all."""
+    task, states = Task(size, n_obstacles), every_state(size, n_obstacles)
+    numbers = state_numbers(size, states)
+    reached = np.zeros(numbers.max() + 1, dtype=bool)
+    reached[numbers[(states.agent == size + 1) & (states.direction == 0)]] = True
+    for order in itertools.permutations(range(n_obstacles)):
+        frontier = np.flatnonzero(reached[numbers])
+        while len(frontier) and not reached[numbers].all():
+            before = reached.copy()
+            for rows in np.array_split(frontier, 1 + len(frontier) // 1_000):
+                for found in next_numbers(task, GridState(*(value[rows] for value in states)), order):
+                    reached[found] = True
+            frontier = np.flatnonzero((reached & ~before)[numbers])
+    assert reached[numbers].all()
+    assert reached.sum() == len(numbers)
 
 
 # The face to Gymnasium
@@ -387,13 +393,14 @@ def test_every_state_is_reached_from_the_fixed_start(size, n_obstacles):
 class OneEnv(gymnasium.Env):
     """A vector environment of one, as a single environment, for Gymnasium's own checker."""
 
-    def __init__(self):
-        self.envs = DynamicObstaclesVectorEnv(
-            1, autoreset_mode=AutoresetMode.DISABLED, render_mode="rgb_array"
-        )
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        mode = AutoresetMode.DISABLED
+        self.envs = DynamicObstaclesVectorEnv(1, autoreset_mode=mode, render_mode=render_mode)
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
-        self.render_mode, self.metadata = "rgb_array", self.envs.metadata
+        self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -409,10 +416,14 @@ class OneEnv(gymnasium.Env):
         return self.envs.render()[0]
 
 
-def test_gymnasiums_checker_passes():
+def test_gymnasiums_checkers_pass():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(OneEnv())
+        env = gymnasium.make(EnvSpec("OneEnv-v0", entry_point=OneEnv), render_mode="rgb_array")
+        check_env(env.unwrapped)
+        env.reset(seed=0)  # and through the passive checker that `make` puts around it
+        env.step(FORWARD)
+        env.render()
 
 
 def test_spaces_and_metadata():
@@ -447,12 +458,12 @@ def play(envs, actions, mode):
 @pytest.mark.parametrize("vectorizer", [SyncVectorEnv, AsyncVectorEnv])
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_it_returns_what_gymnasiums_vector_envs_return_of_minigrid(vectorizer, mode):
-    """Without obstacles minigrid is deterministic, so everything must agree, infos and final observations included."""
+    """Without obstacles minigrid is deterministic, so everything must agree, infos included."""
     make = lambda: ImgObsWrapper(DynamicObstaclesEnv(size=5, n_obstacles=0, max_steps=9))  # noqa: E731
     theirs = vectorizer([make] * 3, autoreset_mode=mode)
     ours = DynamicObstaclesVectorEnv(3, size=5, n_obstacles=0, max_steps=9, autoreset_mode=mode)
     ends, goals = np.zeros(2), 0
-    actions = np.random.default_rng(0).choice(3, (600, 3), p=[0.15, 0.15, 0.7])
+    actions = np.random.default_rng(0).choice(3, (250, 3), p=[0.15, 0.15, 0.7])
     for mine, reference in zip(play(ours, actions, mode), play(theirs, actions, mode), strict=True):
         np.testing.assert_array_equal(mine[0], reference[0])
         assert data_equivalence(mine[-1], reference[-1])
@@ -462,8 +473,8 @@ def test_it_returns_what_gymnasiums_vector_envs_return_of_minigrid(vectorizer, m
             ends += [mine[2].sum(), mine[3].sum()]
             goals += (mine[1] > 0).sum()
     theirs.close()
-    assert (ends > 5).all()
-    assert goals > 5
+    assert (ends > 2).all()
+    assert goals > 2
 
 
 def test_same_step_keeps_the_last_observation_and_starts_anew():
@@ -545,6 +556,17 @@ def test_the_same_seed_gives_the_same_bytes():
     first = digest(1, envs)
     assert digest(1, envs) == first == digest(1, DynamicObstaclesVectorEnv(16, random_start=True))
     assert digest(2, envs) != first
+
+
+def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "ZipCacheLocator")  # which needs a zip archive
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(abs_difference)
+    assert gridkernels.compiled(abs_difference)(3, 5) == 2
+
+
+def abs_difference(a, b):
+    return abs(a - b)
 
 
 # What is refused
@@ -685,7 +707,7 @@ def test_use_out_of_order():
 
 def test_too_many_observations_are_counted_not_listed():
     cells = {(x, y) for x in range(1, 15) for y in range(1, 15)} - {(14, 14)}
-    views = {}  # what each pose sees of the empty 16×16 room: the number of its free cells, by an own account of the view
+    views = {}  # what each pose sees of the empty 16×16 room, and how many of the cells seen are free
     for (x, y), (dx, dy) in itertools.product(sorted(cells), [(1, 0), (0, 1), (-1, 0), (0, -1)]):
         view = tuple(
             (x + f * dx - s * dy, y + f * dy + s * dx)

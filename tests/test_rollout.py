@@ -87,7 +87,7 @@ def test_outcomes_of_models_that_cannot_surprise():
     assert set(outcomes(turning)) == {"truncated"}
     curve = calibration_curve(always(0), [0.0, 0.5], episodes=5, max_steps=30, task=TASK)
     assert curve["survived"].tolist() == [1, 1]
-    assert calibration_error(curve, 0, 0.9) == pytest.approx(0.25)
+    assert calibration_error(curve) == pytest.approx(0.25)
 
 
 def test_curve_against_pandas_by_hand():
@@ -151,7 +151,7 @@ def test_the_posts_model_behaves_as_measured_with_the_original():
     )
 
 
-@pytest.mark.parametrize("rtgs", [[float("nan")], [], ["high"], [[0.5]], None, [float("inf")]])
+@pytest.mark.parametrize("rtgs", [[float("nan")], [], ["high"], [[0.5]], [float("inf")]])
 def test_an_rtg_that_is_no_number_is_refused(rtgs):
     with pytest.raises(ValueError, match="rtgs must be"):
         rollout(model_of(), rtgs, task=TASK)
@@ -162,6 +162,6 @@ def test_wrong_arguments_are_named():
         rollout(model_of(), [0.5], task=Task(max_steps=31))
     with pytest.raises(ValueError, match="episodes must be at least 1, not -1"):
         calibration_curve(model_of(), [0.5], episodes=-1)
+    elsewhere = DynamicObstaclesVectorEnv(2, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     with pytest.raises(ValueError, match="same step"):
-        next_step = gym.vector.AutoresetMode.NEXT_STEP
-        rollout_in(DynamicObstaclesVectorEnv(2, autoreset_mode=next_step), model_of(), [0.5])
+        rollout_in(elsewhere, model_of(), [0.5])

@@ -1,4 +1,4 @@
-"""Sphinx extension of this book: executed notebooks, diagrams drawn in the page, libraries from the book itself."""
+"""Sphinx extension of this book: executed notebooks, diagrams in the page, libraries from the book itself."""
 
 import html
 import importlib.util
@@ -8,10 +8,11 @@ from typing import Any
 
 import nbformat
 from docutils import nodes
-from dtbook.notebooks import notebook_digest
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
+
+from dtbook.notebooks import notebook_digest
 
 BOOK = Path(__file__).resolve().parent.parent
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
@@ -55,7 +56,7 @@ def fault(source: nbformat.NotebookNode, executed: nbformat.NotebookNode | None)
 
 
 def strip_for_pages(executed: nbformat.NotebookNode) -> None:
-    """Drop, in place, what pages have no use for: plotly's JSON twin, and the script that draws outside the book."""
+    """Drop, in place, what pages do not need: plotly's JSON twin, the script that draws outside the book."""
     for cell in executed.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
@@ -67,7 +68,7 @@ def strip_for_pages(executed: nbformat.NotebookNode) -> None:
 class Pictures(SphinxTransform):
     """Holds every image to having alternative text, and draws the book's own SVG diagrams in the page itself.
 
-    An `<img>` cannot see the page's theme; a diagram in the page takes its colours from it (book/_static/book.css).
+    An `<img>` cannot see the page's theme; a diagram in the page takes its colours from it, by book.css.
     """
 
     default_priority = 210
@@ -87,12 +88,12 @@ class Pictures(SphinxTransform):
 def diagram(path: Path, alt: str) -> str:
     """The SVG as part of a page: one image to a screen reader, its ids prefixed with the file's name."""
     svg = path.read_text(encoding="utf-8")
-    svg = svg[svg.index("<svg") :].replace(' id="', f' id="{path.stem}-').replace("url(#", f"url(#{path.stem}-")
+    svg = svg.replace(' id="', f' id="{path.stem}-').replace("url(#", f"url(#{path.stem}-")
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt)}"', 1)
 
 
 def copy_libraries(app: Sphinx, exception: Exception | None) -> None:
-    """Copy plotly.js, and the part of MathJax that the pages use, out of the installed packages into the book."""
+    """Copy plotly.js and the part of MathJax that pages use out of the installed packages into the book."""
     if exception or app.builder.format != "html":
         return
     static = Path(app.outdir) / "_static"
@@ -106,7 +107,7 @@ def copy_libraries(app: Sphinx, exception: Exception | None) -> None:
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"the book needs the Python package {name}; `pip install -e .[book]` has it")
+        raise ModuleNotFoundError(f"the book needs the package {name}; `pip install -e .[book]` brings it")
     return Path(spec.origin).parent
 
 
@@ -115,4 +116,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", use_executed_copy)
     app.connect("build-finished", copy_libraries)
     app.add_transform(Pictures)
+    for name in ("comments_config", "use_jupyterbook_latex"):
+        app.add_config_value(name, None, "")  # set by jupyter-book for extensions that are left out here
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -15,12 +15,16 @@
       document.head.append(script);
     }));
 
-  // INK, GRID and PAPER of dtbook/figures.py become the theme's text, line and background colours.
+  // Puts the theme's colours in the place of those that dtbook/display.py draws with.
+  const COLORS = {
+    ink: "#1f2328", grid: "#d9dee3", paper: "#fefefe",
+    blue: "#0072b2", vermillion: "#d55e00", green: "#009e73", purple: "#b8609a", grey: "#57606a",
+  };
   function themed(text) {
     const style = getComputedStyle(root);
-    const colors = { "#1f2328": "--figure-ink", "#d9dee3": "--figure-grid", "#fefefe": "--figure-paper" };
-    return Object.entries(colors).reduce(
-      (done, [color, name]) => done.replaceAll(color, style.getPropertyValue(name).trim()), text);
+    for (const [name, color] of Object.entries(COLORS))
+      text = text.replaceAll(color, style.getPropertyValue("--" + name).trim());
+    return text;
   }
 
   // Sets layout["a"]["b"] for the path "a.b".

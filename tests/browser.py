@@ -1,0 +1,144 @@
+"""The pages of the built book in a real browser: Chromium driven by Playwright, without other hosts."""
+
+import functools
+import http.server
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from playwright.sync_api import Browser, ConsoleMessage, Page, Response, Route, sync_playwright
+
+HOW_TO_INSTALL = (
+    "no Chromium found: install one with `playwright install chromium` or your system's package manager "
+    "(`apt install chromium`), or let the environment variable DTBOOK_CHROMIUM name one"
+)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+# No sandbox, as in a container; no services of the browser's own, which would call other hosts.
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)
+
+
+def find_chromium() -> str | None:
+    """The browser that DTBOOK_CHROMIUM names, the system's, or Playwright's own; None if there is none."""
+    if given := os.environ.get("DTBOOK_CHROMIUM"):
+        return given
+    if found := next(filter(None, map(shutil.which, NAMES)), None):
+        return found
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    return own if Path(own).exists() else None
+
+
+@contextmanager
+def launched(program: str) -> Iterator[Browser]:
+    """A browser without a window, closed at the end."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS])
+        yield browser
+        browser.close()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address under which a folder is served to this machine, until the end."""
+    handler = functools.partial(_Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@dataclass
+class Visit:
+    """A page that was opened, with all that went wrong while it was: empty lists if nothing did."""
+
+    page: Page
+    console: list[str] = field(default_factory=list)
+    """Errors and warnings on the console, and uncaught exceptions."""
+    failed: list[str] = field(default_factory=list)
+    """Requests without an answer or with one that says error."""
+    outside: list[str] = field(default_factory=list)
+    """Requests to anything but the book, which were blocked."""
+
+    def problems(self) -> list[str]:
+        """All of it."""
+        return self.console + self.failed + self.outside
+
+
+WATCH_SHIFTS = """window.shift = 0;
+new PerformanceObserver((list) => { for (const entry of list.getEntries()) window.shift += entry.value; })
+  .observe({ type: "layout-shift", buffered: true });"""
+
+
+@contextmanager
+def visit(
+    browser: Browser, address: str, page: str, theme: str = "light", width: int = 1280, scripts: bool = True
+) -> Iterator[Visit]:
+    """Open a page of the book, all of which begin with `address`, in a theme; wait until it is quiet."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=theme, java_script_enabled=scripts
+    )
+    context.add_init_script(f"localStorage.mode = localStorage.theme = '{theme}'")
+    context.add_init_script(WATCH_SHIFTS)
+    opened = Visit(context.new_page())
+    context.route("**/*", functools.partial(_guard, opened, address))
+    _listen(opened)
+    opened.page.goto(address + page, wait_until="networkidle")
+    yield opened
+    context.close()
+
+
+def _guard(opened: Visit, address: str, route: Route) -> None:
+    if route.request.url.startswith((address, "data:", "blob:")):
+        route.continue_()
+    else:
+        opened.outside.append(route.request.url)
+        route.abort()
+
+
+def _listen(opened: Visit) -> None:
+    """Write down what the page complains of."""
+
+    def console(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            opened.console.append(f"{message.type}: {message.text}")
+
+    def response(answer: Response) -> None:
+        if answer.status >= 400:
+            opened.failed.append(f"{answer.url}: {answer.status}")
+
+    opened.page.on("console", console)
+    opened.page.on("response", response)
+    opened.page.on("pageerror", lambda error: opened.console.append(f"exception: {error}"))
+    opened.page.on("requestfailed", lambda asked: opened.failed.append(f"{asked.url}: {asked.failure}"))
+
+
+def draw_all(page: Page) -> None:
+    """Scroll through the page, as a reader does, until every figure near the window has been drawn."""
+    page.evaluate(
+        """async () => {
+          for (const box of document.querySelectorAll(".book-figure")) {
+            box.scrollIntoView({ block: "center" });
+            for (let i = 0; i < 200 && !box.dataset.drawn; i++)
+              await new Promise((done) => setTimeout(done, 50));
+          }
+          scrollTo(0, 0);
+        }"""
+    )

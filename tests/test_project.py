@@ -1,0 +1,226 @@
+"""The files around the package agree: pins, environments, licence, citation, workflows, words, notebooks."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from dtbook.notebooks import declared_parameters
+from dtbook.provenance import imported_names
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+REPOSITORY = yaml.safe_load((ROOT / "book/_config.yml").read_text())["repository"]["url"]
+
+
+def requirements(*extras):
+    lines = PROJECT["dependencies"] + [
+        line for name in extras for line in PROJECT["optional-dependencies"][name]
+    ]
+    return [requirement for requirement in map(Requirement, lines) if requirement.name != PROJECT["name"]]
+
+
+def pins():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in map(Requirement, lines)}
+
+
+# Dependencies
+
+
+def test_every_requirement_is_pinned_within_its_range():
+    for requirement in requirements("book", "minari", "test"):
+        pin = pins()[canonicalize_name(requirement.name)].specifier
+        version = re.fullmatch(r"==([^+*]+)", str(pin))
+        assert version, f"{requirement.name}{pin} is not an exact version without a build's label"
+        assert requirement.specifier.contains(version[1]), f"{requirement} is pinned{pin}"
+
+
+def needed(name, extras, found):
+    """Collect the distributions that `name` needs, on this machine, torch's own builds of CUDA aside."""
+    found.setdefault(name, set())
+    if extras <= found[name] and found[name]:
+        return found
+    found[name] |= extras | {""}
+    for line in importlib.metadata.requires(name) or []:
+        requirement = Requirement(line)
+        environments = [default_environment() | {"extra": extra} for extra in found[name]]
+        wanted = requirement.marker is None or any(map(requirement.marker.evaluate, environments))
+        if wanted and not requirement.name.startswith(("cuda-", "nvidia-", "triton")):
+            needed(canonicalize_name(requirement.name), requirement.extras, found)
+    return found
+
+
+def test_everything_installed_for_the_book_is_pinned():
+    packages = needed("dtbook", {"book", "test"}, {}).keys() - {"dtbook"}
+    assert len(packages) > len(requirements("book", "test")), "what the requirements need in turn"
+    assert packages - pins().keys() == set()
+
+
+def test_the_conda_environment_asks_for_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["conda-forge"]
+    *conda, pip = environment["dependencies"]
+    asked = {requirement.name: requirement.specifier for requirement in map(Requirement, conda)}
+    torch = next(requirement for requirement in requirements() if requirement.name == "torch")
+    assert asked.pop("python") == SpecifierSet(PROJECT["requires-python"])
+    assert asked.pop("pytorch-cpu") == torch.specifier
+    assert asked == {"pip": SpecifierSet(), "jupyterlab": SpecifierSet()}
+    assert pip == {"pip": ["-e ."]}, "all else is asked for by pyproject.toml alone"
+
+
+def test_the_hooks_have_the_pinned_versions():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    versions = {
+        repository["repo"].split("/")[-1]: repository["rev"].removeprefix("v") for repository in hooks
+    }
+    pinned = {name: str(pins()[name].specifier).removeprefix("==") for name in ("ruff", "nbstripout")}
+    assert versions == {"ruff-pre-commit": pinned["ruff"], "nbstripout": pinned["nbstripout"]}
+
+
+# Continuous integration
+
+
+def test_ci_runs_make_test_on_every_python_offered():
+    assert (ROOT / ".ci/run").read_text().endswith("\nmake test\n")
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+    jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]
+    offered = SpecifierSet(PROJECT["requires-python"])
+    assert jobs["tests"]["strategy"]["matrix"]["python"] == [
+        f"3.{n}" for n in range(30) if f"3.{n}" in offered
+    ]
+
+
+def test_what_is_published_has_been_tested():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/publish.yml").read_text())["jobs"]
+    steps = jobs["build"]["steps"]
+    tested = next(i for i, step in enumerate(steps) if step.get("run") == ".ci/run")
+    uploaded = next(i for i, step in enumerate(steps) if "upload-pages-artifact" in step.get("uses", ""))
+    assert tested < uploaded
+    assert steps[uploaded]["with"]["path"] == "book/_build/html"
+    assert jobs["deploy"]["needs"] == "build"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").iterdir()), ids=lambda path: path.name)
+def test_actions_are_pinned_by_major_version(path):
+    jobs = yaml.safe_load(path.read_text())["jobs"].values()
+    actions = [step["uses"] for job in jobs for step in job["steps"] if "uses" in step]
+    assert actions
+    assert [action for action in actions if not re.fullmatch(r"actions/[a-z-]+@v\d+", action)] == []
+
+
+@pytest.mark.parametrize(
+    "skip", ["def test_it():\n    pytest.skip('no browser')", "pytest.importorskip('no_browser')"]
+)
+def test_a_skip_fails_in_ci_and_nowhere_else(tmp_path, skip):
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(f"import pytest\n{skip}\n")
+
+    def run(ci):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path]
+        return subprocess.run(command, env=os.environ | {"CI": ci}, capture_output=True, text=True)
+
+    in_ci = run("true")
+    assert in_ci.returncode not in (0, 5), in_ci.stdout
+    assert re.search("skipped, which CI does not allow: .*no.browser", in_ci.stdout)
+    assert " skipped" in run("").stdout.splitlines()[-1]
+
+
+# Words about the project
+
+
+def test_the_citation_agrees_with_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys(), "what the format asks for"
+    assert citation["version"] == PROJECT["version"] == importlib.metadata.version("dtbook")
+    assert citation["license"] == PROJECT["license"]
+    assert citation["authors"] == PROJECT["authors"]
+    assert citation["repository-code"] == REPOSITORY
+    assert citation["references"][0]["url"] == PROJECT["urls"]["The post"]
+
+
+def test_the_licence_names_the_authors():
+    licence = (ROOT / "LICENSE").read_text()
+    assert licence.startswith(f"{PROJECT['license']} License\n")
+    assert PROJECT["authors"][0]["name"] in licence
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_the_paths_and_targets_in_the_words_exist(name):
+    text = (ROOT / name).read_text()
+    targets = re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets
+    assert [target for target in targets if f"\n{target}:" not in makefile] == []
+    made = ("book/_build", ".venv", "runs")
+    paths = [path for path in re.findall(r"`([\w./-]+/[\w./-]*)`", text) if not path.startswith(made)]
+    assert [path for path in paths if "NN_" not in path and not (ROOT / path).exists()] == []
+    links = re.findall(r"\]\((?!https:)([^)]+)\)", text)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_make_help_lists_every_target():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert re.findall(r"^make ([a-z]+)", listed, flags=re.MULTILINE) == targets
+
+
+# The package and the notebooks
+
+
+def test_data_flows_one_way():
+    sources = {
+        path.stem: path.read_text() for path in (ROOT / "dtbook").glob("*.py") if path.stem != "__init__"
+    }
+    imports = {
+        room: {name.split(".")[1] for name in imported_names(source) if name.startswith("dtbook.")}
+        & sources.keys()
+        for room, source in sources.items()
+    }
+    assert set(TopologicalSorter(imports).static_order()) == sources.keys()
+    assert imports["provenance"] == set()
+    assert imports["artifacts"] == {"provenance"}
+
+
+def test_the_artifacts_are_small_enough_for_git():
+    sizes = [path.stat().st_size for path in (ROOT / "data").rglob("*") if path.is_file()]
+    assert max(sizes, default=0) <= 10e6
+    assert sum(sizes) <= 40e6
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stripped_and_its_parameters_are_plain(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5), "cells have ids, so two runs have the same"
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.source for cell in code if cell.outputs or cell.execution_count is not None] == []
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    declared = declared_parameters(path)
+    assert all(parameter.meaning for parameter in declared.values()), (
+        "each has a unit and a meaning in its comment"
+    )
+    mocked = tagged[0].metadata.get("nbmake", {}).get("mock", {})
+    assert mocked.keys() <= declared.keys()
+    assert {name: declared[name].accept(value) for name, value in mocked.items()} == mocked
