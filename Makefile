@@ -8,7 +8,7 @@ export OMP_NUM_THREADS = 1
 export NUMBA_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lint bench clean
+.PHONY: help venv book test lint reproduce bench clean
 
 help:  ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ lint: venv  ## Check style and types
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
 	"$(BIN)/mypy"
+
+reproduce: venv  ## Make every artifact of data/ again from nothing, and compare
+	"$(BIN)/dtbook" reproduce
 
 bench: venv  ## Measure speed, with EnvPool beside it where that runs (Linux)
 	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable ".[bench]"

@@ -14,6 +14,7 @@ settings = yaml.safe_load((BOOK / "_config.yml").read_text(encoding="utf-8"))
 sys.path += [str(BOOK / path) for path in settings["sphinx"]["local_extensions"].values()]
 
 project = html_title = settings["title"]
+html_baseurl = settings["html"]["baseurl"]
 author, copyright = settings["author"], settings["copyright"]
 exclude_patterns = ["**.ipynb_checkpoints", *settings["exclude_patterns"]]
 external_toc_path = "book/_toc.yml"

@@ -59,7 +59,9 @@ def template() -> go.layout.Template:
         "linecolor": GREY,
         "zeroline": False,
         "automargin": True,
-        "title_font_size": 13,
+        "ticks": "",
+        "title": {"font": {"size": 13}},
+        "fixedrange": True,  # with no dragmode: a finger on the figure scrolls the page
     }
     bar = {"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "len": 0.6, "thickness": 10}
     legend = {"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top"}
@@ -73,7 +75,7 @@ def template() -> go.layout.Template:
         "xaxis": axis,
         "yaxis": axis,
         "legend": legend,
-        "dragmode": False,  # a finger on the figure scrolls the page
+        "dragmode": False,
         "hovermode": "closest",
     }
     return go.layout.Template(layout=layout)

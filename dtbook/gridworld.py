@@ -90,7 +90,8 @@ def all_observations(size: int = 8, n_obstacles: int = 4) -> ObservationSet:
     wherever the agent stands, the cells left to the obstacles hang together by sides and corners, so that
     while it turns on the spot they can come from any arrangement into any other, whichever way it then
     faces; and it can step into a neighbouring cell from any arrangement that leaves that cell clear, so it
-    comes to all of them. (The tests walk through every state of sizes 5 and 6.)
+    comes to all of them. (The tests walk
+    through every state of sizes 5 and 6; a longer walk, done once, came through every state of size 8.)
 
     Raises ValueError where there are more than `MAX_OBSERVATIONS`, saying how many.
     """
@@ -183,9 +184,9 @@ def inject(env: DynamicObstaclesEnv, state: GridState, index: int = 0) -> None:
 class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
     """The task as a Gymnasium vector environment: observations are the (7, 7, 3) images, actions 0, 1 and 2.
 
-    In SAME_STEP mode the observation returned with the last step of an episode is the first of the next,
-    and the last one is in `infos["final_obs"]` where `infos["_final_obs"]` is true. NEXT_STEP and DISABLED
-    are as in Gymnasium's SyncVectorEnv.
+    In SAME_STEP mode the observation returned with the last step of an episode is the first of the next; the
+    last observation is in `infos["final_obs"]` and the last state, by its fields, in `infos["final_info"]`, in
+    the rows where `infos["_final_obs"]` is true. NEXT_STEP and DISABLED are as in Gymnasium's SyncVectorEnv.
     """
 
     metadata = {  # noqa: RUF012 (Gymnasium's own name and type)
@@ -293,17 +294,14 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         return images, rewards, terminated, truncated, infos
 
     def _final_infos(self, state: GridState, images: np.ndarray, over: np.ndarray) -> dict[str, Any]:
-        """Last observations and states of the episodes that are over, under Gymnasium's names for SAME_STEP."""
+        """Last observations and states of the episodes that are over, named and masked as Gymnasium does."""
         final_obs = np.full(self.num_envs, None, dtype=object)
         for row, image in zip(over.tolist(), images[over], strict=True):
             final_obs[row] = image
-        mask = self._over
-        return {
-            "final_obs": final_obs,
-            "_final_obs": mask.copy(),
-            "final_info": {name: value.copy() for name, value in state._asdict().items()},
-            "_final_info": mask.copy(),
-        }
+        final_info = {name: value.copy() for name, value in state._asdict().items()}
+        final_info |= {f"_{name}": self._over.copy() for name in GridState._fields}
+        infos = {"final_obs": final_obs, "final_info": final_info}
+        return infos | {f"_{name}": self._over.copy() for name in infos}
 
     def render(self) -> tuple[Any, ...] | None:
         """minigrid's picture of each environment, (height, width, 3) uint8; None without a `render_mode`."""

@@ -50,6 +50,11 @@ STACKED = {f"{kind}_{part}": "attn" for kind in "Wb" for part in "QKVO"}
 STACKED |= {f"{kind}_{part}": "mlp" for kind in "Wb" for part in ("in", "out")}
 
 
+def _linear(n_inputs: int, *shape: int, generator: torch.Generator) -> nn.Parameter:
+    """Uniform within ±1/√inputs, as PyTorch draws a linear layer."""
+    return nn.Parameter((2 * torch.rand(*shape, generator=generator) - 1) / n_inputs**0.5)
+
+
 def _normal(std: float, *shape: int, generator: torch.Generator) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape, generator=generator) * std)
 
@@ -145,23 +150,25 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
     ) -> None:
         """Draw the weights of a new model from `seed`, an integer or a torch.Generator on the CPU.
 
-        They are normal, with standard deviation 0.02 in the embeddings and 0.8/√d_model in blocks and
-        unembedding (TransformerLens's own scale); biases are 0. (The original drew its time and
+        The maps of RTG and observation are drawn as PyTorch draws a linear layer, uniformly within
+        ±1/√inputs: an RTG embedding that starts small leaves returns near 0 hard to tell apart. All else is
+        normal with standard deviation 0.02 (W_U: 0.8/√d_model), biases 0. (The original drew its time and
         positional embeddings with standard deviation 1.) `metadata` is a JSON-like dict saved with the
         weights: where the model comes from, which head is which.
         """
         super().__init__()
         self.cfg, self.metadata = cfg, dict(metadata or {})
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-        m, std = cfg.d_model, 0.8 / cfg.d_model**0.5
-        self.W_E_rtg = _normal(0.02, m, generator=generator)
-        self.W_E_state = _normal(0.02, cfg.n_channels * cfg.view_size**2, m, generator=generator)
-        self.W_E_action = _normal(0.02, cfg.n_actions, m, generator=generator)
-        self.W_E_time = _normal(0.02, cfg.max_steps + 1, m, generator=generator)
-        self.W_pos = _normal(0.02, cfg.n_ctx, m, generator=generator)
+        m, std, n_inputs = cfg.d_model, 0.02, cfg.n_channels * cfg.view_size**2
+        self.W_E_rtg = _linear(1, m, generator=generator)
+        self.W_E_state = _linear(n_inputs, n_inputs, m, generator=generator)
+        self.W_E_action = _normal(std, cfg.n_actions, m, generator=generator)
+        self.W_E_time = _normal(std, cfg.max_steps + 1, m, generator=generator)
+        self.W_pos = _normal(std, cfg.n_ctx, m, generator=generator)
         blocks = nn.ModuleList(Block(cfg, std, generator) for _ in range(cfg.n_layers))
         self.blocks = blocks  # type: ignore[assignment]
-        self.W_U, self.b_U = _normal(std, m, cfg.n_actions, generator=generator), _zeros(cfg.n_actions)
+        self.W_U = _normal(0.8 / m**0.5, m, cfg.n_actions, generator=generator)
+        self.b_U = _zeros(cfg.n_actions)
         self.hook_rtg_embed, self.hook_state_embed, self.hook_action_embed = (HookPoint() for _ in range(3))
         self.hook_time_embed, self.hook_embed, self.hook_pos_embed = (HookPoint() for _ in range(3))
         self.setup()

@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from dtbook import ppo, training
+from dtbook import heads, ppo, training
 from dtbook.artifacts import ArtifactStore
 from dtbook.collection import QuotaConfig, collect_by_quota
-from dtbook.gridworld import DynamicObstaclesVectorEnv, Task
+from dtbook.gridworld import DynamicObstaclesVectorEnv, Task, all_observations
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.ppo import PPOConfig
 from dtbook.rollout import CALIBRATION_RTGS, calibration_curve
@@ -32,6 +32,7 @@ SHIPPED = (
     "model",
     "training.parquet",
     "evaluations.parquet",
+    "heads.parquet",
     "calibration.parquet",
 )
 """What `data/` holds of the reference replication (seed 0); PPO's checkpoints are too large for git."""
@@ -44,7 +45,9 @@ class Recipe:
     """All settings of one replication but its seed."""
 
     task: Task = Task()
-    ppo: PPOConfig = PPOConfig()
+    ppo: PPOConfig = PPOConfig(
+        checkpoint_every=1
+    )  # survivors, which return 0, are there for a few updates only
     envs: int = 64
     """Environments that PPO learns in at once."""
     quota: QuotaConfig = QuotaConfig()
@@ -172,10 +175,22 @@ def _training(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -
     def make() -> list[Writer]:
         data = Trajectories.load(store.path(name_of(seed, "trajectories.npz")))
         result = training.train(data, recipe.model, recipe.train, seed, folder, progress)
-        return [_table(result.curve), _table(result.evaluations), result.model.save_pretrained]
+        scores = heads.obstacle_head_scores(
+            result.model, all_observations(recipe.task.size, recipe.task.n_obstacles)
+        )
+        model = heads.order_heads(result.model, scores)
+        return [_table(result.curve), _table(result.evaluations), _table(scores), model.save_pretrained]
 
-    names = [name_of(seed, file) for file in ("training.parquet", "evaluations.parquet", "model")]
-    _run(store, seed, "training", ("training",), asdict(recipe), names, make)
+    files = ("training.parquet", "evaluations.parquet", "heads.parquet", "model")
+    _run(
+        store,
+        seed,
+        "training",
+        ("training", "heads"),
+        asdict(recipe),
+        [name_of(seed, f) for f in files],
+        make,
+    )
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -39,7 +39,7 @@ class TrainConfig:
     """Optimiser steps."""
     batch_size: int = 512
     """Windows (for a context of one timestep: state–action pairs) a step."""
-    lr: float = 3e-4
+    lr: float = 6e-4
     """Highest learning rate, reached after the warm-up and followed by a cosine to zero."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
@@ -47,7 +47,7 @@ class TrainConfig:
     """`adam` adds the weight decay to the gradient (coupled L2), as the post did; `adamw` decouples it."""
     weight_decay: float = 1e-4
     """Coefficient of the weight decay."""
-    last_step_share: float = 0.1
+    last_step_share: float = 0.2
     """Share of the batch replaced by the last step of its episode: the post's over-sampling hack."""
     balance_classes: bool = True
     """Draw episodes of return −1, 0 and + equally; otherwise every step of the data is equally likely."""

@@ -33,6 +33,8 @@ FLAGS = (
 def find_chromium() -> str | None:
     """The browser that DTBOOK_CHROMIUM names, the system's, or Playwright's own; None if there is none."""
     if given := os.environ.get("DTBOOK_CHROMIUM"):
+        if shutil.which(given) is None:
+            raise FileNotFoundError(f"DTBOOK_CHROMIUM must name a browser's program, not {given!r}")
         return given
     if found := next(filter(None, map(shutil.which, NAMES)), None):
         return found
