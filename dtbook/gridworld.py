@@ -81,17 +81,17 @@ def all_observations(size: int = 8, n_obstacles: int = 4) -> ObservationSet:
 
     Two poses (cell, direction) of the agent with the same view of the empty room show the same
     observations, and no others do: an observation is such a view with some of its empty cells holding
-    obstacles, and taking these out gives the view back. In each pose that has the view, C(free cells out of
-    view, obstacles out of view) states show it; `multiplicity` adds these up, obstacles counted as alike
-    and whatever the step, and sums to the number of states, 4·f·C(f − 1, n_obstacles) for f = (size − 2)² −
-    1 cells. The agent on the goal is left out: there the episode is over.
+    obstacles, and taking these out gives the view back. In each pose that has the view, C(free cells out
+    of view, obstacles out of view) states show it; `multiplicity` adds these up, obstacles counted as
+    alike and whatever the step, and sums to the number of states, 4·f·C(f − 1, n_obstacles) for f =
+    (size − 2)² − 1 cells. The agent on the goal is left out: there the episode is over.
 
     Every one of these states is reached. With random starts each is a first state. From the fixed start:
     wherever the agent stands, the cells left to the obstacles hang together by sides and corners, so that
     while it turns on the spot they can come from any arrangement into any other, whichever way it then
-    faces; and it can step into a neighbouring cell from any arrangement that leaves that cell clear, so it
-    comes to all of them. (The tests walk
-    through every state of sizes 5 and 6; a longer walk, done once, came through every state of size 8.)
+    faces; and it can step into a neighbouring cell from any arrangement that leaves that cell clear, so
+    it comes to all of them. (The tests walk through every state of sizes 5 and 6; a longer walk, done
+    once, came through every state of size 8.)
 
     Raises ValueError where there are more than `MAX_OBSERVATIONS`, saying how many.
     """

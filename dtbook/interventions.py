@@ -188,7 +188,7 @@ def feature_mean(value: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes wi
 
 def constant(value: Float[Tensor, "..."]) -> Edit:
     """Return the edit that puts `value` everywhere, for instance a component's mean over a data set."""
-    return lambda part: value.to(part).expand_as(part)
+    return lambda part: value.to(part)
 
 
 def resample(

@@ -97,6 +97,7 @@ def visit(
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=theme, java_script_enabled=scripts
     )
+    context.set_default_timeout(300_000)  # a page that hangs fails; one on a busy machine does not
     context.add_init_script(f"localStorage.mode = localStorage.theme = '{theme}'")
     context.add_init_script(WATCH_SHIFTS)
     opened = Visit(context.new_page())
@@ -133,14 +134,10 @@ def _listen(opened: Visit) -> None:
 
 
 def draw_all(page: Page) -> None:
-    """Scroll through the page, as a reader does, until every figure near the window has been drawn."""
-    page.evaluate(
-        """async () => {
-          for (const box of document.querySelectorAll(".book-figure")) {
-            box.scrollIntoView({ block: "center" });
-            for (let i = 0; i < 200 && !box.dataset.drawn; i++)
-              await new Promise((done) => setTimeout(done, 50));
-          }
-          scrollTo(0, 0);
-        }"""
-    )
+    """Scroll to each figure in turn, as a reader does, and wait until it has been drawn."""
+    for k in range(page.locator(".book-figure").count()):
+        page.evaluate(
+            "(k) => document.querySelectorAll('.book-figure')[k].scrollIntoView({ block: 'center' })", k
+        )
+        page.wait_for_function("(k) => document.querySelectorAll('.book-figure')[k].dataset.drawn", arg=k)
+    page.evaluate("scrollTo(0, 0)")

@@ -49,7 +49,7 @@ def loud(cfg, dtype=torch.float64):
             parameter.copy_(
                 torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
             )
-        model.W_E_state *= 0.3
+        model.W_E_state *= 0.05  # else attention is all or nothing, and nothing moves it
     return model.eval().requires_grad_(False)
 
 
@@ -240,8 +240,8 @@ def test_parts_add_up_to_the_whole_activation():
         torch.testing.assert_close(model(*clean), logits, **CLOSE)
     with patch(model, source, Site(name, 1, -1)):
         patched = model(*clean)
-    assert (patched[:, :2] == logits[:, :2]).all()
-    assert (patched[:, 2] != logits[:, 2]).all()
+    torch.testing.assert_close(patched[:, :2], logits[:, :2], **CLOSE)
+    assert (patched[:, 2] - logits[:, 2]).abs().max() > 0.01
     parts = [Site("blocks.1.mlp.hook_post", neuron=neuron) for neuron in range(20)]
     with patch(model, source, *parts):
         by_parts = model(*clean)
@@ -333,7 +333,7 @@ def test_patching_heads_by_position_is_transformerlens(cfg):
     theirs, ours, n_pos = lens_results(cfg, patching.get_act_patch_attn_head_pattern_by_pos)
     for layer, pos, head in product(range(cfg.n_layers), range(n_pos), range(cfg.n_heads)):
         expected = ours(Site(f"blocks.{layer}.attn.hook_pattern", head, pos))
-        assert float(theirs[layer, pos, head]) == pytest.approx(expected, rel=1e-5)
+        assert float(theirs[layer, head, pos]) == pytest.approx(expected, rel=1e-5)
 
 
 # Path patching
@@ -494,15 +494,15 @@ def contexts(model, cache, source):
 
 
 def test_no_hook_outlives_its_context_and_nothing_is_edited():
-    model, clean, cache, logits, source, _ = two_runs(ONE)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model, clean, cache, _, source, _ = two_runs(ONE)
+    weights, intact = {name: value.clone() for name, value in model.state_dict().items()}, model(*clean)
     copies = [value.clone() for value in clean], {n: source[n].clone() for n in source.keys()}  # noqa: SIM118
     for context in contexts(model, cache, source):
         with context:
             assert hooked(model)
-            assert (model(*clean) - logits).abs().max() > 1e-4
+            assert (model(*clean) - intact).abs().max() > 1e-4
         assert not hooked(model)
-        torch.testing.assert_close(model(*clean), logits, atol=0, rtol=0)
+        assert torch.equal(model(*clean), intact)
     for context in contexts(model, cache, source):
         with pytest.raises(KeyboardInterrupt), context:
             raise KeyboardInterrupt

@@ -165,7 +165,7 @@ def test_samples_come_as_often_as_states_show_them(small):
 
 
 @pytest.mark.parametrize(
-    "call", [showing, lambda images, name: next(counterfactual_pairs(images, 0, 0, name))]
+    "call", [showing, lambda images, name: next(counterfactual_pairs(images, 0.0, 0, name))]
 )
 def test_an_unknown_situation_gets_one_sentence(small, call):
     argument = small.images if call is showing else small
