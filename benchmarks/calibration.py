@@ -49,7 +49,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--episodes", type=int, default=500, help="for each of the 21 RTGs, in lockstep")
-    parser.add_argument("--minigrid-episodes", type=int, default=5, help="for each of the 21 RTGs, in minigrid")
+    parser.add_argument(
+        "--minigrid-episodes", type=int, default=5, help="for each of the 21 RTGs, in minigrid"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(measure(options.episodes, options.minigrid_episodes).round(2).to_string(index=False))

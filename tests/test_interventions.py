@@ -448,6 +448,37 @@ def test_all_paths_out_of_a_layer_together_are_its_output_patched(dtype, close):
         torch.testing.assert_close(logits, model(*clean), **close)
 
 
+class Split(ByIndex):
+    """As TransformerLens's path patching expects a model: its forks under `attn`, and a switch to turn them on."""
+
+    @property
+    def blocks(self):
+        return self.model.blocks
+
+    def set_use_split_qkv_input(self, _):
+        """The model forks by itself where somebody hooks."""
+
+    def run_with_hooks(self, tokens, fwd_hooks):
+        ours = [(name.replace("attn.hook", "hook"), hook) for name, hook in fwd_hooks]
+        return super().run_with_hooks(tokens, fwd_hooks=ours)
+
+
+@pytest.mark.parametrize("letter", "qkv")
+def test_head_to_later_head_is_transformerlens(letter):
+    """Its "clean" is what is patched in: our source."""
+    model, clean, cache, _, source, _ = two_runs(DEEP)
+    tokens = torch.arange(5)[:, None].expand(-1, 8)
+    metric = lambda logits: logits[:, -1, 2].sum() - logits[:, -1, 0].sum()  # noqa: E731
+    wrapped = Split(model, clean).eval()
+    theirs = patching.get_act_patch_direct_path(
+        wrapped, tokens, source, cache, metric, 0, 2, letter, verbose=False
+    )
+    for head in range(3):
+        with path_patch(model, cache, source, "L0H2", f"L1H{head} {letter.upper()}"):
+            assert float(theirs[1, head]) == pytest.approx(float(metric(model(*clean))), rel=1e-5)
+    assert len(set(theirs[1].tolist())) == 3
+
+
 def test_head_to_later_head_is_that_heads_input_changed():
     model, clean, cache, _, source, _ = two_runs(DEEP)
     change = (source["z", 0] - cache["z", 0])[:, :, 2] @ model.blocks[0].attn.W_O[2]

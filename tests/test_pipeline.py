@@ -31,7 +31,9 @@ recipe = pipeline.Recipe(
 )
 pipeline.replicate(ArtifactStore(sys.argv[1]), 3, recipe, progress=False)
 """
-FILES = [name for name in shipped_names(3) if name != POST_CALIBRATION] + [name_of(3, "checkpoints.safetensors")]
+FILES = [name for name in shipped_names(3) if name != POST_CALIBRATION] + [
+    name_of(3, "checkpoints.safetensors")
+]
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def fault(source: nbformat.NotebookNode, executed: nbformat.NotebookNode | None)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     if errors := [output for output in outputs if output.output_type == "error"]:
         return f"has failed ({errors[0].ename}: {errors[0].evalue})"
-    if executed.metadata.get("dtbook", {}).get("digest") == 0:
+    if executed.metadata.get("dtbook", {}).get("digest") != notebook_digest(source):
         return "is stale: the notebook has changed since"
     return None
 
