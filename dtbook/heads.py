@@ -62,28 +62,28 @@ def obstacle_head_scores(
 
     `score` decides, not `mean_ratio`: where the counterfactual hardly changes an observation's preference, the
     ratio divides two small numbers, and a handful of such observations, about which there is least to explain, can
-    outweigh all others. The ratio of the means weights each observation's ratio by its whole change, so they count
-    for little. (On the post's model nothing explodes: the counterfactual changes every observation by more than
-    two logits, and score and mean ratio agree to 0.002.) A score is a share and says nothing about the size of the
-    effect: read `whole_change` beside it. Shares of several heads need not sum to 1: the state token itself has one
-    too, and the MLP is not linear. It is NaN where the whole change is exactly 0.
+    outweigh all others. The ratio of the means weights each observation's ratio by its whole change. Where all
+    ratios agree, the two are equal. A score is a share and says nothing about the size of the effect: read
+    `whole_change` beside it. Shares of several heads need not sum to 1: the state token itself and the MLP, which is
+    not linear, have theirs. It is NaN where the whole change is exactly 0.
 
     Only what `observations` shows with an obstacle in front is used. A model with a longer context is shown a
     single timestep. Raises ValueError where no observation has an obstacle in front.
     """
-    shape = (model.cfg.n_layers, model.cfg.n_heads)
+    shape, weight = (model.cfg.n_layers, model.cfg.n_heads), 0.0
     whole, by_head, ratios = 0.0, torch.zeros(shape).double(), torch.zeros(shape).double()
     for share, changes in _changes(model, observations, rtg, timestep, batch_size, progress):
         whole_change, head_change = changes.whole.double(), changes.by_head.double()
+        weight += float(share.sum())
         whole += float(share @ whole_change)
         by_head += head_change @ share
         ratios += (head_change / whole_change) @ share
     layer, head = np.indices(shape).reshape(2, -1)
-    change, mean_ratio = (sums.flatten().numpy() for sums in (by_head, ratios))
+    change, mean_ratio = (sums.flatten().numpy() / weight for sums in (by_head, ratios))
     with np.errstate(invalid="ignore", divide="ignore"):
-        score = change / np.float64(whole)
+        score = change / (whole / weight)
     columns = {"layer": layer, "head": head, "score": score, "mean_ratio": mean_ratio, "change": change}
-    return pd.DataFrame(columns | {"whole_change": whole})
+    return pd.DataFrame(columns | {"whole_change": whole / weight})
 
 
 def _changes(

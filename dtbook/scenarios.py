@@ -26,7 +26,7 @@ SITUATIONS = (*IN_FRONT, *AT_HAND)
 EMPTY_CELL = (EMPTY, 0, 0)
 """An empty cell as minigrid shows it: object, colour, state."""
 
-BATCH_SIZE = 2048  # fastest of 1,024 to 16,384 on one core, by a little
+BATCH_SIZE = 8192
 
 
 def showing(images: Images, situation: str) -> Bool[np.ndarray, " n"]:
