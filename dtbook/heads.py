@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from dtbook.exhaustive import Folded
 from dtbook.gridworld import ObservationSet
 from dtbook.interventions import STATE_TOKENS, Site, patch
 from dtbook.model import DecisionTransformer
@@ -121,48 +122,18 @@ def changes_by_patching(model: DecisionTransformer, clean: Batch, counterfactual
 def changes_fused(model: DecisionTransformer, clean: Batch, counterfactual: Batch) -> Changes:
     """Return the changes for one layer, sharing all that is linear; up to rounding `changes_by_patching`'s.
 
-    The residual stream before the MLP is a sum, so each run's MLP input and direct logits are those of the clean run
-    plus the change of one head, or plus that of all heads and the state embedding.
+    A batch is of one RTG and timestep, as `scenarios.batches` makes them.
     """
-    block = model.blocks[0]
-    states, z = zip(*(_state_and_z(model, batch) for batch in (clean, counterfactual)), strict=True)
-    # what enters the MLP and what the logits read directly, side by side
-    reader = torch.cat([block.mlp.W_in, model.W_U], 1)
-    fixed = model.W_E_time[clean.timesteps[:, 0]] + model.W_pos[1] + block.attn.b_O
-    stream = states[0] + fixed + z[0].flatten(1) @ block.attn.W_O.flatten(0, 1)
-    by_head = torch.einsum("bhd,hdr->hbr", z[1] - z[0], block.attn.W_O @ reader)
-    before = stream @ reader
-    whole = before + by_head.sum(0) + (states[1] - states[0]) @ reader
-    preferences = [
-        _preference(model, read) for read in (before, whole, *(before + change for change in by_head))
-    ]
-    return Changes(preferences[1] - preferences[0], torch.stack(preferences[2:])[None] - preferences[0])
-
-
-def _preference(model: DecisionTransformer, read: Tensor) -> Tensor:
-    """The forward preference, from the stream before the MLP times W_in and W_U, side by side."""
-    mlp = model.blocks[0].mlp
-    pre, direct = read.split([model.cfg.d_mlp, model.cfg.n_actions], 1)
-    logits = (pre + mlp.b_in).relu() @ (mlp.W_out @ model.W_U) + direct + (mlp.b_out @ model.W_U + model.b_U)
-    return forward_preference(logits)
-
-
-def _state_and_z(model: DecisionTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """State embeddings (batch, d_model), and z of all heads at the state token (batch, head, d_head).
-
-    As in the model's fused path: RTG and state token differ by δ = R·W_E_rtg + W_pos[0] − W_pos[1] − state
-    embedding, so attention to RTG is sigmoid(q · δW_K / √d_head), and z the state's value plus that much of δW_V.
-    """
-    attn = model.blocks[0].attn
-    state = model.embed_states(batch.states[:, 0])
-    stream = state + model.W_E_time[batch.timesteps[:, 0]] + model.W_pos[1]
-    delta = batch.rtgs.to(state.dtype) * model.W_E_rtg + (model.W_pos[0] - model.W_pos[1]) - state
-    width = (model.cfg.n_heads, model.cfg.d_head)
-    W_Q, W_K, W_V = (weight.transpose(0, 1).flatten(1) for weight in (attn.W_Q, attn.W_K, attn.W_V))
-    q, key_change = (stream @ W_Q).unflatten(1, width) + attn.b_Q, (delta @ W_K).unflatten(1, width)
-    to_rtg = torch.sigmoid((q * key_change).sum(-1, keepdim=True) / model.cfg.d_head**0.5)
-    value, value_change = (stream @ W_V).unflatten(1, width), (delta @ W_V).unflatten(1, width)
-    return state, value + attn.b_V + to_rtg * value_change
+    folded, asked = Folded(model), (float(clean.rtgs[0]), int(clean.timesteps[0]))
+    runs = [folded.share(batch.states[:, 0]).at(*asked) for batch in (clean, counterfactual)]
+    heads = [run.heads() for run in runs]
+    before, after = (forward_preference(run.logits(own)) for run, own in zip(runs, heads, strict=True))
+    by_head = torch.empty(len(folded.heads), len(before), dtype=before.dtype)
+    for head in range(len(folded.heads)):
+        patched = heads[0].clone()
+        patched[head] = heads[1][head]
+        by_head[head] = forward_preference(runs[0].logits(patched)) - before
+    return Changes(after - before, by_head[None])
 
 
 def order_heads(model: DecisionTransformer, scores: pd.DataFrame) -> DecisionTransformer:

@@ -1,0 +1,225 @@
+"""Every observation through a one-layer model, with all that RTG, timestep and interventions share computed once.
+
+With one layer and no LayerNorm, what reads the residual stream after attention are the MLP's input (W_in) and the
+action logits (W_U): side by side, the *readers*, d_mlp + 3 columns. All that is written before them is linear in the
+state embedding once the attention is known, so a batch of observations meets the weights once (`Folded.share`), and a
+run at some RTG and timestep (`Shared.at`) costs sums over the readers' columns, not matrix products. Ablating or
+patching a head replaces its row of `Run.heads`, and is exact: the MLP is evaluated anew.
+
+Only the state token's query is needed. RTG and state token differ by δ = R·W_E_rtg + W_pos[0] − W_pos[1] − state
+embedding, as time and biases cancel in their difference, so attention to RTG is sigmoid(q · δW_K / √d_head).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from dtbook.gridworld import ObservationSet
+from dtbook.model import DecisionTransformer
+
+BATCH_SIZE = 2048
+"""Observations a batch: small enough that a run's rows stay in the processor's cache."""
+
+
+class Condition(NamedTuple):
+    """What a run is asked, whatever it sees."""
+
+    rtg: float
+    timestep: int
+
+
+class Folded:
+    """The weights of a one-layer model, multiplied out to the readers (in float64, then in the model's dtype).
+
+    A model with a longer context is taken as it is with a single timestep. Raises ValueError for another number of
+    layers.
+    """
+
+    def __init__(self, model: DecisionTransformer) -> None:
+        if model.cfg.n_layers != 1:
+            raise ValueError(f"model has {model.cfg.n_layers} layers; only one can be folded.")
+        self.model = model
+        self.heads = [f"L0H{head}" for head in range(model.cfg.n_heads)]
+        with torch.no_grad():
+            self._fold({name: weight.double() for name, weight in model.named_parameters()})
+
+    def _fold(self, w: Mapping[str, Tensor]) -> None:
+        def of(name: str) -> Tensor:
+            return w[f"blocks.0.{name}"]
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(self.model.W_U)
+
+        d_head, U = self.model.cfg.d_head, w["W_U"]
+        reader = torch.cat([of("mlp.W_in"), U], 1)
+        mean = torch.full((self.model.cfg.n_heads, d_head, 1), 1 / d_head, dtype=torch.double)
+        written = torch.cat(
+            [of("attn.W_O") @ reader, mean], 2
+        )  # last column: the mean of z over its features
+        self.n_readers = reader.shape[1]
+        self.W_V = cast(of("attn.W_V") @ written)  # head d_model column (a reader, or the mean)
+        self.b_V = cast((of("attn.b_V")[:, None] @ written)[:, 0])
+        self.reader, self.feature_mean = cast(reader), cast(of("attn.W_O").sum(1) @ reader)
+        self.b_O, self.b_in = cast(of("attn.b_O") @ reader), cast(of("mlp.b_in"))
+        self.W_mlp, self.b_mlp = cast(of("mlp.W_out") @ U), cast(of("mlp.b_out") @ U)
+        self.b_U = cast(w["b_U"])
+        queries, keys = (of(f"attn.W_{kind}").transpose(0, 1).flatten(1) for kind in "QK")
+        values = (of("attn.W_V") @ written).transpose(0, 1).flatten(1)
+        self.from_state = cast(torch.cat([reader, values, queries, keys], 1))
+        self.rtg, self.key = cast(w["W_E_rtg"]), cast(w["W_pos"][0] - w["W_pos"][1])
+        self.time = cast(w["W_E_time"] + w["W_pos"][1])  # of the state token, its position included
+
+    def share(self, images: UInt8[Tensor, "n 7 7 3"]) -> "Shared":
+        """Return what a batch of observations has in common at every RTG and timestep."""
+        cfg, r = self.model.cfg, self.n_readers
+        with torch.no_grad():
+            columns = self.model.embed_states(images) @ self.from_state
+        widths = [r, cfg.n_heads * (r + 1), cfg.n_heads * cfg.d_head, cfg.n_heads * cfg.d_head]
+        state, value, q, k = columns.split(widths, 1)
+        by_head = [
+            part.unflatten(1, (cfg.n_heads, -1)).transpose(0, 1).contiguous() for part in (value, q, k)
+        ]
+        return Shared(self, images, state.contiguous(), *by_head)
+
+
+class Shared(NamedTuple):
+    """A batch of observations after they have met the weights: without RTG, time and biases."""
+
+    folded: Folded
+    images: UInt8[Tensor, "n 7 7 3"]
+    state: Float[Tensor, "n reader"]
+    """What the state embedding writes on the readers directly."""
+    value: Float[Tensor, "head n column"]
+    """What a head that attends to the state token alone writes on them; then the mean of its z over features."""
+    q: Float[Tensor, "head n d_head"]
+    k: Float[Tensor, "head n d_head"]
+
+    @torch.no_grad()
+    def at(self, rtg: float, timestep: int) -> "Run":
+        """Return the run of this batch at an RTG and a timestep. Raises ValueError where the model has none such."""
+        f, attn = self.folded, self.folded.model.blocks[0].attn
+        if not 0 <= timestep < len(f.time):
+            raise ValueError(f"timestep is {timestep}; this model has timesteps 0 to {len(f.time) - 1}.")
+        if not np.isfinite(rtg):
+            raise ValueError(f"rtg is {rtg}; it must be a finite number.")
+        time, token = f.time[timestep], rtg * f.rtg + f.key
+        query = (time @ attn.W_Q + attn.b_Q)[:, None] + self.q
+        scores = (query * ((token @ attn.W_K)[:, None] - self.k)).sum(-1) / f.model.cfg.d_head**0.5
+        pattern = torch.sigmoid(scores)
+        rtg_value, time_value = token @ f.W_V, time @ f.W_V + f.b_V
+        return Run(self, Condition(rtg, timestep), pattern, rtg_value, time_value, time @ f.reader + f.b_O)
+
+
+class Run(NamedTuple):
+    """A batch at one RTG and timestep, up to the MLP."""
+
+    shared: Shared
+    condition: Condition
+    pattern: Float[Tensor, "head n"]
+    """Attention of the state token to RTG; the rest is to itself."""
+    rtg_value: Float[Tensor, "head column"]
+    """What a head writes of the RTG token's own value (RTG and position, without time and biases)."""
+    time_value: Float[Tensor, "head column"]
+    """What it writes of time, the state token's position and b_V, to whatever it attends."""
+    fixed: Float[Tensor, " reader"]
+    """What time, position and b_O write on the readers directly."""
+
+    def heads(
+        self,
+        pattern: Float[Tensor, "head n"] | None = None,
+        value: Float[Tensor, "head n column"] | None = None,
+    ) -> Float[Tensor, "head n column"]:
+        """Return what each head writes on the readers, with its own pattern and values or those of another run."""
+        pattern = (self.pattern if pattern is None else pattern).unsqueeze(-1)
+        value = self.shared.value if value is None else value
+        return torch.lerp(value, self.rtg_value.unsqueeze(1), pattern).add_(self.time_value.unsqueeze(1))
+
+    def read(self, heads: Float[Tensor, "head n column"]) -> Float[Tensor, "n reader"]:
+        """Return what the readers get in all: the MLP's input without b_in, then the logits without the MLP."""
+        return self.shared.state + self.fixed + heads[..., :-1].sum(0)
+
+    def neurons(self, read: Float[Tensor, "n reader"]) -> Float[Tensor, "n d_mlp"]:
+        """Return the activations of the neurons (`mlp.hook_post`)."""
+        return (read[:, : len(self.shared.folded.b_in)] + self.shared.folded.b_in).relu_()
+
+    def mlp(self, read: Float[Tensor, "n reader"]) -> Float[Tensor, "n action"]:
+        """Return what the MLP writes on the logits, b_out included."""
+        return self.neurons(read) @ self.shared.folded.W_mlp + self.shared.folded.b_mlp
+
+    def logits(
+        self,
+        heads: Float[Tensor, "head n column"] | None = None,
+        mlp: Float[Tensor, "#n action"] | None = None,
+    ) -> Float[Tensor, "n action"]:
+        """Return the action logits, with the heads' and the MLP's own outputs or with others in their place."""
+        read = self.read(self.heads() if heads is None else heads)
+        mlp = self.mlp(read) if mlp is None else mlp
+        return read[:, len(self.shared.folded.b_in) :] + mlp + self.shared.folded.b_U
+
+    def contributions(self) -> dict[str, Float[Tensor, "n action"]]:
+        """Return the logits as a sum of components: the keys of `attribution.decompose`, channels taken together.
+
+        "state", "time and position", "L0H0", …, "L0 b_O", "L0 MLP" (its b_out included) and "b_U".
+        """
+        f, heads = self.shared.folded, self.heads()
+        first, last = len(f.b_in), f.n_readers
+        b_O = f.b_O[first:]
+        parts = {"state": self.shared.state[:, first:], "time and position": self.fixed[first:] - b_O}
+        parts |= {name: part[:, first:last] for name, part in zip(f.heads, heads, strict=True)}
+        parts |= {"L0 b_O": b_O, "L0 MLP": self.mlp(self.read(heads)), "b_U": f.b_U}
+        return {name: part.expand(len(self.shared.images), -1) for name, part in parts.items()}
+
+
+Measure = Callable[[Run], Mapping[str, Tensor]]
+"""From a run to named values, each with a row for every observation of the batch."""
+
+
+@torch.inference_mode()
+def collect(
+    model: DecisionTransformer,
+    observations: ObservationSet,
+    conditions: Iterable[tuple[float, int]],
+    measure: Measure,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = False,
+) -> dict[str, Float[np.ndarray, "condition n *rest"]]:
+    """Return what `measure` says of every observation at every (rtg, timestep), in their order.
+
+    Raises ValueError for a model of more than one layer, another view size, and a condition it cannot be asked.
+    """
+    folded, asked = Folded(model), [Condition(*condition) for condition in conditions]
+    if observations.images.shape[1:] != (model.cfg.view_size, model.cfg.view_size, 3):
+        raise ValueError(
+            f"observations show {observations.images.shape[1:]}; this model sees a view of {model.cfg.view_size} cells."
+        )
+    results: dict[str, np.ndarray] = {}
+    n = len(observations.images)
+    with tqdm(total=n, desc="observations", disable=not progress, unit_scale=True) as bar:
+        for start in range(0, n, batch_size):
+            rows = slice(start, min(start + batch_size, n))
+            shared = folded.share(torch.from_numpy(observations.images[rows]))
+            for k, condition in enumerate(asked):
+                for name, value in measure(shared.at(*condition)).items():
+                    if name not in results:
+                        kind = np.float64 if value.dtype == torch.float64 else np.float32
+                        results[name] = np.empty((len(asked), n, *value.shape[1:]), kind)
+                    results[name][k, rows] = value.numpy()
+            bar.update(rows.stop - rows.start)
+    return results
+
+
+def logits(
+    model: DecisionTransformer,
+    observations: ObservationSet,
+    conditions: Iterable[tuple[float, int]],
+    progress: bool = False,
+) -> Float[np.ndarray, "condition n action"]:
+    """Return the action logits of every observation at every (rtg, timestep); `model` itself, up to rounding."""
+    return collect(model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress)[
+        "logits"
+    ]
