@@ -68,6 +68,7 @@ class Folded:
         self.b_O, self.b_in = cast(of("attn.b_O") @ reader), cast(of("mlp.b_in"))
         self.W_mlp, self.b_mlp = cast(of("mlp.W_out") @ U), cast(of("mlp.b_out") @ U)
         self.b_U = cast(w["b_U"])
+        self.mlp_mean = cast(of("mlp.W_out").mean(1)), cast(of("mlp.b_out").mean()), cast(U.sum(0))
         queries, keys = (of(f"attn.W_{kind}").transpose(0, 1).flatten(1) for kind in "QK")
         values = (of("attn.W_V") @ written).transpose(0, 1).flatten(1)
         self.from_state = cast(torch.cat([reader, values, queries, keys], 1))
@@ -149,7 +150,13 @@ class Run(NamedTuple):
 
     def mlp(self, read: Float[Tensor, "n reader"]) -> Float[Tensor, "n action"]:
         """Return what the MLP writes on the logits, b_out included."""
-        return self.neurons(read) @ self.shared.folded.W_mlp + self.shared.folded.b_mlp
+        f = self.shared.folded
+        return torch.addmm(f.b_mlp, self.neurons(read), f.W_mlp)
+
+    def mlp_feature_mean(self, read: Float[Tensor, "n reader"]) -> Float[Tensor, "n action"]:
+        """Return what the MLP would write on the logits with the mean of its output's entries in all of them."""
+        weight, bias, on_logits = self.shared.folded.mlp_mean
+        return (self.neurons(read) @ weight + bias).unsqueeze(1) * on_logits
 
     def logits(
         self,
@@ -157,7 +164,12 @@ class Run(NamedTuple):
         mlp: Float[Tensor, "#n action"] | None = None,
     ) -> Float[Tensor, "n action"]:
         """Return the action logits, with the heads' and the MLP's own outputs or with others in their place."""
-        read = self.read(self.heads() if heads is None else heads)
+        return self.finish(self.read(self.heads() if heads is None else heads), mlp)
+
+    def finish(
+        self, read: Float[Tensor, "n reader"], mlp: Float[Tensor, "#n action"] | None = None
+    ) -> Float[Tensor, "n action"]:
+        """Return the action logits from what the readers get, with the MLP's own output or another."""
         mlp = self.mlp(read) if mlp is None else mlp
         return read[:, len(self.shared.folded.b_in) :] + mlp + self.shared.folded.b_U
 
