@@ -1,5 +1,6 @@
 """The `dtbook` command: run the notebooks, build the book, check what it starts from, measure."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,47 @@ def verify() -> None:
         raise ArtifactError("\n".join(problems))
     sizes = [entry["bytes"] for entry in store.entries().values()]
     click.echo(f"{store.root}: {len(sizes)} artifacts, {sum(sizes) / 1e6:.1f} MB, all as the manifest says")
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where results go.  [default: runs/sweeps/FILE]"
+)
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Local processes.")
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="A Dask scheduler (tcp://…) in place of local processes."
+)
+@click.option("--dry-run", is_flag=True, help="List the points and run nothing.")
+def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, dry_run: bool) -> None:
+    """Run a notebook or a stage at every point that FILE (YAML) describes.
+
+    Leaves an artifact for each point, a manifest, and table.parquet with one row a point. The same command goes on
+    with a sweep that was interrupted, or whose points failed: what is there is not run again.
+    """
+    from dtbook import sweep as sweeps  # imports pandas, which the other commands do without
+
+    points = sweeps.read_sweep(file, CHECKOUT / "notebooks")
+    folder = (folder or CHECKOUT / "runs" / "sweeps" / file.stem).absolute()
+    if dry_run:
+        click.echo("\n".join(f"{point.id}  {point}" for point in points))
+        return
+    count = itertools.count(1)
+
+    def report(point: sweeps.Point, outcome: sweeps.Outcome) -> None:
+        done = f"done in {outcome.seconds:.1f} s" if outcome.seconds is not None else "up to date"
+        click.echo(f"[{next(count)}/{len(points)}] {point}: {outcome.error or done}")
+
+    try:
+        table = sweeps.run_sweep(points, folder, workers, scheduler, report)
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted. What is done lies in {folder}; the same command goes on with the rest.")
+        raise
+    click.echo(f"The table is {folder / 'table.parquet'}: {len(table)} rows, {len(table.columns)} columns")
+    if failed := table["error"].notna().sum():
+        raise click.ClickException(
+            f"{failed} of {len(points)} points failed; the same command tries them again"
+        )
 
 
 @main.command()

@@ -18,7 +18,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from dtbook.artifacts import ArtifactStore, atomic_write, describe
-from dtbook.provenance import code_behind, digest, imported_names
+from dtbook.provenance import code_behind, digest, imported_names, package_sources
 
 # Nobody watches a kernel of the runner, and times in progress bars would make every copy different.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -120,10 +120,18 @@ def inputs_digest(path: Path, parameters: Mapping[str, object], store: ArtifactS
     Those are its cells, its parameters, the rooms of dtbook and libraries that it imports, and the manifest.
     """
     notebook = nbformat.read(path, as_version=4)
-    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    code = "\n".join(TransformerManager().transform_cell(cell) for cell in cells)
     manifest = describe(store.manifest) if store.manifest.exists() else None
-    return digest([notebook_digest(notebook), parameters, code_behind(imported_names(code)), manifest])
+    return digest([notebook_digest(notebook), parameters, code_behind(_imports(notebook)), manifest])
+
+
+def imported_rooms(path: Path) -> list[str]:
+    """Return the rooms of dtbook behind a notebook."""
+    return list(package_sources(_imports(nbformat.read(path, as_version=4))))
+
+
+def _imports(notebook: nbformat.NotebookNode) -> set[str]:
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return imported_names("\n".join(TransformerManager().transform_cell(cell) for cell in cells))
 
 
 def is_current(target: Path, inputs: str) -> bool:
@@ -193,7 +201,8 @@ class _ThisPython(KernelSpecManager):
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         environment = {name: os.environ.get(name, value) for name, value in KERNEL_ENVIRONMENT.items()}
-        return KernelSpec(**get_kernel_dict(), env=environment)
+        quiet = ["--IPKernelApp.log_level=40"]  # errors only: it warns of ports on the machine itself
+        return KernelSpec(**get_kernel_dict(extra_arguments=quiet), env=environment)
 
 
 class _KernelManager(AsyncKernelManager):
