@@ -41,6 +41,7 @@ from dtbook.checkpoints import (
     read_folder,
     read_post_checkpoint,
 )
+from dtbook.fused import Weights, one_timestep
 from dtbook.model_config import Actions, DTConfig, Rtgs, States, Timesteps, check_inputs, one_hot
 
 __all__ = ["DTConfig", "DecisionTransformer", "fetch_post_checkpoint"]
@@ -250,23 +251,13 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         rtgs: Float[Tensor, " batch"],
         timesteps: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch action"]:
-        """Return the logits of one timestep through one layer, from the state token's query alone.
-
-        RTG and state token differ by δ = R·W_E_rtg + W_pos[0] − W_pos[1] − state embedding: time and biases
-        cancel in the difference of their keys and values. So attention to RTG is sigmoid(q · δW_K / √d_head),
-        and a head reads the state's value plus that much of δW_V.
-        """
-        attn, mlp = self.blocks[0].attn, self.blocks[0].mlp
-        state = self.embed_states(states)
-        resid = state + self.W_E_time[timesteps] + self.W_pos[1]
-        delta = rtgs.to(state.dtype).unsqueeze(-1) * self.W_E_rtg + (self.W_pos[0] - self.W_pos[1]) - state
-        q = _by_head(resid.unsqueeze(1), attn.W_Q) + attn.b_Q  # batch 1 head d_head
-        dk, dv = _by_head(delta.unsqueeze(1), attn.W_K), _by_head(delta.unsqueeze(1), attn.W_V)
-        to_rtg = torch.sigmoid((q * dk).sum(-1, keepdim=True) / self.cfg.d_head**0.5)
-        z = _by_head(resid.unsqueeze(1), attn.W_V) + attn.b_V + to_rtg * dv
-        resid = resid + z.flatten(1) @ attn.W_O.flatten(0, 1) + attn.b_O
-        resid = resid + (resid @ mlp.W_in + mlp.b_in).relu() @ mlp.W_out + mlp.b_out
-        return resid @ self.W_U + self.b_U
+        """Return the logits of one timestep through one layer, by `fused.one_timestep`."""
+        attn, mlp, state = self.blocks[0].attn, self.blocks[0].mlp, self.embed_states(states)
+        parts = dict(self.named_parameters(recurse=False)) | dict(attn.named_parameters())
+        parts |= dict(mlp.named_parameters())
+        weights = Weights(*(parts[name] for name in Weights._fields))
+        time = nn.functional.embedding(timesteps, self.W_E_time)
+        return one_timestep(state, time, rtgs.to(state.dtype), weights)
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
         """Return the logits and TransformerLens's ActivationCache of the run."""

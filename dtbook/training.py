@@ -106,15 +106,16 @@ class Sampler:
             raise ValueError(
                 f"balance_classes needs episodes of every return, but none have return {missing[0]}"
             )
-        self.groups = groups if config.balance_classes else [np.arange(len(step_classes))]
+        groups = groups if config.balance_classes else [np.arange(len(step_classes))]
+        self.sizes = np.array([len(rows) for rows in groups])
+        self.ordered, self.first_of = np.concatenate(groups), np.cumsum(self.sizes) - self.sizes
 
     def rows(self, rng: np.random.Generator) -> Int64[np.ndarray, " batch"]:
         """Step rows at which the windows of one batch end."""
-        size, groups = self.config.batch_size, self.groups
-        group, uniform = rng.integers(len(groups), size=size), rng.random(size)
-        sizes = np.array([len(rows) for rows in groups])
+        size, sizes = self.config.batch_size, self.sizes
+        group, uniform = rng.integers(len(sizes), size=size), rng.random(size)
         within = (uniform * sizes[group]).astype(np.int64)
-        rows = np.choose(group, [rows[np.minimum(within, len(rows) - 1)] for rows in groups])
+        rows = self.ordered[self.first_of[group] + np.minimum(within, sizes[group] - 1)]
         return np.where(rng.random(size) < self.config.last_step_share, self.last_row[rows], rows)
 
     def batch(self, rng: np.random.Generator) -> Batch:
@@ -161,7 +162,7 @@ def train(
     _check_fit(data, model_config)
     sampler = Sampler(data, model_config.n_timesteps, config)
     model = DecisionTransformer(model_config, seed=seed)
-    optimizer = _optimizer(model, config)
+    optimizer = make_optimizer(model, config)
     run = _Run(folder, {"model": asdict(model_config), "train": asdict(config), "seed": seed})
     curve, evaluations, begin = run.resume(model, optimizer)
     torch.set_flush_denormal(True)  # the unused state channel decays to denormals, which cost a factor of two
@@ -169,7 +170,9 @@ def train(
         with tqdm(total=config.steps, initial=begin, desc="training", disable=not progress) as bar:
             for step in range(begin, config.steps):
                 batch = sampler.batch(np.random.default_rng([seed, step]))
-                curve.append(_update(model, optimizer, batch, config.learning_rate(step), step))
+                lr = config.learning_rate(step)
+                loss, accuracy = update(model, optimizer, batch, lr)
+                curve.append({"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "lr": lr})
                 bar.update()
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                     evaluations.append(
@@ -205,24 +208,28 @@ def _check_fit(data: Trajectories, model_config: DTConfig) -> None:
         )
 
 
-def _optimizer(model: DecisionTransformer, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: DecisionTransformer, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over all parameters."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def _update(
-    model: DecisionTransformer, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, step: int
-) -> Row:
+def update(
+    model: DecisionTransformer, optimizer: torch.optim.Optimizer, batch: Batch, lr: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take one optimiser step and return loss and accuracy of the batch before it."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    logits = model.fast_forward(batch.states, batch.rtgs, batch.timesteps, batch.actions[:, :-1])[batch.real]
-    target = batch.actions[batch.real]
+    logits = model.fast_forward(batch.states, batch.rtgs, batch.timesteps, batch.actions[:, :-1])
+    if batch.actions.shape[1] == 1:  # a window of one step has no padding
+        logits, target = logits[:, 0], batch.actions[:, 0]
+    else:
+        logits, target = logits[batch.real], batch.actions[batch.real]
     loss = F.cross_entropy(logits, target)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    accuracy = (logits.detach().argmax(-1) == target).float().mean()
-    return {"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "lr": lr}
+    return loss.detach(), (logits.detach().argmax(-1) == target).float().mean()
 
 
 class _Run:
