@@ -11,7 +11,8 @@ embedding, as time and biases cancel in their difference, so attention to RTG is
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, no_type_check
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from dtbook.gridkernels import compiled
 from dtbook.gridworld import ObservationSet
 from dtbook.model import DecisionTransformer
 
@@ -46,7 +48,7 @@ class Folded:
         self.model = model
         self.heads = [f"L0H{head}" for head in range(model.cfg.n_heads)]
         with torch.no_grad():
-            self._fold({name: weight.double() for name, weight in model.named_parameters()})
+            self._fold({name: weight.detach().double() for name, weight in model.named_parameters()})
 
     def _fold(self, w: Mapping[str, Tensor]) -> None:
         def of(name: str) -> Tensor:
@@ -65,7 +67,11 @@ class Folded:
         self.W_V = cast(of("attn.W_V") @ written)  # head d_model column (a reader, or the mean)
         self.b_V = cast((of("attn.b_V")[:, None] @ written)[:, 0])
         self.reader, self.feature_mean = cast(reader), cast(of("attn.W_O").sum(1) @ reader)
-        self.b_O, self.b_in = cast(of("attn.b_O") @ reader), cast(of("mlp.b_in"))
+        self.b_O = cast(of("attn.b_O") @ reader)
+        self.d_mlp = self.model.cfg.d_mlp
+        self.b_in = cast(
+            torch.nn.functional.pad(of("mlp.b_in"), (0, U.shape[1]))
+        )  # a reader's: 0 for the logits
         self.W_mlp, self.b_mlp = cast(of("mlp.W_out") @ U), cast(of("mlp.b_out") @ U)
         self.b_U = cast(w["b_U"])
         self.mlp_mean = cast(of("mlp.W_out").mean(1)), cast(of("mlp.b_out").mean()), cast(U.sum(0))
@@ -82,10 +88,10 @@ class Folded:
             columns = self.model.embed_states(images) @ self.from_state
         widths = [r, cfg.n_heads * (r + 1), cfg.n_heads * cfg.d_head, cfg.n_heads * cfg.d_head]
         state, value, q, k = columns.split(widths, 1)
-        by_head = [
+        value, q, k = (
             part.unflatten(1, (cfg.n_heads, -1)).transpose(0, 1).contiguous() for part in (value, q, k)
-        ]
-        return Shared(self, images, state.contiguous(), *by_head)
+        )
+        return Shared(self, images, state.contiguous(), value, q, k, (q * k).sum(-1))
 
 
 class Shared(NamedTuple):
@@ -99,6 +105,8 @@ class Shared(NamedTuple):
     """What a head that attends to the state token alone writes on them; then the mean of its z over features."""
     q: Float[Tensor, "head n d_head"]
     k: Float[Tensor, "head n d_head"]
+    qk: Float[Tensor, "head n"]
+    """q · k of the state embedding with itself."""
 
     @torch.no_grad()
     def at(self, rtg: float, timestep: int) -> "Run":
@@ -109,11 +117,14 @@ class Shared(NamedTuple):
         if not np.isfinite(rtg):
             raise ValueError(f"rtg is {rtg}; it must be a finite number.")
         time, token = f.time[timestep], rtg * f.rtg + f.key
-        query = (time @ attn.W_Q + attn.b_Q)[:, None] + self.q
-        scores = (query * ((token @ attn.W_K)[:, None] - self.k)).sum(-1) / f.model.cfg.d_head**0.5
+        # (q of the state + q of the time) · (k of the RTG token − k of the state), multiplied out
+        query, key = (time @ attn.W_Q + attn.b_Q).unsqueeze(2), (token @ attn.W_K).unsqueeze(2)
+        scores = (self.q @ key - self.k @ query + query.transpose(1, 2) @ key).squeeze(2) - self.qk
+        scores = scores / f.model.cfg.d_head**0.5
         pattern = torch.sigmoid(scores)
         rtg_value, time_value = token @ f.W_V, time @ f.W_V + f.b_V
-        return Run(self, Condition(rtg, timestep), pattern, rtg_value, time_value, time @ f.reader + f.b_O)
+        fixed = time @ f.reader + f.b_O + f.b_in
+        return Run(self, Condition(rtg, timestep), pattern, rtg_value, time_value, fixed)
 
 
 class Run(NamedTuple):
@@ -128,7 +139,7 @@ class Run(NamedTuple):
     time_value: Float[Tensor, "head column"]
     """What it writes of time, the state token's position and b_V, to whatever it attends."""
     fixed: Float[Tensor, " reader"]
-    """What time, position and b_O write on the readers directly."""
+    """What time, position and b_O write on the readers directly, and b_in."""
 
     def heads(
         self,
@@ -141,17 +152,24 @@ class Run(NamedTuple):
         return torch.lerp(value, self.rtg_value.unsqueeze(1), pattern).add_(self.time_value.unsqueeze(1))
 
     def read(self, heads: Float[Tensor, "head n column"]) -> Float[Tensor, "n reader"]:
-        """Return what the readers get in all: the MLP's input without b_in, then the logits without the MLP."""
-        return self.shared.state + self.fixed + heads[..., :-1].sum(0)
+        """Return what the readers get in all: the neurons' `hook_pre`, then the logits without MLP and b_U."""
+        read = self.shared.state + self.fixed
+        for head in heads:
+            read += head[:, :-1]
+        return read
 
     def neurons(self, read: Float[Tensor, "n reader"]) -> Float[Tensor, "n d_mlp"]:
         """Return the activations of the neurons (`mlp.hook_post`)."""
-        return (read[:, : len(self.shared.folded.b_in)] + self.shared.folded.b_in).relu_()
+        return read[:, : self.shared.folded.d_mlp].relu()
 
     def mlp(self, read: Float[Tensor, "n reader"]) -> Float[Tensor, "n action"]:
         """Return what the MLP writes on the logits, b_out included."""
-        f = self.shared.folded
-        return torch.addmm(f.b_mlp, self.neurons(read), f.W_mlp)
+        f, out = (
+            self.shared.folded,
+            np.empty((len(read), self.shared.folded.W_mlp.shape[1]), read.numpy().dtype),
+        )
+        _relu_matmul(read.numpy(), f.W_mlp.T.contiguous().numpy(), out)
+        return torch.from_numpy(out).add_(f.b_mlp)
 
     def mlp_feature_mean(self, read: Float[Tensor, "n reader"]) -> Float[Tensor, "n action"]:
         """Return what the MLP would write on the logits with the mean of its output's entries in all of them."""
@@ -171,7 +189,7 @@ class Run(NamedTuple):
     ) -> Float[Tensor, "n action"]:
         """Return the action logits from what the readers get, with the MLP's own output or another."""
         mlp = self.mlp(read) if mlp is None else mlp
-        return read[:, len(self.shared.folded.b_in) :] + mlp + self.shared.folded.b_U
+        return read[:, self.shared.folded.d_mlp :] + mlp + self.shared.folded.b_U
 
     def contributions(self) -> dict[str, Float[Tensor, "n action"]]:
         """Return the logits as a sum of components: the keys of `attribution.decompose`, channels taken together.
@@ -179,12 +197,27 @@ class Run(NamedTuple):
         "state", "time and position", "L0H0", …, "L0 b_O", "L0 MLP" (its b_out included) and "b_U".
         """
         f, heads = self.shared.folded, self.heads()
-        first, last = len(f.b_in), f.n_readers
+        first, last = f.d_mlp, f.n_readers
         b_O = f.b_O[first:]
         parts = {"state": self.shared.state[:, first:], "time and position": self.fixed[first:] - b_O}
         parts |= {name: part[:, first:last] for name, part in zip(f.heads, heads, strict=True)}
         parts |= {"L0 b_O": b_O, "L0 MLP": self.mlp(self.read(heads)), "b_U": f.b_U}
         return {name: part.expand(len(self.shared.images), -1) for name, part in parts.items()}
+
+
+@partial(compiled, fastmath=True)
+@no_type_check
+def _relu_matmul(pre: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
+    """out = relu(pre[:, :n]) @ weightᵀ for a weight of three rows of n, in one go over `pre`."""
+    n = weight.shape[1]
+    for i in range(len(pre)):
+        left = right = forward = pre[i, 0] * 0
+        for j in range(n):
+            active = max(pre[i, j], 0)
+            left += active * weight[0, j]
+            right += active * weight[1, j]
+            forward += active * weight[2, j]
+        out[i, 0], out[i, 1], out[i, 2] = left, right, forward
 
 
 Measure = Callable[[Run], Mapping[str, Tensor]]

@@ -41,14 +41,17 @@ FAULTS = (
 )
 
 
-def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel, compiled by numba on its first call and kept on disk where a folder can be written to."""
+def compiled(kernel: Callable[..., Any], fastmath: bool = False) -> Callable[..., Any]:
+    """The kernel, compiled by numba on its first call and kept on disk where a folder can be written to.
+
+    `fastmath` lets it add up floating-point numbers in any order.
+    """
     try:
-        return numba.njit(cache=True)(kernel)
+        return numba.njit(cache=True, fastmath=fastmath)(kernel)
     except (
         RuntimeError
     ):  # neither the package's folder nor the user's cache is writable: compile in every process
-        return numba.njit(kernel)
+        return numba.njit(fastmath=fastmath)(kernel)
 
 
 @lru_cache

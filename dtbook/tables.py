@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dtbook.attribution import contrast
-from dtbook.exhaustive import BATCH_SIZE, Folded, Run
+from dtbook.exhaustive import BATCH_SIZE, Condition, Folded, Run
 from dtbook.gridworld import ObservationSet
 from dtbook.model import DecisionTransformer
 from dtbook.scenarios import SITUATIONS, showing, weights
@@ -63,49 +63,43 @@ def situation_table(
     `share` of all states, and the number of `observations`.
 
     Situations that no observation shows are left out. Peak memory: the observations, and P(forward) of each of them for
-    all timesteps and ablations of one RTG. Raises ValueError as `exhaustive.Folded`, `variants` and `contrast`.
+    every condition and ablation. Raises ValueError as `exhaustive.Folded`, `variants` and `contrast`.
     """
     asked = variants(model, how)
     direction = contrast(preference).to(model.W_U)
     donors = np.random.default_rng(seed).choice(
         len(observations.images), len(observations.images), p=weights(observations)
     )
-    frames = []
+    conditions = [Condition(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
+    run_through = _Pass(Folded(model), observations, donors, conditions, asked, direction)
     with tqdm(
-        total=2 * len(rtgs) * len(observations.images),
-        desc="situations",
-        disable=not progress,
-        unit_scale=True,
+        total=2 * len(observations.images), desc="situations", disable=not progress, unit_scale=True
     ) as bar:
-        for rtg in rtgs:
-            pass_ = _Pass(Folded(model), observations, donors, float(rtg), list(timesteps), asked, direction)
-            frames.append(pass_.table(bar))
-    return pd.concat(frames, ignore_index=True)
+        return run_through.table(bar)
 
 
 class _Pass:
-    """All observations at one RTG: twice through, as mean ablation needs the means first."""
+    """All observations at all conditions: twice through, as mean ablation needs the means first."""
 
     def __init__(
         self,
         folded: Folded,
         observations: ObservationSet,
         donors: np.ndarray,
-        rtg: float,
-        timesteps: list[int],
+        conditions: list[Condition],
         asked: list[Variant],
         direction: Tensor,
     ) -> None:
-        self.folded, self.rtg, self.timesteps, self.asked = folded, rtg, timesteps, asked
+        self.folded, self.conditions, self.asked = folded, conditions, asked
         self.observations, self.donors, self.direction = observations, donors, direction
         self.weights = weights(observations)
         rows = {name: showing(observations.images, name) for name in SITUATIONS}
         self.rows = {name: mask for name, mask in rows.items() if mask.any()}
         masks = torch.from_numpy(np.stack(list(self.rows.values()))).double()
         self.share = masks * torch.from_numpy(self.weights)
-        self.forward = np.empty((len(timesteps), len(asked), len(self.weights)), np.float32)
-        self.sums: dict[tuple[int, Variant], Any] = {}
-        self.direct = slice(len(folded.b_in), folded.n_readers)  # of the readers, the logits
+        self.forward = np.empty((len(conditions), len(asked), len(self.weights)), np.float32)
+        self.sums: dict[tuple[Condition, Variant], Any] = {}
+        self.direct = slice(folded.d_mlp, folded.n_readers)  # of the readers, the logits
         self.components: list[str] = []
 
     def table(self, bar: tqdm) -> pd.DataFrame:
@@ -115,9 +109,9 @@ class _Pass:
             shared = self.folded.share(torch.from_numpy(self.observations.images[batch]))
             others = self.donors[batch] if "resample" in ways else self.donors[:0]
             donor = self.folded.share(torch.from_numpy(self.observations.images[others]))
-            for k, timestep in enumerate(self.timesteps):
-                pair = shared.at(self.rtg, timestep), donor.at(self.rtg, timestep)
-                self._measure(k, batch, *pair, means.get(timestep))
+            for k, condition in enumerate(self.conditions):
+                pair = shared.at(*condition), donor.at(*condition)
+                self._measure(k, batch, *pair, means.get(condition))
             bar.update(batch.stop - batch.start)
         return pd.DataFrame([self._row(*key) for key in self._keys()])
 
@@ -125,23 +119,23 @@ class _Pass:
         n = len(self.weights)
         return [slice(start, min(start + BATCH_SIZE, n)) for start in range(0, n, BATCH_SIZE)]
 
-    def _means(self, bar: tqdm) -> dict[int, Means]:
-        """The mean outputs at each timestep."""
-        sums: dict[int, Means] = {}
+    def _means(self, bar: tqdm) -> dict[Condition, Means]:
+        """The mean outputs at each condition."""
+        sums: dict[Condition, Means] = {}
         for batch in self._batches():
             shared = self.folded.share(torch.from_numpy(self.observations.images[batch]))
             share = torch.from_numpy(self.weights[batch]).to(shared.state)
-            for timestep in self.timesteps:
-                run = shared.at(self.rtg, timestep)
+            for condition in self.conditions:
+                run = shared.at(*condition)
                 heads = run.heads()
                 new = share @ heads, share @ run.mlp(run.read(heads))
-                old = sums.get(timestep)
-                sums[timestep] = new if old is None else (old[0] + new[0], old[1] + new[1])
+                old = sums.get(condition)
+                sums[condition] = new if old is None else (old[0] + new[0], old[1] + new[1])
             bar.update(batch.stop - batch.start)
         return sums
 
     def _measure(self, k: int, batch: slice, run: Run, donor: Run, means: Means | None) -> None:
-        """Run a batch at one timestep, intact and with each ablation."""
+        """Run a batch at one condition, intact and with each ablation."""
         heads, others = run.heads(), donor.heads()
         read = run.read(heads)
         own = dict(zip(self.folded.heads, heads[..., self.direct], strict=True)) | {"L0 MLP": run.mlp(read)}
@@ -160,7 +154,7 @@ class _Pass:
     def _add(
         self, k: int, v: int, batch: slice, run: Run, logits: Tensor, written: dict[str, Tensor]
     ) -> None:
-        """Add this batch to the weighted sums of one timestep and ablation, and keep its P(forward)."""
+        """Add this batch to the weighted sums of one condition and ablation, and keep its P(forward)."""
         b_O, probabilities = self.folded.b_O[self.direct], logits.softmax(-1)
         self.forward[k, v, batch] = probabilities[:, 2].numpy()
         mlp = written.pop("L0 MLP")
@@ -173,22 +167,22 @@ class _Pass:
             run.pattern.T,
         ]
         total = self.share[:, batch] @ torch.cat(columns, 1).double()
-        key = self.timesteps[k], self.asked[v]
+        key = self.conditions[k], self.asked[v]
         self.sums[key] = self.sums.get(key, 0) + total
         self.components = list(parts)
 
-    def _keys(self) -> list[tuple[str, int, Variant]]:
-        return [(s, t, v) for s in self.rows for t in self.timesteps for v in self.asked]
+    def _keys(self) -> list[tuple[str, Condition, Variant]]:
+        return [(s, c, v) for s in self.rows for c in self.conditions for v in self.asked]
 
-    def _row(self, situation: str, timestep: int, variant: Variant) -> dict[str, object]:
+    def _row(self, situation: str, condition: Condition, variant: Variant) -> dict[str, object]:
         row, mask = list(self.rows).index(situation), self.rows[situation]
         share = float(self.weights[mask].sum())
-        means = (self.sums[timestep, variant][row] / share).tolist()
+        means = (self.sums[condition, variant][row] / share).tolist()
         names = ["left", "right", "forward", "logit_diff", *self.components]
         names += [f"attention {head}" for head in self.folded.heads]
-        forward = self.forward[self.timesteps.index(timestep), self.asked.index(variant)][mask]
+        forward = self.forward[self.conditions.index(condition), self.asked.index(variant)][mask]
         quantiles = weighted_quantile(forward, self.weights[mask], np.array(list(QUANTILES.values())))
-        where = {"situation": situation, "rtg": self.rtg, "timestep": timestep}
+        where = {"situation": situation, **condition._asdict()}
         named = dict(zip(QUANTILES, map(float, quantiles), strict=True))
         counts = {"share": share, "observations": int(mask.sum())}
         what = dict(zip(("ablated", "how"), variant, strict=True))
