@@ -485,7 +485,8 @@ def _ov_carries_it(e: Evidence) -> Finding:
 
 
 def _by_experiment(id: str, section: str, none: float = 0.0, **texts: str) -> None:
-    claim(id, section, none=none, group="Inductive bias and training", post="", **texts)
+    texts = {"group": "Inductive bias and training", "post": ""} | texts
+    claim(id, section, needs_head=False, none=none, **texts)
 
 
 _by_experiment(
