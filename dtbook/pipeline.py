@@ -90,9 +90,9 @@ def calibrate_post(store: ArtifactStore, recipe: Recipe | None = None) -> None:
     settings = dict((recipe or Recipe()).calibration)
 
     def make() -> list[Writer]:
-        return [_table(calibrate(DecisionTransformer.from_post_checkpoint(), settings, 0))]
+        return [table_writer(calibrate(DecisionTransformer.from_post_checkpoint(), settings, 0))]
 
-    _run(store, 0, "calibration", ("rollout",), settings, [POST_CALIBRATION], make)
+    run_stage(store, 0, "calibration", ("rollout",), settings, [POST_CALIBRATION], make)
 
 
 def shipped_names(seed: int = 0) -> list[str]:
@@ -115,11 +115,12 @@ def compare(made: ArtifactStore, shipped: ArtifactStore, names: Sequence[str]) -
 Writer = Callable[[Path], Any]
 
 
-def _table(table: pd.DataFrame) -> Writer:
+def table_writer(table: pd.DataFrame) -> Writer:
+    """Return what writes a table as a Parquet file."""
     return lambda path: table.to_parquet(path, index=False)
 
 
-def _run(
+def run_stage(
     store: ArtifactStore,
     seed: int,
     stage: str,
@@ -147,11 +148,11 @@ def _ppo(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> Non
         result = ppo.train(recorder, recipe.ppo, seed, progress)
         flat = {f"{at}/{name}": t for at, state in result.checkpoints.items() for name, t in state.items()}
         history = recorder.trajectories()
-        return [_table(result.diagnostics), history.save, lambda path: save_file(flat, path)]
+        return [table_writer(result.diagnostics), history.save, lambda path: save_file(flat, path)]
 
     names = [name_of(seed, file) for file in ("ppo.parquet", "history.npz", "checkpoints.safetensors")]
     parameters = {"task": asdict(recipe.task), "ppo": asdict(recipe.ppo), "envs": recipe.envs}
-    _run(store, seed, "ppo", ("ppo", "trajectories"), parameters, names, make)
+    run_stage(store, seed, "ppo", ("ppo", "trajectories"), parameters, names, make)
 
 
 def _collection(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
@@ -162,11 +163,11 @@ def _collection(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool)
             checkpoints.setdefault(int(at), {})[name] = tensor
         ordered = dict(sorted(checkpoints.items()))
         collected = collect_by_quota(ordered, recipe.task, recipe.quota, seed, progress)
-        return [_table(collected.log), collected.trajectories.save]
+        return [table_writer(collected.log), collected.trajectories.save]
 
     names = [name_of(seed, file) for file in ("collection.parquet", "trajectories.npz")]
     parameters = {"task": asdict(recipe.task), "ppo": asdict(recipe.ppo), "quota": asdict(recipe.quota)}
-    _run(store, seed, "collection", ("collection",), parameters, names, make)
+    run_stage(store, seed, "collection", ("collection",), parameters, names, make)
 
 
 def _training(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
@@ -179,10 +180,15 @@ def _training(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -
             result.model, all_observations(recipe.task.size, recipe.task.n_obstacles)
         )
         model = heads.order_heads(result.model, scores)
-        return [_table(result.curve), _table(result.evaluations), _table(scores), model.save_pretrained]
+        return [
+            table_writer(result.curve),
+            table_writer(result.evaluations),
+            table_writer(scores),
+            model.save_pretrained,
+        ]
 
     files = ("training.parquet", "evaluations.parquet", "heads.parquet", "model")
-    _run(
+    run_stage(
         store,
         seed,
         "training",
@@ -197,7 +203,7 @@ def _training(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -
 def _calibration(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
     def make() -> list[Writer]:
         model = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
-        return [_table(calibrate(model, recipe.calibration, seed))]
+        return [table_writer(calibrate(model, recipe.calibration, seed))]
 
     names = [name_of(seed, "calibration.parquet")]
-    _run(store, seed, "calibration", ("rollout",), asdict(recipe), names, make)
+    run_stage(store, seed, "calibration", ("rollout",), asdict(recipe), names, make)

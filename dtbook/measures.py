@@ -1,0 +1,160 @@
+"""Measuring models and keeping what was found: tables over every observation, findings, the scorecard, as artifacts.
+
+Each is keyed by the model's sha256 and the parameters, so it is made anew when either changes, and read otherwise.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+
+from dtbook.artifacts import ArtifactError, ArtifactStore
+from dtbook.checkpoints import POST_MODEL_SHA256
+from dtbook.claims import measure
+from dtbook.evidence import Evidence
+from dtbook.gridworld import Task, all_observations
+from dtbook.heads import obstacle_head_scores, order_heads
+from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.pipeline import POST_CALIBRATION, Recipe, Writer, calibrate, name_of, run_stage, table_writer
+from dtbook.scorecard import scorecard
+from dtbook.tables import HOW, RTGS, TIMESTEPS, situation_table
+from dtbook.trajectories import Trajectories
+
+UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
+"""Control models without training, by the seed of their weights."""
+SHUFFLED = tuple(f"controls/shuffled_{seed}" for seed in range(3))
+"""Control models trained on shuffled actions, artifacts of the store."""
+POST_SITUATIONS, POST_CLAIMS, CONTROL_CLAIMS = (
+    "post/situations.parquet",
+    "post/claims.parquet",
+    "controls/claims.parquet",
+)
+EXPERIMENT_CLAIMS = "experiments/claims.parquet"
+SCORECARD = ("scorecard.parquet", "scorecard.csv")
+
+ROOMS = ("evidence", "claims")
+
+
+def measure_replication(
+    store: ArtifactStore, seed: int, situations: bool = False, progress: bool = True
+) -> None:
+    """Decide the claims for one replication of the store (`claims.parquet`); with `situations` also its table.
+
+    C01 is decided where the store holds PPO's own history.
+    """
+    history = name_of(seed, "history.npz")
+    recipe = Recipe()
+
+    def evidence() -> Evidence:
+        model = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
+        calibration = pd.read_parquet(store.path(name_of(seed, "calibration.parquet")))
+        played = Trajectories.load(store.path(history)) if history in store.entries() else None
+        return Evidence(model, _observations(recipe.task), calibration, played)
+
+    sha256 = store.entries()[name_of(seed, "model")]["sha256"]
+    _claims(store, name_of(seed, "claims.parquet"), seed, sha256, evidence)
+    if situations:
+        _situations(store, name_of(seed, "situations.parquet"), sha256, lambda: evidence().model, progress)
+
+
+def measure_post(store: ArtifactStore, progress: bool = True) -> None:
+    """Decide the claims for the post's own weights, and make their situation table.
+
+    They are fetched, or found where DTBOOK_POST_MODEL says, only where something is to be measured.
+    """
+
+    def evidence() -> Evidence:
+        calibration = pd.read_parquet(store.path(POST_CALIBRATION))
+        return Evidence(DecisionTransformer.from_post_checkpoint(), _observations(Task()), calibration)
+
+    _claims(store, POST_CLAIMS, 0, POST_MODEL_SHA256, evidence)
+    _situations(store, POST_SITUATIONS, POST_MODEL_SHA256, DecisionTransformer.from_post_checkpoint, progress)
+
+
+def measure_controls(store: ArtifactStore) -> None:
+    """Decide the claims for models that learnt nothing: untrained ones, and those trained on shuffled actions."""
+    recipe = Recipe()
+
+    def findings(name: str, model: DecisionTransformer, seed: int) -> pd.DataFrame:
+        observations = _observations(recipe.task)
+        ordered = order_heads(model, obstacle_head_scores(model, observations))
+        curves = calibrate(ordered, recipe.calibration, seed)
+        return measure(Evidence(ordered, observations, curves)).assign(model=name)
+
+    def make() -> list[Writer]:
+        tables = [
+            findings(name, DecisionTransformer(DTConfig(), seed).eval(), seed)
+            for name, seed in UNTRAINED.items()
+        ]
+        for seed, name in enumerate(SHUFFLED):
+            model = DecisionTransformer.from_pretrained(store.path(name))
+            tables.append(findings(name.rpartition("/")[2], model, seed))
+        return [table_writer(pd.concat(tables, ignore_index=True))]
+
+    entries = store.entries()
+    if absent := [name for name in SHUFFLED if name not in entries]:
+        raise ArtifactError(
+            f"{store.root} has no {absent[0]}: the controls are measured when it has been trained"
+        )
+    hashes = {name: entries[name]["sha256"] for name in SHUFFLED}
+    parameters = {"untrained": UNTRAINED, "models": hashes, "calibration": dict(recipe.calibration)}
+    run_stage(store, 0, "claims", (*ROOMS, "rollout"), parameters, [CONTROL_CLAIMS], make)
+
+
+def make_scorecard(store: ArtifactStore, seeds: Sequence[int]) -> None:
+    """Put the findings of these replications, the post's weights, controls and experiments together, and decide."""
+    entries = store.entries()
+    names = [name_of(seed, "claims.parquet") for seed in seeds]
+    sources = [*names, POST_CLAIMS, CONTROL_CLAIMS]
+    sources += [EXPERIMENT_CLAIMS] if EXPERIMENT_CLAIMS in entries else []
+
+    def read(name: str) -> pd.DataFrame:
+        return pd.read_parquet(store.path(name))
+
+    def make() -> list[Writer]:
+        experiments = read(EXPERIMENT_CLAIMS) if EXPERIMENT_CLAIMS in sources else None
+        card = scorecard(findings(store, seeds), read(POST_CLAIMS), read(CONTROL_CLAIMS), experiments)
+        return [table_writer(card), lambda path: card.to_csv(path, index=False)]
+
+    hashes = {name: entries[name]["sha256"] for name in sources}
+    run_stage(store, 0, "scorecard", ("scorecard",), {"seeds": list(seeds), "from": hashes}, SCORECARD, make)
+
+
+def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
+    """Return what each replication says to each claim: `model`, `seed`, `claim`, `effect`, `passed`."""
+    tables = [
+        pd.read_parquet(store.path(name_of(seed, "claims.parquet"))).assign(model=f"seed_{seed}", seed=seed)
+        for seed in seeds
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _observations(task: Task) -> Any:
+    return all_observations(task.size, task.n_obstacles)
+
+
+def _claims(
+    store: ArtifactStore, name: str, seed: int, sha256: str, evidence: Callable[[], Evidence]
+) -> None:
+    parameters = {"model": sha256, "rtgs": RTGS, "timesteps": TIMESTEPS}
+    run_stage(store, seed, "claims", ROOMS, parameters, [name], lambda: [table_writer(measure(evidence()))])
+
+
+def _situations(
+    store: ArtifactStore, name: str, sha256: str, model: Callable[[], DecisionTransformer], progress: bool
+) -> None:
+    settings: dict[str, Any] = {
+        "rtgs": RTGS,
+        "timesteps": TIMESTEPS,
+        "how": HOW,
+        "preference": "F-R",
+        "seed": 0,
+    }
+    parameters = {"model": sha256, "task": asdict(Task())} | settings
+
+    def make() -> list[Writer]:
+        table = situation_table(model(), _observations(Task()), progress=progress, **settings)
+        return [table_writer(table)]
+
+    run_stage(store, 0, "situations", ("tables",), parameters, [name], make)
