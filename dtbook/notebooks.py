@@ -3,6 +3,7 @@
 import ast
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -148,13 +149,15 @@ def run_notebook(
 ) -> None:
     """Execute a notebook in a fresh kernel, in its own folder, and write the executed copy to `target`.
 
-    Two runs from the same inputs write the same bytes. On failure there is no `target`; the notebook as far
-    as it came is kept beside it as `NN_topic.failed.ipynb`, and NotebookError names notebook, cell and error.
+    Two runs from the same inputs write the same bytes, so how long it took stands beside it, in
+    `NN_topic.seconds`. On failure there is no `target`; the notebook as far as it came is kept beside it as
+    `NN_topic.failed.ipynb`, and NotebookError names notebook, cell and error.
     A bar with the label `progress` counts the cells; without a label there is none.
     """
-    failed = target.with_suffix(".failed.ipynb")
-    for former in (target, failed):
+    failed, seconds = target.with_suffix(".failed.ipynb"), target.with_suffix(".seconds")
+    for former in (target, failed, seconds):
         former.unlink(missing_ok=True)
+    start = time.perf_counter()
     source_digest = notebook_digest(nbformat.read(path, as_version=4))
     with atomic_write(target) as draft:
         try:
@@ -176,6 +179,7 @@ def run_notebook(
         made_from = {"digest": source_digest, "inputs": inputs, "parameters": dict(parameters)}
         executed.metadata["dtbook"] = made_from
         nbformat.write(executed, draft)
+    seconds.write_text(f"{time.perf_counter() - start:.1f}\n")
 
 
 def _where(error: Exception) -> str:

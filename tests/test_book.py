@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
+from bs4 import BeautifulSoup
 from sphinx.application import Sphinx
 
 from dtbook.notebooks import notebook_digest
@@ -19,6 +21,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
+import chapters  # noqa: E402
 import running_book  # noqa: E402
 
 
@@ -55,6 +58,55 @@ FIGURE = {
 ERROR = {"output_type": "error", "ename": "ValueError", "evalue": "seed must be 0 or more", "traceback": []}
 
 
+GLUE = "application/papermill.record/"
+CHAPTER = """> The answer.
+
+A {term}`logit` and another {term}`logit` are {glue:text}`verdict`.
+
+$$
+a = b
+$$
+
+$$
+c = d
+$$ (eq-named)
+
+See {eq}`eq-named`.
+"""
+SCORES = {
+    "claim": ["C01", "C02"],
+    "statement": ["all classes occur", "unbiased"],
+    "post": ["", "0.48"],
+    "posts_weights": [None, 0.5],
+    "passed": [9, 1],
+    "n": [10, 10],
+    "effect": [0.25, float("nan")],
+    "low": [-0.125, float("nan")],
+    "high": [0.5, float("nan")],
+    "verdict": ["replicated", "not replicated"],
+    "controls": ["0 of 3", None],
+    "section": ["notebooks/chapter.ipynb#results", "notebooks/99_gone.ipynb"],
+}
+
+
+def write_chapter(root):
+    """A chapter with all that the extension adds to, and its executed copy."""
+    glued = {"output_type": "display_data", "data": {f"{GLUE}text/plain": "'not replicated'"}}
+    glued["metadata"] = {"scrapbook": {"name": "verdict", "mime_prefix": GLUE}}
+    source = notebook("A question?")
+    prose = {"cell_type": "markdown", "id": "prose", "metadata": {}, "source": CHAPTER}
+    figure = notebook("", "draw()").cells[1] | {"id": "figure"}
+    figure["metadata"] = {"mystnb": {"figure": {"caption": "What it shows", "name": "fig-one"}}}
+    source.cells = [nbformat.from_dict(cell) for cell in (source.cells[0], prose, source.cells[1], figure)]
+    copy = nbformat.from_dict(json.loads(nbformat.writes(source)))
+    copy.cells[2].outputs, copy.cells[3].outputs = nbformat.from_dict([[glued], [FIGURE]])
+    copy.metadata["dtbook"] = {"digest": notebook_digest(source)}
+    (root / "notebooks").mkdir()
+    nbformat.write(source, root / "notebooks" / "chapter.ipynb")
+    nbformat.write(copy, root / "book" / "_executed" / "chapter.ipynb")
+    (root / "book" / "_executed" / "chapter.seconds").write_text("151.2\n")
+
+
 @pytest.fixture(scope="module")
 def little_book(tmp_path_factory):
     """Pages and warnings of a book with a sound, a stale, a failed and a missing copy."""
@@ -72,13 +124,25 @@ def little_book(tmp_path_factory):
     (root / "plain.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     pages = "sound\nstale\nfailed\nmissing\n"
     (root / "index.md").write_text(
-        f"# Little book\n\n```{{toctree}}\n{pages}```\n\n![](plain.svg)\n\n![The model](architecture.svg)\n"
+        f"# Little book\n\n```{{toctree}}\n{pages}book/glossary\nnotebooks/chapter\n```\n\n"
+        "![](plain.svg)\n\n![The model](architecture.svg)\n\n"
+        "```{architecture} head-1 mlp\nWhat this is about.\n```\n\n"
+        "```{architecture} tail-1\n```\n\n```{scorecard}\n:small:\n```\n\n```{scorecard}\n```\n"
     )
+    (root / "book" / "glossary.md").write_text(
+        "# Glossary\n\n```{glossary}\nLogit\n  A number, see {term}`Agent`.\n\nAgent\n  Who acts.\n```\n"
+    )
+    write_chapter(root)
+    (root / "data").mkdir()
+    pd.DataFrame(SCORES).to_parquet(root / "data" / "scorecard.parquet")
     warnings = io.StringIO()
     settings = {
         "extensions": ["myst_nb", "running_book"],
         "nb_execution_mode": "off",
-        "exclude_patterns": ["book"],
+        "exclude_patterns": ["book/_executed"],
+        "myst_enable_extensions": ["dollarmath"],
+        "numfig": True,
+        "html_theme": "sphinx_book_theme",
     }
     out = root / "out"
     app = Sphinx(root, None, out, root / "doctrees", "html", settings, status=None, warning=warnings)
@@ -133,6 +197,90 @@ def test_diagram_stands_in_the_page_itself(little_book):
     assert '<svg role="img" aria-label="The model"' in page
     assert 'id="architecture-head-0"' in page
     assert "url(#architecture-tip)" in page
+
+
+@pytest.fixture(scope="module")
+def chapter(little_book):
+    return BeautifulSoup((little_book[0] / "notebooks" / "chapter.html").read_text(), "html.parser")
+
+
+@pytest.fixture(scope="module")
+def index(little_book):
+    return BeautifulSoup((little_book[0] / "index.html").read_text(), "html.parser")
+
+
+def test_chapter_opens_with_times_and_what_came_before(chapter):
+    opening = chapter.select_one("blockquote + p.opening")
+    parts = [part.text for part in opening.find_all(["span", "button"], recursive=False)]
+    assert parts == ["1 min to read", "3 min to run", "previously: Glossary", "show all code"]
+    assert opening.select_one("a")["href"] == "../book/glossary.html"
+
+
+def test_formulas_are_numbered_in_reading_order(chapter):
+    assert [number.text.strip("#¶") for number in chapter.select(".math .eqno")] == ["(1)", "(2)"]
+    assert chapter.select_one("p a[href='#equation-eq-named']").text == "(2)"
+
+
+def test_term_is_defined_once_where_it_is_first_used(chapter):
+    terms = chapter.select("a .std-term")
+    assert len(terms) == 2
+    assert [definition.text for definition in chapter.select(".definition")] == ["A number, see Agent."]
+    assert terms[0].find_parent(class_="defined")
+    assert not chapter.select(".definition a")
+
+
+def test_verdict_carries_its_mark(chapter):
+    assert chapter.select_one(".pasted-text")["class"] == ["pasted-text", "verdict", "verdict-no"]
+
+
+def test_drawn_figure_offers_its_data(chapter):
+    assert chapter.select_one("figure details.figure-data > summary")
+
+
+def test_time_to_run_is_said_as_one_says_it():
+    assert [chapters.in_words(seconds) for seconds in (4.4, 89, 91, 1500)] == [
+        "4 s",
+        "89 s",
+        "2 min",
+        "25 min",
+    ]
+
+
+def test_components_are_picked_out_in_the_margin(little_book, index):
+    note = index.select_one("aside.margin.locator")
+    assert [group["id"] for group in note.select("g.lit")] == ["architecture-1-head-1", "architecture-1-mlp"]
+    assert note.svg["aria-label"] == "The model in small: head 1 and mlp picked out among its components."
+    assert note.p.text == "What this is about."
+    assert [
+        line
+        for line in little_book[1]
+        if "must name components of the diagram (" in line and "tail-1" in line
+    ]
+
+
+def test_scorecard_in_small_links_each_claim_to_its_place(index):
+    counts = [part.text for part in index.select(".scorecard-counts > span")]
+    assert counts == ["1 replicated", "0 mixed", "1 not replicated"]
+    marks = index.select(".scorecard-marks li")
+    assert [mark.text.strip() for mark in marks] == ["C01", "C02"]
+    assert marks[0].a["href"] == "notebooks/chapter.html#results"
+    assert marks[1].a is None
+    assert "verdict-no" in marks[1].select_one(".verdict")["class"]
+
+
+def test_scorecard_prints_numbers_as_the_book_does(index):
+    rows = [[cell.text for cell in row.select("td")] for row in index.select("table.scorecard tbody tr")]
+    assert rows[0] == [
+        "C01",
+        "all classes occur",
+        "",
+        "",
+        "9 of 10",
+        "0.25 [−0.12, 0.50]",
+        "0 of 3",
+        "replicated",
+    ]
+    assert rows[1] == ["C02", "unbiased", "0.48", "0.50", "1 of 10", "", "", "not replicated"]
 
 
 def test_diagram_names_every_component():

@@ -1,20 +1,16 @@
-"""Sphinx extension of this book: executed notebooks, diagrams in the page, libraries from the book itself."""
+"""Sphinx extension of this book: executed notebooks, libraries from the book itself, and the rooms beside it."""
 
-import html
 import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
 
 import nbformat
-from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 
 from dtbook.notebooks import notebook_digest
 
-BOOK = Path(__file__).resolve().parent.parent
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 OUTSIDE_SCRIPT = "<script data-outside-the-book>"  # as dtbook.figures writes it
 LOGGER = logging.getLogger(__name__)
@@ -65,33 +61,6 @@ def strip_for_pages(executed: nbformat.NotebookNode) -> None:
                 data["text/html"] = data["text/html"].partition(OUTSIDE_SCRIPT)[0]
 
 
-class Pictures(SphinxTransform):
-    """Holds every image to having alternative text, and draws the book's own SVG diagrams in the page itself.
-
-    An `<img>` cannot see the page's theme; a diagram in the page takes its colours from it, by book.css.
-    """
-
-    default_priority = 210
-
-    def apply(self, **kwargs: Any) -> None:
-        """Check and replace the images of a document."""
-        for image in list(self.document.findall(nodes.image)):
-            alt = image.get("alt", "").strip()
-            if not alt:
-                LOGGER.warning("the image %s has no alternative text", image["uri"], location=image)
-            path = BOOK / "_static" / Path(image["uri"]).name
-            if path.suffix == ".svg" and path.exists():
-                self.env.note_dependency(str(path))
-                image.replace_self(nodes.raw("", diagram(path, alt), format="html"))
-
-
-def diagram(path: Path, alt: str) -> str:
-    """The SVG as part of a page: one image to a screen reader, its ids prefixed with the file's name."""
-    svg = path.read_text(encoding="utf-8")
-    svg = svg.replace(' id="', f' id="{path.stem}-').replace("url(#", f"url(#{path.stem}-")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt)}"', 1)
-
-
 def copy_libraries(app: Sphinx, exception: Exception | None) -> None:
     """Copy plotly.js and the part of MathJax that pages use out of the installed packages into the book."""
     if exception or app.builder.format != "html":
@@ -115,7 +84,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the extension."""
     app.connect("source-read", use_executed_copy)
     app.connect("build-finished", copy_libraries)
-    app.add_transform(Pictures)
+    for room in ("chapters", "diagrams", "scorecard"):
+        app.setup_extension(room)
     for name in ("comments_config", "use_jupyterbook_latex"):
         app.add_config_value(name, None, "")  # set by jupyter-book for extensions that are left out here
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
