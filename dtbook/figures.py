@@ -39,6 +39,7 @@ __all__ = [
     "VERMILLION",
     "axes",
     "calibration",
+    "forest",
     "glue",
     "grouped_bars",
     "learning_curves",
@@ -337,3 +338,50 @@ def grouped_bars(
     return fig.update_layout(
         showlegend=legend, xaxis_title=x_title, xaxis_type="category", yaxis_title=y_title
     )
+
+
+def forest(
+    card: pd.DataFrame,
+    points: pd.DataFrame,
+    *,
+    x_title: str,
+    alt: str,
+    x_range: tuple[float, float] | None = None,
+    row_height: int = 34,
+) -> go.Figure:
+    """Effects with their intervals over replications, one row a claim, first row on top.
+
+    `card` has a row a claim: `label`, the mean `effect` with `low` and `high`, `posts_weights` (the effect on the
+    post's own weights) and `none` (the effect that speaks against the claim); `points` the replications' own effects:
+    `label`, `effect`.
+    """
+    fig = new_figure(alt=alt, height=96 + row_height * len(card), narrow={"margin.t": 72})
+    y = list(card["label"])
+    spread = {"symmetric": False, "thickness": 2, "width": 0}
+    spread |= {"array": (card["high"] - card["effect"]).to_numpy(np.float32)}
+    spread |= {"arrayminus": (card["effect"] - card["low"]).to_numpy(np.float32)}
+    marks: list[tuple[str, pd.DataFrame, str, dict[str, Any], dict[str, Any]]] = [
+        ("speaks against", card, "none", {"symbol": "line-ns-open", "size": 18, "color": INK}, {}),
+        ("one replication", points, "effect", {"symbol": "circle-open", "size": 7, "color": GREY}, {}),
+        (
+            "mean, 95 % interval",
+            card,
+            "effect",
+            {"size": 9, "color": BLUE},
+            {"error_x": spread | {"color": BLUE}},
+        ),
+        (
+            "the post's weights",
+            card,
+            "posts_weights",
+            {"symbol": "diamond", "size": 9, "color": VERMILLION},
+            {},
+        ),
+    ]
+    for name, table, column, marker, more in marks:
+        hover = "%{y}: %{x:.3g}<extra>" + name + "</extra>"
+        values = table[column].to_numpy(np.float32)
+        style = {"mode": "markers", "name": name, "marker": marker, "hovertemplate": hover, **more}
+        fig.add_scatter(x=values, y=list(table["label"]), **style)
+    fig.update_yaxes(categoryorder="array", categoryarray=y[::-1], showgrid=True, range=[-0.6, len(y) - 0.4])
+    return fig.update_xaxes(title_text=x_title, range=list(x_range) if x_range else None)

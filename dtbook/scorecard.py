@@ -50,10 +50,10 @@ def scorecard(
     weights; `controls` those of untrained models and models trained on shuffled actions; `experiments` the runs that
     decide C25 to C28, in the same columns (`model` says which run).
 
-    Columns: `claim`, `group`, `statement`, `post` (its number), `where`, `effect_is`, `rule`; the effect on the post's
-    weights and whether it passes, `posts_weights` and `posts_passed`; `passed` of `n` replications, their mean `effect`
-    with its interval `low`, `high`, and the `verdict`; `controls_passed` of `controls_n`; `section`, the page that
-    shows it.
+    Columns: `claim`, `group`, `statement`, `post` (its number), `where`, `effect_is`, `rule`, `none`; the effect on the
+    post's weights and whether it passes, `posts_weights` and `posts_passed`; `passed` of `n` replications, their mean
+    `effect` with its interval `low`, `high`, and the `verdict`; `controls_passed` of `controls_n`, and `controls`, the
+    two in words; `section`, the page that shows it.
     """
     decided = pd.concat([replications, experiments]) if experiments is not None else replications
     return pd.DataFrame([_row(id, decided, post, controls) for id in CLAIMS])
@@ -70,6 +70,7 @@ def _row(id: str, decided: pd.DataFrame, post: pd.DataFrame, controls: pd.DataFr
         "where": claim.where,
         "effect_is": claim.effect,
         "rule": claim.rule,
+        "none": claim.none,
         "posts_weights": float(theirs["effect"].iloc[0]) if len(theirs) else np.nan,
         "posts_passed": float(theirs["passed"].iloc[0]) if len(theirs) else np.nan,
     }
@@ -79,8 +80,10 @@ def _row(id: str, decided: pd.DataFrame, post: pd.DataFrame, controls: pd.DataFr
         verdict = decide(id, effects, passed)
     row |= {"passed": verdict.passed, "n": verdict.n, **_interval(verdict.effect), "verdict": verdict.verdict}
     tried = control["passed"].dropna()
-    section = f"notebooks/{claim.section}.html"
-    return row | {"controls_passed": int(tried.sum()), "controls_n": len(tried), "section": section}
+    section = f"notebooks/{claim.section}.ipynb"
+    controls_passed, controls_n = int(tried.sum()), len(tried)
+    row |= {"controls_passed": controls_passed, "controls_n": controls_n, "section": section}
+    return row | {"controls": f"{controls_passed} of {controls_n}" if controls_n else ""}
 
 
 def _interval(interval: Interval) -> dict[str, float]:

@@ -287,3 +287,21 @@ def test_book_style_becomes_the_default_except_in_colab(monkeypatch):
     monkeypatch.setitem(sys.modules, "google.colab", pio)
     figures.use_book_style()
     assert pio.renderers.default == "colab"
+
+
+def test_forest_draws_each_effect_in_its_row():
+    card = pd.DataFrame(
+        {"label": ["a", "b"], "effect": [0.5, -1.0], "low": [0.25, -2.0], "high": [1.0, -0.5]}
+        | {"posts_weights": [0.75, np.nan], "none": [0.0, 0.25]}
+    )
+    points = pd.DataFrame({"label": ["a", "a", "b"], "effect": [0.0, 1.0, -1.0]})
+    fig = figures.forest(card, points, x_title="rise", alt="Two effects.")
+    against, ours, mean, post = fig.data
+    assert (list(against.x), list(ours.x), list(ours.y)) == ([0, 0.25], [0, 1, -1], ["a", "a", "b"])
+    assert (list(mean.x), list(mean.error_x.array), list(mean.error_x.arrayminus)) == (
+        [0.5, -1],
+        [0.5, 0.5],
+        [0.25, 1],
+    )
+    assert post.x[0] == 0.75
+    assert list(fig.layout.yaxis.categoryarray) == ["b", "a"]  # plotly counts from below: "a" is on top
