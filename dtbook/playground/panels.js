@@ -1,0 +1,185 @@
+// What one watches: each panel is { element, update(frame) }. A frame holds the scene's run before any intervention, and
+// after it (null without one): { scene, task, model, input, before, after, weights, scans, maps }.
+
+import { ACTIONS, CHANNELS, allParts, dot, neuronContributions, stateInput, weightMap } from "./engine.js";
+import { COMPASS, xy } from "./game.js";
+import { h, mapPicture, percent, scanPicture, signed, thingsInView, viewPicture } from "./draw.js";
+
+export const panel = (name, title, ...content) => h("section", { class: `dtp-panel dtp-${name}`, "aria-label": title }, h("h3", {}, title), ...content);
+
+function table(label, columns) {
+  const body = h("tbody"), head = h("tr", {}, columns.map((text) => h("th", { scope: "col", class: text ? null : "dtp-blank" }, text)));
+  return { element: h("table", { "aria-label": label }, h("thead", {}, head), body), body };
+}
+
+// A row of cells made once; `set(values)` afterwards only changes texts and widths, so a screen reader keeps its place.
+function row(title, hint) {
+  const bar = h("span", { class: "dtp-bar", "aria-hidden": "true" }, h("i", { class: "before" }), h("i", { class: "after" }));
+  const cells = [h("td", { class: "dtp-barcell" }, bar), h("td", { class: "dtp-number" }), h("td", { class: "dtp-number dtp-after" })];
+  return { element: h("tr", {}, h("th", { scope: "row", title: hint }, title), ...cells), bar, cells };
+}
+
+// Bars from the middle for signed values, from the left for shares; limit is the value of a full bar.
+function setRow({ bar, cells }, before, after, limit, show, isSigned) {
+  [before, after].forEach((value, k) => {
+    const share = value == null || !limit ? 0 : Math.min(Math.abs(value) / limit, 1) * (isSigned ? 50 : 100);
+    const left = !isSigned ? 0 : value < 0 ? 50 - share : 50;
+    bar.children[k].style.cssText = `left:${left.toFixed(2)}%;width:${share.toFixed(2)}%`;
+    cells[k + 1].textContent = value == null ? "" : show(value);
+  });
+  bar.classList.toggle("both", after != null);
+  bar.classList.toggle("signed", Boolean(isSigned));
+}
+
+export function viewPanel() {
+  const picture = h("div", { class: "dtp-view" });
+  return {
+    element: panel("seen", "What it sees", picture),
+    update({ input }) {
+      const { front: ahead, obstacles, goal } = thingsInView(input.view);
+      picture.innerHTML = viewPicture(input.view, `The agent's view: in front ${ahead}; ${obstacles} obstacles in view; the goal is ${goal ? "" : "not "}in view.`);
+    },
+  };
+}
+
+export function probabilityPanel() {
+  const { element, body } = table("Probability and logit of each action", ["", "", "P", ""]);
+  const rows = ACTIONS.map((name, k) => row(h("span", {}, h("span", { class: `dtp-key action-${k}`, "aria-hidden": "true" }), name), `minigrid's action ${k}`));
+  const logits = ACTIONS.map((name) => row(`${name} logit`, `logit of ${name}`));
+  body.append(...rows.map((r) => r.element), ...logits.map((r) => r.element));
+  return {
+    element: panel("probabilities", "What it would do", element),
+    update({ before, after }) {
+      const largest = Math.max(...[before, after].flatMap((r) => r?.logits ?? []).map(Math.abs));
+      rows.forEach((r, k) => setRow(r, before.probs[k], after?.probs[k], 1, percent));
+      logits.forEach((r, k) => setRow(r, before.logits[k], after?.logits[k], largest, signed, true));
+    },
+  };
+}
+
+export function attentionPanel(cfg) {
+  const { element, body } = table("Share of each head's attention on the RTG token; the rest is on the state token", ["", "", "to RTG", ""]);
+  const heads = Array.from({ length: cfg.n_layers }, (_, l) => Array.from({ length: cfg.n_heads }, (_, head) => ({ l, head, row: row(`L${l}H${head}`, `layer ${l}, head ${head}`) }))).flat();
+  body.append(...heads.map(({ row }) => row.element));
+  return {
+    element: panel("attention", "Where its heads look", element),
+    update({ before, after }) {
+      for (const { l, head, row } of heads)
+        setRow(row, before.layers[l].pattern[head][0], after?.layers[l].pattern[head][0], 1, percent);
+    },
+  };
+}
+
+const HINTS = {
+  time: "time embedding of the state token", position: "positional embedding of the state token", b_U: "bias of the logits",
+  steering: "what is added by steering",
+};
+const hint = (name) => HINTS[name] ?? (name.startsWith("state") ? `state embedding, ${name.slice(7)} channel` : name.includes("H") ? "written by this head" : name);
+
+export function contributionPanel(cfg, control) {
+  const { element, body } = table("Contribution of each component to the preference", ["", "", "logits", ""]);
+  const rows = new Map([...allParts(cfg), "steering"].map((name) => [name, row(name, hint(name))]));
+  const sum = row("sum", "the logit difference");
+  sum.element.classList.add("dtp-sum");
+  body.append(...[...rows.values()].map((r) => r.element), sum.element);
+  rows.get("steering").element.classList.add("dtp-optional");
+  return {
+    element: panel("contributions", "Why: exact contributions", control, element),
+    update({ before, after, weights }) {
+      const value = (result, name) => (result?.parts[name] ? dot(result.parts[name], weights) : result ? 0 : null);
+      const all = [...rows.keys()].flatMap((name) => [value(before, name), value(after, name) ?? 0]);
+      const total = (result) => (result ? dot(result.logits, weights) : null);
+      const limit = Math.max(...all.map(Math.abs), Math.abs(total(before)), Math.abs(total(after) ?? 0));
+      for (const [name, r] of rows) setRow(r, value(before, name), value(after, name), limit, signed, true);
+      rows.get("steering").element.classList.toggle("dtp-off", !after?.parts.steering);
+      setRow(sum, total(before), total(after), limit, signed, true);
+    },
+  };
+}
+
+export const RTGS = Array.from({ length: 41 }, (_, k) => Number((-1 + k / 20).toFixed(2)));
+
+export function scanPanel() {
+  const picture = h("div", { class: "dtp-scan" });
+  const key = h("p", { class: "dtp-legend" }, ACTIONS.map((name, k) => h("span", {}, h("span", { class: `dtp-key action-${k}` }), name)), h("span", { class: "dtp-dashed" }, "dashed: after"));
+  return {
+    element: panel("rtgscan", "If it were asked for another return", picture, key),
+    update({ scene, scans }) {
+      const at = (probs, rtg) => percent(probs[RTGS.indexOf(rtg)][2]);
+      const words = (probs) => `P(forward) is ${at(probs, -1)} at RTG −1, ${at(probs, 0)} at 0, ${at(probs, 0.9)} at 0.9`;
+      const label = `Probabilities of the actions over RTG. ${words(scans.before)}${scans.after ? `; after the intervention, ${words(scans.after)}` : ""}.`;
+      picture.innerHTML = scanPicture(RTGS, scans.before, scans.after, scene.rtg, label);
+      key.lastChild.hidden = !scans.after;
+    },
+  };
+}
+
+export function neuronPanel(shown, toggle, choose) {
+  const { element, body } = table("The neurons that contribute most to the preference", ["", "", "logits", "", ""]);
+  const rows = Array.from({ length: shown }, () => {
+    const r = row("", "a neuron of the MLP"), box = h("input", { type: "checkbox" });
+    box.addEventListener("change", () => toggle(r.name, box.checked));
+    const name = h("button", { type: "button", class: "dtp-link", onclick: () => choose(r.name) });
+    r.element.firstChild.replaceChildren(name);
+    r.element.append(h("td", { class: "dtp-check" }, box));
+    body.append(r.element);
+    return Object.assign(r, { box, label: name });
+  });
+  return {
+    element: panel("neurons", "Its busiest neurons", element),
+    update({ model, before, after, weights, scene }) {
+      const ranked = neuronContributions(model, before, weights).slice(0, shown), limit = Math.abs(ranked[0].effect);
+      const now = after && new Map(neuronContributions(model, after, weights).map((n) => [n.name, n.effect]));
+      rows.forEach((r, k) => {
+        const { name, effect, value } = ranked[k];
+        r.name = r.label.textContent = name;
+        r.label.title = `activation ${signed(value)}; show what it reads`;
+        r.box.checked = name in scene.parts;
+        r.box.setAttribute("aria-label", `ablate ${name}`);
+        setRow(r, effect, now?.get(name), limit, signed, true);
+      });
+    },
+  };
+}
+
+export function mapPanel(cfg, choice) {
+  const pictures = CHANNELS.map(() => h("figure", {}, h("div", { class: "dtp-map" }), h("figcaption")));
+  const scale = h("p", { class: "dtp-legend dtp-scale" });
+  return {
+    element: panel("maps", "What is read from each cell", choice.element, h("div", { class: "dtp-maprow" }, pictures), scale),
+    update({ model, input, scene, before, after }) {
+      const { what, now } = choice.value(), weight = weightMap(model, what, scene.preference), result = after ?? before;
+      const factor = now ? attentionFactor(what, result, input) : 1, maps = CHANNELS.map(() => new Float64Array(49));
+      const lit = new Map(stateInput(cfg, input.view).map((entry) => [3 * entry.cell + entry.channel, entry]));
+      for (let cell = 0; cell < 49; cell++)
+        for (let channel = 0; channel < 3; channel++) {
+          const entry = lit.get(3 * cell + channel);
+          if (now || cfg.encoding === "one-hot") maps[channel][cell] = entry ? factor * weight[entry.row] * (now ? entry.value : 1) : 0;
+          else maps[channel][cell] = weight[49 * channel + cell];
+        }
+      const limit = Math.max(...maps.flatMap((map) => Array.from(map, Math.abs)));
+      pictures.forEach((figure, channel) => {
+        const sum = maps[channel].reduce((a, b) => a + b, 0), ahead = maps[channel][26];
+        figure.firstChild.innerHTML = mapPicture(maps[channel], limit, `${CHANNELS[channel]} channel: front cell ${signed(ahead, 3)}${now ? `, sum ${signed(sum)}` : ""}.`);
+        figure.lastChild.textContent = `${CHANNELS[channel]}: front ${signed(ahead)}${now ? `, sum ${signed(sum)}` : ""}`;
+      });
+      scale.replaceChildren(h("span", {}, `−${limit.toPrecision(2)}`), h("span", { class: "dtp-gradient", "aria-hidden": "true" }), h("span", {}, limit.toPrecision(2)), h("span", {}, choice.unit()));
+    },
+  };
+}
+
+// In this scene, what a cell adds is its weight times what is there, times how far the head lets it through.
+function attentionFactor(what, result, { rtg }) {
+  const [, l, head] = /^L(\d+)H(\d+)/.exec(what) ?? [];
+  if (head == null) return 1;
+  return what.endsWith("QK") ? rtg : result.layers[l].pattern[head][1];
+}
+
+// The scene in words, for the board's label and the status line.
+export function describePlace(task, state, view) {
+  const [x, y] = xy(task, state.agent), things = thingsInView(view);
+  const obstacles = state.obstacles.map((cell) => xy(task, cell).join(" ")).join(", ");
+  return `Agent at column ${x}, row ${y}, facing ${COMPASS[state.direction]}, ${things.front} in front. Obstacles at ${obstacles || "no cell"}; goal at ${task.size - 2} ${task.size - 2}.`;
+}
+
+export const describeChoice = (probs) => `The model: ${ACTIONS.map((name, k) => `${name} ${percent(probs[k])}`).join(", ")}.`;

@@ -1,0 +1,316 @@
+// The widget: what is played, what is changed, and one redraw of everything that follows from it.
+
+import { INTACT, PlaygroundError, contrast, direction, loadModel, run, scan } from "./engine.js";
+import { COMPASS, EMPTY, at, contentAt, front, generator, most, observe, reset, roomAt, step, xy } from "./game.js";
+import { checkScene, decodeScene, describeScene, encodeScene } from "./scene.js";
+import { h, nameOf } from "./draw.js";
+import { RTGS, attentionPanel, contributionPanel, describeChoice, describePlace, mapPanel, neuronPanel, panel, probabilityPanel, scanPanel, viewPanel } from "./panels.js";
+import { board, button, interventionPanel, mapChoice, playControls, preferenceSelect, select } from "./controls.js";
+
+const DONE = ["turned left", "turned right", "went forward"];
+const NEURONS = 8, PAUSE = 250; // rows of the table; milliseconds between steps of the running model
+
+// The weights of an entry: its own, or those of the book's file named after their hash, which is loaded once.
+async function weightsOf(entry) {
+  if (entry.weights) return entry.weights;
+  const kept = () => globalThis.dtbookPlayground?.[entry.id], base = document.documentElement.dataset.content_root;
+  if (!kept() && base != null)
+    await new Promise((resolve) => {
+      const script = h("script", { src: `${base}_static/playground-${entry.id}.js`, onload: resolve, onerror: resolve });
+      document.head.append(script);
+    });
+  if (!kept()) throw new PlaygroundError(`The weights of ${entry.name} could not be loaded; the model shown is still the one before.`);
+  return kept();
+}
+
+class Widget {
+  constructor(host, el) {
+    this.host = host;
+    this.task = host.get("task");
+    this.entries = Object.fromEntries(host.get("models").map((entry) => [entry.name, entry]));
+    this.configs = Object.fromEntries(Object.values(this.entries).map(({ name, cfg }) => [name, cfg]));
+    this.presets = host.get("presets") ?? [];
+    this.loaded = new Map();
+    this.ui = { editing: false, cursor: null, running: null, over: null, history: [], tool: "obstacle", steering: { direction: "F-R", at: "resid_pre", amount: 1 } };
+    this.message = h("p", { class: "dtp-message", role: "status" });
+    this.root = h("div", { class: "dtp", id: "dtp-root" });
+    el.append(h("style", {}, CSS), this.root);
+  }
+
+  async start() {
+    const first = Object.keys(this.entries)[0];
+    let complaint = "", scene = null;
+    const check = (raw) => checkScene(raw, this.task, this.configs, first);
+    try {
+      const given = new URLSearchParams(location.search).get("scene") ?? this.host.get("scene");
+      if (given) scene = check(typeof given === "string" ? decodeScene(given) : given);
+      if (scene && scene.model !== first) await this.load(scene.model);
+    } catch (error) {
+      complaint = this.sentence(error);
+      scene = null;
+    }
+    this.load1(first);
+    this.scene = scene ?? check(describeScene(this.task, { ...this.newGame(0), model: first, parts: {}, rtg: 0.9, acting: "greedy", preference: "F-R" }));
+    this.ui.start = this.scene;
+    this.build();
+    this.redraw(complaint);
+  }
+
+  // An error as a sentence; only a fault of ours has a stack to look at.
+  sentence(error) {
+    if (error instanceof PlaygroundError) return error.message;
+    console.error(error);
+    return `Something in the playground failed: ${error.message}.`;
+  }
+
+  load1(name) { // the first model's weights are in the page
+    if (!this.loaded.has(name)) this.loaded.set(name, loadModel(this.entries[name], this.entries[name].weights));
+  }
+
+  async load(name) {
+    if (!this.loaded.has(name)) this.loaded.set(name, loadModel(this.entries[name], await weightsOf(this.entries[name])));
+  }
+
+  newGame(seed) {
+    const random = generator(seed), state = reset(this.task, random);
+    return { state, random: random.state };
+  }
+
+  // Building
+
+  build() {
+    const cfg = this.configs[this.scene.model], on = this.handlers();
+    const models = Object.fromEntries(Object.keys(this.entries).map((name) => [name, name]));
+    this.modelSelect = select("Model", models, on.model);
+    const groups = {};
+    this.presets.forEach(({ name, group = "Scenes" }, k) => { (groups[group] ??= {})[k] = name; });
+    const preset = select("Scene", { "": this.presets.length ? "choose one …" : "none prepared", ...groups }, (k) => k !== "" && on.preset(this.presets[k]));
+    this.presetSelect = preset.input;
+    this.choice = mapChoice(cfg, () => this.redraw());
+    this.board = board(this.task, on);
+    this.controls = playControls(this.task, on);
+    const preference = preferenceSelect(on.preference);
+    const parts = [this.board, this.controls, viewPanel(), probabilityPanel(), attentionPanel(cfg), contributionPanel(cfg, preference.element), preference,
+      interventionPanel(cfg, this.task, on), scanPanel(), neuronPanel(NEURONS, on.neuron, (name) => { this.choice.neuron(name); this.redraw(); }), mapPanel(cfg, this.choice)];
+    this.parts = parts;
+    const [room, controls, seen, probabilities, attention, contributions, , interventions, scans, neurons, maps] = parts.map((part) => part.element);
+    const help = h("p", { class: "dtp-note dtp-help" }, "Keys on the board: arrows play, m model step, r run, u undo, e edit.");
+    this.root.replaceChildren(
+      h("div", { class: "dtp-top" }, this.modelSelect.element, preset.element, button("Copy link", on.copy)),
+      this.message,
+      h("div", { class: "dtp-columns" },
+        h("div", { class: "dtp-column" }, panel("game", "The game", room, help, controls)),
+        h("div", { class: "dtp-column" }, h("div", { class: "dtp-pair" }, seen, h("div", {}, probabilities, attention)), contributions)),
+      interventions,
+      h("div", { class: "dtp-columns" }, h("div", { class: "dtp-column" }, scans), h("div", { class: "dtp-column" }, neurons)),
+      maps);
+  }
+
+  // Everything that follows from the scene, drawn; `say` goes to the status line.
+  redraw(say, lead = "") {
+    const { scene, ui, task } = this, model = this.loaded.get(scene.model);
+    const input = { view: observe(task, scene.state), rtg: scene.rtg, t: Math.min(scene.state.t, model.cfg.max_steps) };
+    const before = run(model, input), edits = this.edits(model);
+    const after = edits === INTACT ? null : run(model, input, edits), last = after ?? before;
+    const scans = { before: scan(model, input, INTACT, RTGS), after: after && scan(model, input, edits, RTGS) };
+    this.result = last;
+    this.root.classList.toggle("dtp-edited", Boolean(after));
+    const place = `${describePlace(task, scene.state, input.view)} ${describeChoice(last.probs)}`;
+    const frame = { scene, task, model, input, before, after, scans, weights: contrast(scene.preference), place,
+      cursor: ui.editing ? ui.cursor : null, editing: ui.editing, over: ui.over, running: Boolean(ui.running), canUndo: ui.history.length > 0, steering: ui.steering };
+    for (const part of this.parts) part.update(frame);
+    this.modelSelect.input.value = scene.model;
+    if (say !== undefined) this.message.textContent = say || `${lead}Step ${scene.state.t}. ${place}`;
+  }
+
+  edits(model) {
+    const { parts, steer, source } = this.scene;
+    if (!Object.keys(parts).length && !steer) return INTACT;
+    const patched = Object.values(parts).includes("patch");
+    const from = patched ? run(model, { view: observe(this.task, source.state), rtg: source.rtg, t: source.state.t }) : null;
+    return { parts, source: from, steer: steer && { vector: direction(model, steer.direction), amount: steer.amount, at: steer.at } };
+  }
+
+  // Changing
+
+  record() {
+    const { ui, scene } = this;
+    ui.history = [...ui.history.slice(-499), { state: scene.state, random: scene.random, over: ui.over }];
+  }
+
+  change(scene, say, lead) {
+    this.scene = { ...this.scene, ...scene };
+    this.redraw(say, lead);
+    this.host.set("scene", describeScene(this.task, this.scene)); // a live kernel's copy, where there is one
+    this.host.save_changes();
+  }
+
+  play(action, random, who) {
+    if (this.ui.over) return this.redraw("The episode is over: undo, edit the room or begin a new game.");
+    const { state, reward, terminated, truncated } = step(this.task, this.scene.state, action, random);
+    const over = !(terminated || truncated) ? null
+      : reward > 0 ? `The goal is reached at step ${state.t}: return ${reward.toFixed(3)}.`
+      : reward < 0 ? `It walked into ${nameOf(contentAt(this.task, this.scene.state, ...front(this.task, this.scene.state)))} at step ${state.t}: return −1.`
+      : `Step ${state.t}: the episode is cut off. Return 0.`;
+    const next = over && state.t >= this.task.max_steps ? { ...state, t: this.task.max_steps - 1 } : state;
+    this.record();
+    this.ui.over = over;
+    if (over) this.stop();
+    const quiet = this.ui.running && !over; // a running model would talk without end
+    this.change({ state: next, random: random.state }, quiet ? undefined : over ? `${who} ${DONE[action]}. ${over}` : "", `${who} ${DONE[action]}. `);
+  }
+
+  modelStep() {
+    const random = generator(this.scene.random), { probs } = this.result;
+    let action = probs.indexOf(Math.max(...probs));
+    if (this.scene.acting === "sampled") {
+      const word = random();
+      action = word < probs[0] ? 0 : word < probs[0] + probs[1] ? 1 : 2;
+    }
+    this.play(action, random, "The model");
+  }
+
+  stop() {
+    clearInterval(this.ui.running);
+    this.ui.running = null;
+  }
+
+  // The room is edited at (x, y): the agent turns, obstacles come and go, and walls and the goal stay.
+  edit(x, y) {
+    const { task, scene } = this, { state } = scene, cell = at(task, x, y);
+    const place = (changed, say) => { this.stop(); this.record(); this.ui.over = null; this.change({ state: { ...state, ...changed } }, say); };
+    if (cell === state.agent) return place({ direction: (state.direction + 1) % 4 }, `The agent faces ${COMPASS[(state.direction + 1) % 4]}.`);
+    if (roomAt(task, x, y) !== EMPTY) return this.redraw("Walls and the goal stay where they are.");
+    if (this.ui.tool === "agent") {
+      if (state.obstacles.includes(cell)) return this.redraw("An obstacle is there: take it away first.");
+      return place({ agent: cell }, `The agent is at column ${x}, row ${y}.`);
+    }
+    if (state.obstacles.includes(cell)) return place({ obstacles: state.obstacles.filter((c) => c !== cell) }, `The obstacle at column ${x}, row ${y} is gone.`);
+    if (state.obstacles.length >= most(task)) return this.redraw(`This room holds at most ${most(task)} obstacles: take one away first.`);
+    return place({ obstacles: [...state.obstacles, cell] }, `An obstacle is at column ${x}, row ${y}.`);
+  }
+
+  // On the goal the episode is over: no scene begins there.
+  onGoal() {
+    const done = roomAt(this.task, ...xy(this.task, this.scene.state.agent)) !== EMPTY;
+    if (done) this.redraw("The agent is on the goal, where no scene begins: undo the last step first.");
+    return done;
+  }
+
+  async copy() {
+    if (this.onGoal()) return;
+    const code = encodeScene(describeScene(this.task, this.scene));
+    const inBook = document.documentElement.dataset.content_root != null;
+    const text = inBook ? `${location.href.split(/[?#]/)[0]}?scene=${code}#playground` : code;
+    try {
+      await navigator.clipboard.writeText(text);
+      this.redraw(inBook ? "The link to this scene is copied." : `This scene is copied as text: show(model, scene="…") begins with it.`);
+    } catch {
+      this.redraw(`Copying is not allowed here; this is it: ${text}`);
+    }
+    this.copied = text;
+  }
+
+  async setModel(name) {
+    this.stop();
+    try {
+      await this.load(name);
+      if (this.configs[name] !== this.configs[this.scene.model]) {
+        this.scene = checkScene({ ...describeScene(this.task, { ...this.scene, parts: {}, model: name }) }, this.task, this.configs, name);
+        this.build();
+      }
+      this.change({ model: name }, `This is ${name}. ${describeChoice(run(this.loaded.get(name), { view: observe(this.task, this.scene.state), rtg: this.scene.rtg, t: this.scene.state.t }).probs)}`);
+    } catch (error) {
+      this.redraw(this.sentence(error));
+    }
+  }
+
+  async setPreset({ name, note = "", scene }) {
+    this.stop();
+    try {
+      const checked = checkScene(scene, this.task, this.configs, this.scene.model);
+      await this.load(checked.model);
+      this.record();
+      this.ui.over = null;
+      if (checked.steer) this.ui.steering = checked.steer;
+      this.change(checked, `${name}. ${note}`);
+    } catch (error) {
+      this.redraw(this.sentence(error));
+    }
+  }
+
+  handlers() {
+    const { ui } = this, set = (changes, say) => this.change(changes, say);
+    return {
+      act: (action) => { this.stop(); this.play(action, generator(this.scene.random), "You"); },
+      step: () => { this.stop(); this.modelStep(); },
+      run: () => {
+        if (ui.running) { this.stop(); return this.redraw(""); }
+        ui.running = setInterval(() => this.modelStep(), PAUSE);
+        this.redraw("The model plays.");
+      },
+      undo: () => {
+        const last = ui.history.pop();
+        if (!last) return;
+        this.stop();
+        ui.over = last.over;
+        set({ state: last.state, random: last.random }, "");
+      },
+      reset: () => {
+        this.stop();
+        const text = this.controls.seed(), seed = Number(text);
+        if (text === "" || !Number.isInteger(seed) || seed < 0 || seed >= 2 ** 32) return this.redraw(`Seed must be a whole number from 0 to ${2 ** 32 - 1}, not “${text}”.`);
+        this.record();
+        ui.over = null;
+        set(this.newGame(seed), "");
+      },
+      editing: () => ui.editing,
+      tool: (tool) => { ui.tool = tool; },
+      edit: () => {
+        this.stop();
+        ui.editing = !ui.editing;
+        ui.cursor = this.scene.state.agent;
+        this.redraw(ui.editing ? "Editing: arrow keys move the yellow cursor; space places or removes an obstacle, or turns the agent; escape ends it." : "");
+      },
+      cursor: (dx, dy) => {
+        const [x, y] = xy(this.task, ui.cursor), clamp = (v) => Math.min(Math.max(v, 1), this.task.size - 2);
+        ui.cursor = at(this.task, clamp(x + dx), clamp(y + dy));
+        const [cx, cy] = xy(this.task, ui.cursor);
+        this.redraw(`Column ${cx}, row ${cy}: ${ui.cursor === this.scene.state.agent ? "the agent" : nameOf(contentAt(this.task, this.scene.state, cx, cy))}.`);
+      },
+      place: () => this.edit(...xy(this.task, ui.cursor)),
+      click: (x, y) => { if (ui.editing) ui.cursor = at(this.task, x, y); this.edit(x, y); },
+      rtg: (rtg) => set({ rtg }),
+      t: (t) => { ui.over = null; set({ state: { ...this.scene.state, t } }); },
+      acting: (acting) => set({ acting }),
+      preference: (preference) => set({ preference }, `The contributions are to ${preference}.`),
+      model: (name) => this.setModel(name),
+      preset: (preset) => this.setPreset(preset),
+      copy: () => this.copy(),
+      part: (name, way) => {
+        const { [name]: _, ...parts } = this.scene.parts;
+        set({ parts: way ? { ...parts, [name]: way } : parts }, "");
+      },
+      neuron: (name, ablated) => {
+        const { [name]: _, ...parts } = this.scene.parts;
+        set({ parts: ablated ? { ...parts, [name]: "zero" } : parts }, "");
+      },
+      remember: () => this.onGoal() || set({ source: { state: this.scene.state, rtg: this.scene.rtg } }, "This scene is remembered."),
+      swap: () => this.onGoal() || set({ ...this.scene.source, source: { state: this.scene.state, rtg: this.scene.rtg } }, ""),
+      clear: () => set({ parts: {}, steer: null }, ""),
+      steer: (changes) => {
+        ui.steering = { ...ui.steering, ...changes };
+        if (changes.direction === "") { ui.steering.direction = "F-R"; return set({ steer: null }, ""); }
+        set({ steer: this.scene.steer || changes.direction ? { ...ui.steering } : null });
+      },
+    };
+  }
+}
+
+export function render({ model, el }) {
+  const widget = new Widget(model, el);
+  el.playground = widget; // for those who look inside
+  return widget.start().catch((error) => widget.root.replaceChildren(h("p", { role: "alert", class: "dtp-message" }, widget.sentence(error))));
+}
+
+export default { render };
