@@ -5,11 +5,13 @@ made by the same code from the same parameters, is not run again.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,18 +28,22 @@ from dtbook.trajectories import RecordEpisodes, Trajectories
 
 SHIPPED = (
     "ppo.parquet",
-    "history.npz",
     "collection.parquet",
-    "trajectories.npz",
     "model",
     "training.parquet",
     "evaluations.parquet",
     "heads.parquet",
     "calibration.parquet",
 )
-"""What `data/` holds of the reference replication (seed 0); PPO's checkpoints are too large for git."""
+"""What `data/` holds of each replication; of seed 0 also `REFERENCE_ONLY`. PPO's checkpoints are too large for git."""
 
+REFERENCE_ONLY = ("history.npz", "trajectories.npz", "snapshots.safetensors")
 POST_CALIBRATION = "post/calibration.parquet"
+Report = Callable[[int, str, float], None]
+"""Hears of a seed, a stage that is over, and the seconds it took."""
+
+CONTROLS = tuple(f"controls/shuffled_{seed}" for seed in range(3))
+"""Models trained on the reference's data set with its actions shuffled, which say nothing about what to do."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class Recipe:
     quota: QuotaConfig = QuotaConfig()
     model: DTConfig = DTConfig()
     train: TrainConfig = TrainConfig()
+    snapshots: tuple[int, ...] = (0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800, 8000)
+    """Training steps after which the weights are kept."""
     calibration: Mapping[str, Any] = field(
         default_factory=lambda: {"rtgs": list(CALIBRATION_RTGS), "episodes": 500, "max_steps": 300}
     )
@@ -68,12 +76,24 @@ def name_of(seed: int, file: str) -> str:
     return f"{folder_of(seed)}/{file}"
 
 
-def replicate(store: ArtifactStore, seed: int, recipe: Recipe | None = None, progress: bool = True) -> None:
-    """Make every artifact of one replication in `store`, going on where an interrupted call stopped."""
+def replicate(
+    store: ArtifactStore,
+    seed: int,
+    recipe: Recipe | None = None,
+    progress: bool = True,
+    report: Report | None = None,
+) -> None:
+    """Make every artifact of one replication in `store`, going on where an interrupted call stopped.
+
+    `report` hears of each stage when it is over.
+    """
     recipe = recipe or Recipe()
     with ppo.one_thread():
-        for stage in (_ppo, _collection, _training, _calibration):
+        for stage in (_ppo, _collection, _training, _heads, _calibration):
+            start = time.perf_counter()
             stage(store, seed, recipe, progress)
+            if report:
+                report(seed, stage.__name__.strip("_"), time.perf_counter() - start)
 
 
 def calibrate(model: DecisionTransformer, settings: Mapping[str, Any], seed: int) -> pd.DataFrame:
@@ -96,8 +116,10 @@ def calibrate_post(store: ArtifactStore, recipe: Recipe | None = None) -> None:
 
 
 def shipped_names(seed: int = 0) -> list[str]:
-    """What `data/` holds: the reference replication and the measures of the post's weights."""
-    return [name_of(seed, file) for file in SHIPPED] + [POST_CALIBRATION]
+    """What `data/` holds of a replication; of the reference's also the controls, and what the post's weights do."""
+    if seed:
+        return [name_of(seed, file) for file in SHIPPED]
+    return [name_of(0, file) for file in (*SHIPPED, *REFERENCE_ONLY)] + [POST_CALIBRATION, *CONTROLS]
 
 
 def compare(made: ArtifactStore, shipped: ArtifactStore, names: Sequence[str]) -> dict[str, str]:
@@ -175,29 +197,81 @@ def _training(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -
 
     def make() -> list[Writer]:
         data = Trajectories.load(store.path(name_of(seed, "trajectories.npz")))
-        result = training.train(data, recipe.model, recipe.train, seed, folder, progress)
-        scores = heads.obstacle_head_scores(
-            result.model, all_observations(recipe.task.size, recipe.task.n_obstacles)
-        )
-        model = heads.order_heads(result.model, scores)
+        result = training.train(data, recipe.model, recipe.train, seed, folder, progress, recipe.snapshots)
+        half = {
+            f"{step}/{name}": value.half()
+            for step, weights in result.snapshots.items()
+            for name, value in weights.items()
+        }
         return [
             table_writer(result.curve),
             table_writer(result.evaluations),
-            table_writer(scores),
-            model.save_pretrained,
+            lambda path: save_file(half, path),
+            result.model.save_pretrained,
         ]
 
-    files = ("training.parquet", "evaluations.parquet", "heads.parquet", "model")
-    run_stage(
-        store,
-        seed,
-        "training",
-        ("training", "heads"),
-        asdict(recipe),
-        [name_of(seed, f) for f in files],
-        make,
-    )
+    files = ("training.parquet", "evaluations.parquet", "snapshots.safetensors", "trained")
+    names = [name_of(seed, file) for file in files]
+    run_stage(store, seed, "training", ("training",), _but_calibration(recipe), names, make)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _heads(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
+    def make() -> list[Writer]:
+        trained = DecisionTransformer.from_pretrained(store.path(name_of(seed, "trained")))
+        model, scores = _in_order(trained, recipe.task)
+        return [table_writer(scores), model.save_pretrained]
+
+    names = [name_of(seed, file) for file in ("heads.parquet", "model")]
+    run_stage(store, seed, "heads", ("training", "heads"), _but_calibration(recipe), names, make)
+
+
+def _in_order(model: DecisionTransformer, task: Task) -> tuple[DecisionTransformer, pd.DataFrame]:
+    scores = heads.obstacle_head_scores(model, all_observations(task.size, task.n_obstacles))
+    return heads.order_heads(model, scores), scores
+
+
+def _but_calibration(recipe: Recipe) -> dict[str, Any]:
+    return {name: value for name, value in asdict(recipe).items() if name != "calibration"}
+
+
+def train_controls(store: ArtifactStore, recipe: Recipe | None = None, progress: bool = True) -> None:
+    """Train `CONTROLS` on the data set of seed 0, its actions permuted over all steps; heads ordered as ever.
+
+    Untrained controls need no artifact: `DecisionTransformer(DTConfig(), seed)` is one.
+    """
+    recipe = recipe or Recipe()
+    for seed, name in enumerate(CONTROLS):
+        folder = store.root / "controls" / f".training_{seed}"
+        settings = replace(recipe.train, evaluation_episodes=0)
+
+        def make(seed: int = seed, folder: Path = folder, settings: TrainConfig = settings) -> list[Writer]:
+            data = Trajectories.load(store.path(name_of(0, "trajectories.npz")))
+            shuffled = replace(data, actions=np.random.default_rng(seed).permutation(data.actions))
+            result = training.train(shuffled, recipe.model, settings, seed, folder, progress)
+            return [_in_order(result.model, recipe.task)[0].save_pretrained]
+
+        parameters = _but_calibration(replace(recipe, train=settings, snapshots=()))
+        with ppo.one_thread():
+            run_stage(store, seed, "controls", ("training", "heads"), parameters, [name], make)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_snapshots(store: ArtifactStore, seed: int = 0) -> dict[int, DecisionTransformer]:
+    """Return training steps → the model as it was then (float16 on disk), heads numbered as the final model's."""
+    final = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(store.path(name_of(seed, "snapshots.safetensors"))).items():
+        step, name = key.split("/")
+        weights.setdefault(int(step), {})[name] = tensor.float()
+    models = {}
+    for step in sorted(weights):
+        model = DecisionTransformer(final.cfg)
+        model.load_state_dict(weights[step])
+        for layer, order in final.metadata["head_order"].items():
+            model = model.permute_heads(int(layer), order)
+        models[step] = model.eval()
+    return models
 
 
 def _calibration(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:

@@ -6,7 +6,7 @@ whole checkpoint to the same final bytes as one that was not.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,6 +143,8 @@ class TrainResult(NamedTuple):
     """One row a step: `step`, `loss` (cross-entropy, nats), `accuracy`, `lr`."""
     evaluations: pd.DataFrame
     """One row an evaluation: `step` and, for instance, `greedy 0.9`, the mean return when asked for 0.9."""
+    snapshots: dict[int, dict[str, torch.Tensor]]
+    """Steps taken → the weights after them, for the steps that were asked for."""
 
 
 def train(
@@ -152,8 +154,9 @@ def train(
     seed: int,
     folder: str | Path | None = None,
     progress: bool = True,
+    snapshots: Sequence[int] = (),
 ) -> TrainResult:
-    """Train a Decision Transformer on `data`.
+    """Train a Decision Transformer on `data`; `snapshots` are the steps after which to keep the weights.
 
     With a `folder`, each checkpoint is kept there as `step_NNNNNN/` (a model folder, and the optimiser beside
     it), and a run that finds checkpoints of the same settings goes on from the last. Raises ValueError where
@@ -164,7 +167,10 @@ def train(
     model = DecisionTransformer(model_config, seed=seed)
     optimizer = make_optimizer(model, config)
     run = _Run(folder, {"model": asdict(model_config), "train": asdict(config), "seed": seed})
+    run.settings["snapshots"] = list(snapshots)
     curve, evaluations, begin = run.resume(model, optimizer)
+    if begin == 0 and 0 in snapshots:
+        run.keep(0, model)
     torch.set_flush_denormal(True)  # the unused state channel decays to denormals, which cost a factor of two
     try:
         with tqdm(total=config.steps, initial=begin, desc="training", disable=not progress) as bar:
@@ -174,6 +180,8 @@ def train(
                 loss, accuracy = update(model, optimizer, batch, lr)
                 curve.append({"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "lr": lr})
                 bar.update()
+                if step + 1 in snapshots:
+                    run.keep(step + 1, model)
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                     evaluations.append(
                         {"step": step + 1, **evaluate(model, config.evaluation_episodes, seed, data)}
@@ -184,7 +192,7 @@ def train(
                     run.save(step + 1, model, optimizer, curve, evaluations)
     finally:
         torch.set_flush_denormal(False)
-    return TrainResult(model.eval(), pd.DataFrame(curve), pd.DataFrame(evaluations))
+    return TrainResult(model.eval(), pd.DataFrame(curve), pd.DataFrame(evaluations), run.snapshots)
 
 
 def evaluate(model: DecisionTransformer, episodes: int, seed: int, data: Trajectories) -> Row:
@@ -237,6 +245,7 @@ class _Run:
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
         self.folder, self.settings = Path(folder) if folder else None, settings
+        self.snapshots: dict[int, dict[str, torch.Tensor]] = {}
 
     def checkpoints(self) -> Iterator[Path]:
         if self.folder:
@@ -260,8 +269,22 @@ class _Run:
                 ) from None
             model.load_state_dict(DecisionTransformer.from_pretrained(folder).state_dict())
             _load_moments(optimizer, saved)
-            return state["curve"], state["evaluations"], state["curve"][-1]["step"]
+            begin = state["curve"][-1]["step"]
+            steps = [step for step in self.settings["snapshots"] if step <= begin]
+            self.snapshots = {step: load_file(self._snapshot(step)) for step in steps}
+            return state["curve"], state["evaluations"], begin
         return [], [], 0
+
+    def _snapshot(self, step: int) -> Path:
+        assert self.folder
+        return self.folder / f"weights_{step:06d}.safetensors"
+
+    def keep(self, step: int, model: DecisionTransformer) -> None:
+        """Keep the weights as they are now."""
+        self.snapshots[step] = {name: value.clone() for name, value in model.state_dict().items()}
+        if self.folder:
+            with atomic_write(self._snapshot(step)) as temporary:
+                save_file(self.snapshots[step], temporary)
 
     def save(
         self,

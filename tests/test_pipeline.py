@@ -13,7 +13,7 @@ import pytest
 
 from dtbook.artifacts import ArtifactStore
 from dtbook.model import DecisionTransformer
-from dtbook.pipeline import POST_CALIBRATION, compare, name_of, shipped_names
+from dtbook.pipeline import REFERENCE_ONLY, compare, name_of, shipped_names
 from dtbook.trajectories import Trajectories
 
 SMALL = """
@@ -31,9 +31,8 @@ recipe = pipeline.Recipe(
 )
 pipeline.replicate(ArtifactStore(sys.argv[1]), 3, recipe, progress=False)
 """
-FILES = [name for name in shipped_names(3) if name != POST_CALIBRATION] + [
-    name_of(3, "checkpoints.safetensors")
-]
+NOT_SHIPPED = ("trained", "checkpoints.safetensors")
+FILES = shipped_names(3) + [name_of(3, file) for file in (*REFERENCE_ONLY, *NOT_SHIPPED)]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(whole, tmp_path):
                 Trajectories.load(path)
             elif path.suffix == ".parquet":
                 pd.read_parquet(path)
-            elif path.name == "model":
+            elif path.name in ("model", "trained"):
                 DecisionTransformer.from_pretrained(path)
     assert kills >= 2, "the runs should have been killed on their way"
     subprocess.run([sys.executable, "-c", SMALL, str(tmp_path)], check=True)
