@@ -178,7 +178,8 @@ def reproduce(seeds: str, workers: int, folder: Path, publish: bool) -> None:
             f"seeds {', '.join(map(str, failed))} failed; the same command goes on where they stopped"
         )
     if 0 in chosen:
-        pipeline.train_controls(made)
+        for control in range(len(pipeline.CONTROLS)):
+            pipeline.train_control(made, control)
         pipeline.calibrate_post(made)
     names = [name for seed in chosen for name in pipeline.shipped_names(seed)]
     if len(chosen) > 1:

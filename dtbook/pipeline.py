@@ -235,26 +235,27 @@ def _but_calibration(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in asdict(recipe).items() if name != "calibration"}
 
 
-def train_controls(store: ArtifactStore, recipe: Recipe | None = None, progress: bool = True) -> None:
-    """Train `CONTROLS` on the data set of seed 0, its actions permuted over all steps; heads ordered as ever.
+def train_control(
+    store: ArtifactStore, seed: int, recipe: Recipe | None = None, progress: bool = True
+) -> None:
+    """Train `CONTROLS[seed]` on the data set of seed 0, its actions permuted over all steps; heads ordered as ever.
 
     Untrained controls need no artifact: `DecisionTransformer(DTConfig(), seed)` is one.
     """
     recipe = recipe or Recipe()
-    for seed, name in enumerate(CONTROLS):
-        folder = store.root / "controls" / f".training_{seed}"
-        settings = replace(recipe.train, evaluation_episodes=0)
+    recipe = replace(recipe, train=replace(recipe.train, evaluation_episodes=0), snapshots=())
+    folder = store.root / "controls" / f".training_{seed}"
 
-        def make(seed: int = seed, folder: Path = folder, settings: TrainConfig = settings) -> list[Writer]:
-            data = Trajectories.load(store.path(name_of(0, "trajectories.npz")))
-            shuffled = replace(data, actions=np.random.default_rng(seed).permutation(data.actions))
-            result = training.train(shuffled, recipe.model, settings, seed, folder, progress)
-            return [_in_order(result.model, recipe.task)[0].save_pretrained]
+    def make() -> list[Writer]:
+        data = Trajectories.load(store.path(name_of(0, "trajectories.npz")))
+        shuffled = replace(data, actions=np.random.default_rng(seed).permutation(data.actions))
+        result = training.train(shuffled, recipe.model, recipe.train, seed, folder, progress)
+        return [_in_order(result.model, recipe.task)[0].save_pretrained]
 
-        parameters = _but_calibration(replace(recipe, train=settings, snapshots=()))
-        with ppo.one_thread():
-            run_stage(store, seed, "controls", ("training", "heads"), parameters, [name], make)
-        shutil.rmtree(folder, ignore_errors=True)
+    rooms, parameters = ("training", "heads"), _but_calibration(recipe)
+    with ppo.one_thread():
+        run_stage(store, seed, "controls", rooms, parameters, [CONTROLS[seed]], make)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_snapshots(store: ArtifactStore, seed: int = 0) -> dict[int, DecisionTransformer]:
@@ -262,12 +263,12 @@ def load_snapshots(store: ArtifactStore, seed: int = 0) -> dict[int, DecisionTra
     final = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
     weights: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(store.path(name_of(seed, "snapshots.safetensors"))).items():
-        step, name = key.split("/")
-        weights.setdefault(int(step), {})[name] = tensor.float()
+        at, name = key.split("/")
+        weights.setdefault(int(at), {})[name] = tensor.float()
     models = {}
-    for step in sorted(weights):
+    for step, state in sorted(weights.items()):
         model = DecisionTransformer(final.cfg)
-        model.load_state_dict(weights[step])
+        model.load_state_dict(state)
         for layer, order in final.metadata["head_order"].items():
             model = model.permute_heads(int(layer), order)
         models[step] = model.eval()

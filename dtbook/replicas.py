@@ -7,7 +7,7 @@ where it stopped, and so is all of it by the next call.
 import re
 from collections.abc import Sequence
 from multiprocessing import connection, get_context
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 
 import pandas as pd
 
@@ -55,29 +55,32 @@ def replicate_all(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     queue, failed = [(seed, 1) for seed in seeds], {}
-    running: dict[int, tuple[BaseProcess, int, int]] = {}
+    running: list[tuple[SpawnProcess, int, int]] = []
     try:
         while queue or running:
             while queue and len(running) < workers:
                 seed, attempt = queue.pop(0)
-                process = get_context("spawn").Process(
-                    target=replicate, args=(store, seed, recipe, False, report), daemon=True
-                )
-                process.start()
-                running[process.sentinel] = process, seed, attempt
-            for sentinel in connection.wait(list(running)):
-                process, seed, attempt = running.pop(sentinel)  # type: ignore[call-overload]
-                process.join()
+                running.append((_start(store, seed, recipe, report), seed, attempt))
+            connection.wait([process.sentinel for process, _, _ in running])
+            for process, seed, attempt in [entry for entry in running if not entry[0].is_alive()]:
+                running.remove((process, seed, attempt))
                 code = process.exitcode or 0
                 if code < 0 and attempt < ATTEMPTS:  # killed
                     queue.insert(0, (seed, attempt + 1))
                 elif code:
                     failed[seed] = code
     finally:
-        for process, _, _ in running.values():
+        for process, _, _ in running:
             process.terminate()
             process.join()
     return failed
+
+
+def _start(store: ArtifactStore, seed: int, recipe: Recipe | None, report: Report) -> SpawnProcess:
+    arguments = (store, seed, recipe, False, report)
+    process = get_context("spawn").Process(target=replicate, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 def summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
@@ -89,11 +92,11 @@ def summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
     rows = []
     for seed in seeds:
         curves = pd.read_parquet(store.path(name_of(seed, "calibration.parquet")))
-        row = {"seed": seed, **measures(curves)}
+        row: dict[str, float] = {"seed": seed, **measures(curves)}
         missed = [name for name, (low, high) in BARS.items() if not low <= row[name] <= high]
         model = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
-        scores = model.metadata["obstacle_head"]["score"]
-        rows.append(row | scores | {"meets": not missed, "missed": ", ".join(missed)})
+        scores: dict[str, float] = model.metadata["obstacle_head"]["score"]
+        rows.append({**row, **scores, "meets": not missed, "missed": ", ".join(missed)})
     return pd.DataFrame(rows)
 
 
@@ -107,7 +110,7 @@ def write_summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
 
 def measures(curves: pd.DataFrame) -> dict[str, float]:
     """Return the measures of one model from its two calibration curves (`pipeline.calibrate`)."""
-    row = {}
+    row: dict[str, float] = {}
     for acting, curve in curves.groupby("acting"):
         means = curve.set_index(curve["rtg"].round(6))["mean"]
         row |= {f"{acting} {rtg:g}": float(means[rtg]) for rtg in (-1.0, 0.0, 0.9)}

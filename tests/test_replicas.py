@@ -102,7 +102,6 @@ def test_what_fails_is_told_and_the_rest_is_made(tmp_path, log):
 
 def test_shuffled_controls_see_the_same_steps_with_other_actions(tmp_path, monkeypatch):
     store, seen = ArtifactStore(tmp_path), []
-    monkeypatch.setattr(pipeline, "CONTROLS", pipeline.CONTROLS[:1])
     pipeline.replicate(store, 0, RECIPE, progress=False)
     train = pipeline.training.train
 
@@ -111,13 +110,13 @@ def test_shuffled_controls_see_the_same_steps_with_other_actions(tmp_path, monke
         return train(data, *args)
 
     monkeypatch.setattr(pipeline.training, "train", spy)
-    pipeline.train_controls(store, RECIPE, progress=False)
+    pipeline.train_control(store, 1, RECIPE, progress=False)
     data = pipeline.Trajectories.load(store.path(name_of(0, "trajectories.npz")))
     assert (seen[0].agent == data.agent).all()
     assert (seen[0].returns == data.returns).all()
     assert sorted(seen[0].actions) == sorted(data.actions)
     assert (seen[0].actions != data.actions).mean() > 0.3
-    model = pipeline.DecisionTransformer.from_pretrained(store.path(pipeline.CONTROLS[0]))
+    model = pipeline.DecisionTransformer.from_pretrained(store.path(pipeline.CONTROLS[1]))
     assert "obstacle_head" in model.metadata
 
 
