@@ -72,7 +72,7 @@
 
   function table({ columns, all }, caption) {
     const head = element("tr", columns.map((name) => element("th", name, { scope: "col" })));
-    const body = all.slice(0, MOST_ROWS).map((row) => element("tr", columns.map((name) => element("td", number(row[name]), { className: typeof row[name] })))));
+    const body = all.slice(0, MOST_ROWS).map((row) => element("tr", columns.map((name) => element("td", number(row[name]), { className: typeof row[name] }))));
     return element("table", [element("caption", caption), element("thead", head), element("tbody", body)], { className: "table" });
   }
 
