@@ -84,8 +84,9 @@ SCORES = {
     "low": [-0.125, float("nan")],
     "high": [0.5, float("nan")],
     "verdict": ["replicated", "not replicated"],
-    "controls": ["0 of 3", None],
-    "section": ["notebooks/chapter.ipynb#results", "notebooks/99_gone.ipynb"],
+    "controls_passed": [0, 0],
+    "controls_n": [3, 0],
+    "section": ["notebooks/chapter.html#results", "notebooks/99_gone.html"],
 }
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from front import executed_folder
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -75,7 +76,7 @@ def in_words(seconds: float) -> str:
 
 def run_seconds(app: Sphinx, docname: str) -> float | None:
     """How long the notebook of a page took when it was executed; None if nobody wrote it down."""
-    note = Path(app.srcdir) / "book" / "_executed" / f"{Path(docname).name}.seconds"
+    note = executed_folder(app) / f"{Path(docname).name}.seconds"
     return float(note.read_text()) if note.exists() else None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from front import executed_folder
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
@@ -32,11 +33,6 @@ def use_executed_copy(app: Sphinx, docname: str, source: list[str]) -> None:
     if executed is not None:
         strip_for_pages(executed)
         source[0] = nbformat.writes(executed)
-
-
-def executed_folder(app: Sphinx) -> Path:
-    """The folder of the executed copies."""
-    return Path(app.srcdir) / "book" / "_executed"
 
 
 def fault(source: nbformat.NotebookNode, executed: nbformat.NotebookNode | None) -> str | None:
@@ -84,7 +80,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the extension."""
     app.connect("source-read", use_executed_copy)
     app.connect("build-finished", copy_libraries)
-    for room in ("chapters", "diagrams", "scorecard"):
+    for room in ("api", "chapters", "diagrams", "front", "scorecard", "website"):
         app.setup_extension(room)
     for name in ("comments_config", "use_jupyterbook_latex"):
         app.add_config_value(name, None, "")  # set by jupyter-book for extensions that are left out here

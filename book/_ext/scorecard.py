@@ -27,8 +27,8 @@ NOT_YET = "This build has no scorecard: the replications that it counts are not 
 def read_scorecard(path: Path) -> pd.DataFrame:
     """The scorecard, one row a claim, with the columns of the page ready to be printed.
 
-    Its own columns are claim, statement, post, posts_weights, passed, n, effect, low, high, verdict, controls and
-    section, the last being where in the book the claim is decided: `notebooks/06_x.ipynb#anchor`.
+    Its own columns are those of `dtbook.scorecard.scorecard`; `section` is where in the book a claim is decided,
+    `notebooks/06_x.html#anchor`.
     """
     table = pd.read_parquet(path)
     table["replications"] = [f"{p:.0f} of {n:.0f}" for p, n in zip(table["passed"], table["n"], strict=True)]
@@ -36,7 +36,9 @@ def read_scorecard(path: Path) -> pd.DataFrame:
         "" if pd.isna(effect) else f"{effect:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
         for effect, low, high in zip(table["effect"], table["low"], table["high"], strict=True)
     ]
-    for column in ("post", "posts_weights", "controls"):
+    control = zip(table["controls_passed"], table["controls_n"], strict=True)
+    table["controls"] = [f"{p} of {n}" if n else "" for p, n in control]
+    for column in ("post", "posts_weights"):
         table[column] = [printed(value) for value in table[column]]
     return table
 
@@ -71,7 +73,7 @@ class Scorecard(SphinxDirective):
         """A count in words, then a mark for each claim that links to where it is decided."""
         counts = table["verdict"].value_counts()
         line = nodes.paragraph(classes=["scorecard-counts"])
-        for verdict in MARKS:
+        for verdict in [*MARKS, *(name for name in counts.index if name not in MARKS)]:
             line += nodes.inline("", "", nodes.strong("", str(counts.get(verdict, 0))), nodes.Text(" "))
             line[-1] += verdict_node(verdict)
             line += nodes.Text(" ")

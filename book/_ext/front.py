@@ -1,0 +1,121 @@
+"""Directives of the front page: the three ways in, other forms of the book, and what this build was made from."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.typing import ExtensionMetadata
+
+PDF = "decision-transformer-book.pdf"
+READ, PLAY = "notebooks/01_the_task", "notebooks/13_play"
+
+
+def executed_folder(app: Sphinx) -> Path:
+    """The folder of the executed copies."""
+    return Path(app.srcdir) / "book" / "_executed"
+
+
+def pdf_of(app: Sphinx) -> Path:
+    """Where `dtbook build --pdf` leaves the printed book, before the pages are built."""
+    return Path(app.srcdir) / "book" / "_build" / "pdf" / PDF
+
+
+class FrontPage(SphinxDirective):
+    """What the directives here share: links to pages that may not be in this build."""
+
+    def address(self, docname: str) -> str | None:
+        """The link to a page; None if it is not in this build."""
+        if docname not in self.env.found_docs:
+            return None
+        return self.env.app.builder.get_relative_uri(self.env.docname, docname)
+
+
+class Doors(FrontPage):
+    """Three ways into the book: read, play, re-run. Each is a link; the game's is there when its page is."""
+
+    def run(self) -> list[nodes.Node]:
+        """A list of three."""
+        doors = [
+            ("Read", READ, "Chapter after chapter, one question each, the answer first."),
+            (
+                "Play",
+                PLAY,
+                "Play beside the model, ask it for a reward, and watch its circuit while it plays.",
+            ),
+            ("Re-run", None, "Every number here is computed by a notebook you can open and change."),
+        ]
+        made = nodes.bullet_list(classes=["doors"])
+        for title, docname, sentence in doors:
+            uri = "#re-run-it" if docname is None else self.address(docname)
+            if uri is None:
+                continue
+            link = nodes.reference("", title, internal=True, refuri=uri)
+            made += nodes.list_item("", nodes.paragraph("", "", link), nodes.paragraph("", sentence))
+        return [made]
+
+
+class OtherForms(FrontPage):
+    """Links to the book as one PDF, if this build has it, and to the notebooks and data of each page."""
+
+    def run(self) -> list[nodes.Node]:
+        """One paragraph."""
+        text = "Each chapter's notebook can be downloaded at the top of its page, the data of each figure below it."
+        made = nodes.paragraph("", text)
+        if pdf_of(self.env.app).exists():
+            depth = self.env.docname.count("/")
+            link = nodes.reference("", "PDF", internal=True, refuri="../" * depth + PDF)
+            made += [nodes.Text(" The whole book is also one "), link, nodes.Text(".")]
+        return [made]
+
+
+class BuildState(FrontPage):
+    """What this build was made from: commit, date, models, and how long its notebooks took."""
+
+    def run(self) -> list[nodes.Node]:
+        """A list of facts, of which those that are not known are left out."""
+        facts = [
+            ("version", commit(Path(self.env.srcdir))),
+            ("models", models(Path(self.env.srcdir) / "data" / "manifest.json")),
+            ("notebooks", compute_time(executed_folder(self.env.app))),
+        ]
+        self.env.note_reread()
+        made = nodes.definition_list(classes=["build-state"])
+        for name, fact in facts:
+            if fact:
+                content = nodes.definition("", nodes.paragraph("", fact))
+                made += nodes.definition_list_item("", nodes.term("", name), content)
+        return [made]
+
+
+def commit(root: Path) -> str:
+    """The commit the pages were built from and its day; nothing outside a checkout."""
+    command = ["git", "log", "-1", "--format=commit %h of %cs"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def models(manifest: Path) -> str:
+    """How many models lie in data/, by its manifest, besides the post's own weights."""
+    if not manifest.exists():
+        return ""
+    names = json.loads(manifest.read_text(encoding="utf-8"))
+    count = sum(1 for name in names if name.endswith("/model"))
+    return f"{count} trained from nothing, and the post's own weights"
+
+
+def compute_time(folder: Path) -> str:
+    """How long the notebooks of the pages took, all of them together."""
+    seconds = [float(note.read_text()) for note in sorted(folder.glob("*.seconds"))]
+    minutes = sum(seconds) / 60
+    return f"{len(seconds)} executed in {minutes:.0f} min, one thread" if seconds else ""
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    """Connect the directives."""
+    app.add_directive("doors", Doors)
+    app.add_directive("other-forms", OtherForms)
+    app.add_directive("build-state", BuildState)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,37 @@
+"""What the site has besides its pages: a map of them for search engines, and the printed book."""
+
+import shutil
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from front import pdf_of
+from sphinx.application import Sphinx
+from sphinx.util.typing import ExtensionMetadata
+
+
+def write_sitemap(app: Sphinx, exception: Exception | None) -> None:
+    """List every page under the address where the book is published."""
+    base = app.config.html_baseurl
+    if exception or app.builder.name != "html" or not base:
+        return
+    addresses = [
+        base.rstrip("/") + "/" + app.builder.get_target_uri(name) for name in sorted(app.env.found_docs)
+    ]
+    lines = [f"  <url><loc>{escape(address)}</loc></url>" for address in addresses]
+    head = (
+        '<?xml version="1.0" encoding="utf-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
+    )
+    (Path(app.outdir) / "sitemap.xml").write_text("\n".join([head, *lines, "</urlset>\n"]), encoding="utf-8")
+
+
+def take_pdf(app: Sphinx, exception: Exception | None) -> None:
+    """Put the printed book beside the pages."""
+    if not exception and app.builder.name == "html" and pdf_of(app).exists():
+        shutil.copy(pdf_of(app), app.outdir)
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    """Connect both."""
+    app.connect("build-finished", write_sitemap)
+    app.connect("build-finished", take_pdf)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
