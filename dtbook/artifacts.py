@@ -5,6 +5,7 @@ serves every room, so this module imports none of those that compute.
 """
 
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -57,8 +58,18 @@ def _draft(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, f"cannot write {path} ({error.strerror})") from error
     try:
         yield Path(room, path.name)
+    except Exception as error:
+        if _means_full(error):
+            raise OSError(errno.ENOSPC, f"cannot write {path} (no space left on the disk)") from error
+        raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _means_full(error: Exception) -> bool:
+    """Return whether the disk, the quota or the largest file allowed was reached; safetensors says so in words."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 def _publish(draft: Path, path: Path) -> None:

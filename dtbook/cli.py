@@ -2,16 +2,17 @@
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
+from filelock import FileLock
 
-from dtbook.artifacts import CHECKOUT, ArtifactError, ArtifactStore
+from dtbook.artifacts import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
 from dtbook.notebooks import (
     NotebookError,
     check_parameters,
@@ -58,12 +59,19 @@ def run(names: tuple[str, ...], assignments: tuple[str, ...]) -> None:
 
 
 def _run(path: Path, target: Path, parameters: dict[str, object], line: str) -> str:
-    """Make `target` unless it is current, and return what was done; `line` labels a bar that counts cells."""
+    """Make `target` unless it is current, and return what was done; `line` labels a bar that counts cells.
+
+    Of two runs at once the second waits, and finds the copy of the first.
+    """
     inputs = inputs_digest(path, parameters, ArtifactStore())
     if is_current(target, inputs):
         return "up to date"
-    start = time.perf_counter()
-    run_notebook(path, target, parameters, inputs, progress=line if sys.stderr.isatty() else "")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.stem}.lock")):
+        if is_current(target, inputs):
+            return "up to date"
+        start = time.perf_counter()
+        run_notebook(path, target, parameters, inputs, progress=line if sys.stderr.isatty() else "")
     return f"done in {time.perf_counter() - start:.1f} s"
 
 
@@ -87,14 +95,37 @@ def params(names: tuple[str, ...]) -> None:
 
 @main.command()
 def build() -> None:
-    """Build the book from the executed notebooks, clean and without a warning, into book/_build/html/."""
+    """Build the book from the executed notebooks, clean and without a warning, into book/_build/html/.
+
+    The former book stays until the new one is whole; after warnings the new one is there to be looked at.
+    """
     book = CHECKOUT / "book"
     if not book.is_dir():
         raise NotebookError(f"{CHECKOUT} has no book/: `dtbook build` needs a checkout of the repository")
-    shutil.rmtree(book / "_build", ignore_errors=True)  # an incremental build repeats no warning
     program = Path(sys.executable).with_name("jupyter-book")
-    files = ["--config", "book/_config.yml", "--toc", "book/_toc.yml", "--path-output", "book"]
-    sys.exit(subprocess.run([program, "build", ".", *files, "-W", "--keep-going"], cwd=CHECKOUT).returncode)
+    files = ["--config", "book/_config.yml", "--toc", "book/_toc.yml"]
+    with (
+        suppress(_Unfinished),
+        atomic_write(book / "_build") as draft,
+    ):  # an incremental build repeats no warning
+        command: list[str | Path] = [
+            program,
+            "build",
+            ".",
+            *files,
+            "--path-output",
+            draft.parent,
+            "-W",
+            "--keep-going",
+        ]
+        code = subprocess.run(command, cwd=CHECKOUT).returncode
+        if not (draft / "html" / "searchindex.js").exists():  # what Sphinx writes last
+            raise _Unfinished
+    sys.exit(code)
+
+
+class _Unfinished(Exception):
+    """A build that broke off; the former book is kept."""
 
 
 @main.command()
