@@ -145,7 +145,7 @@ class ArtifactStore:
     around it, a cache folder with the manifest that came with the package. Given a `url` (a folder, a file://
     or an https:// address) the store fetches what it lacks, and takes no file without the manifest's hash.
     The url of the installed package is the environment variable DTBOOK_DATA_URL, else that of `data/` at the
-    commit that was installed.
+    commit, or in the folder, that was installed.
     """
 
     def __init__(
@@ -307,9 +307,11 @@ def _copy(source: str, target: Any, pooch: object) -> None:
 
 
 def _installed_from() -> str | None:
-    """Return the address of `data/` at the commit that pip installed the package from, as pip recorded it."""
+    """Return the address of `data/` in the commit or the folder that pip installed the package from."""
     record = importlib.metadata.distribution("dtbook").read_text("direct_url.json")
     origin = json.loads(record or "{}")
+    if "dir_info" in origin:  # a checkout on this machine
+        return f"{origin['url']}/data"
     if "vcs_info" not in origin:
         return None
     return f"{origin['url'].removesuffix('.git')}/raw/{origin['vcs_info']['commit_id']}/data"

@@ -103,21 +103,12 @@ def build() -> None:
     if not book.is_dir():
         raise NotebookError(f"{CHECKOUT} has no book/: `dtbook build` needs a checkout of the repository")
     program = Path(sys.executable).with_name("jupyter-book")
-    files = ["--config", "book/_config.yml", "--toc", "book/_toc.yml"]
+    options = ["--config", "book/_config.yml", "--toc", "book/_toc.yml", "-W", "--keep-going"]
     with (
         suppress(_Unfinished),
         atomic_write(book / "_build") as draft,
-    ):  # an incremental build repeats no warning
-        command: list[str | Path] = [
-            program,
-            "build",
-            ".",
-            *files,
-            "--path-output",
-            draft.parent,
-            "-W",
-            "--keep-going",
-        ]
+    ):  # empty: an old build repeats no warning
+        command = [str(program), "build", ".", *options, "--path-output", str(draft.parent)]
         code = subprocess.run(command, cwd=CHECKOUT).returncode
         if not (draft / "html" / "searchindex.js").exists():  # what Sphinx writes last
             raise _Unfinished

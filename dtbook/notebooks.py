@@ -3,8 +3,9 @@
 import ast
 import math
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,11 @@ class Parameter:
     meaning: str
 
     def accept(self, value: object) -> object:
-        """Return `value`, or what a text says, if it has the default's type; raise ValueError if not."""
+        """Return `value`, or what a text says, if it has the default's type and the meaning's limits.
+
+        Limits are words of the meaning: "at least 1", "at most 9", "above 0", "below 1", "from 0 to 1",
+        "one of greedy, sampled" (to the end or a semicolon). Of a list they hold for each item. Raises ValueError.
+        """
         kind = type(self.default)
         if isinstance(value, str) and kind is not str:
             value = _literal(value)
@@ -48,7 +53,30 @@ class Parameter:
         if not finite or (self.default is not None and type(value) is not kind):
             wanted = f"{kind.__name__}, like {self.default!r}"
             raise ValueError(f"{self.name} must be of type {wanted}, not {value!r}")
+        for item in value if isinstance(value, list) else [value]:
+            self._check_limits(item)
         return value
+
+    def _check_limits(self, value: object) -> None:
+        for words, *numbers in _LIMIT.findall(self.meaning):
+            low, high = (float(text.replace("−", "-") or "nan") for text in numbers)
+            if isinstance(value, int | float) and not _KEPT[words](value, low, high):
+                limit = " to ".join(text for text in numbers if text)
+                raise ValueError(f"{self.name} must be {words} {limit}, not {value!r}")
+        if (choice := _CHOICE.search(self.meaning)) and str(value) not in choice[1].split(", "):
+            raise ValueError(f"{self.name} must be one of {choice[1]}, not {value!r}")
+
+
+_KEPT: dict[str, Callable[[float, float, float], bool]] = {
+    "at least": lambda value, low, _: value >= low,
+    "at most": lambda value, high, _: value <= high,
+    "above": lambda value, low, _: value > low,
+    "below": lambda value, high, _: value < high,
+    "from": lambda value, low, high: low <= value <= high,
+}
+_NUMBER = r"[-−]?\d[\d_]*(?:\.\d+)?(?:e-?\d+)?"
+_LIMIT = re.compile(rf"\b(at least|at most|above|below|from(?= \S+ to)) ({_NUMBER})(?: to ({_NUMBER}))?")
+_CHOICE = re.compile(r"\bone of ([^;]+?)\s*(?:;|$)")
 
 
 def _literal(text: str) -> object:

@@ -230,7 +230,8 @@ def _run_notebook(store: ArtifactStore, point: Point, made_by: Mapping[str, Any]
         raise NotebookError(str(error).replace(str(failed), str(kept))) from error
     with store.write(point.artifact, **made_by) as path:
         shutil.copyfile(draft, path)
-    draft.unlink()
+    for file in (draft, draft.with_suffix(".seconds")):
+        file.unlink(missing_ok=True)
 
 
 def _run_stage(store: ArtifactStore, point: Point, made_by: Mapping[str, Any]) -> None:

@@ -428,7 +428,7 @@ def test_a_package_installed_from_git_fetches_from_that_very_commit(monkeypatch)
         return artifacts._installed_from()
 
     assert address(record) == "https://example.org/a/book/raw/c0ffee/data"
-    assert address({"url": "file:///a/book", "dir_info": {}}) is None
+    assert address({"url": "file:///a/book", "dir_info": {}}) == "file:///a/book/data"
     assert address(None) is None
 
 

@@ -1,6 +1,7 @@
 """The `dtbook` command on a small book of its own: what it runs, refuses, and leaves after a failure."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -53,8 +54,8 @@ def executed(checkout, name="01_task", folder="book/_executed"):
 
 
 def copies(checkout):
-    """Names of the executed copies; the locks beside them are hidden."""
-    return sorted(path.name for path in (checkout / "book/_executed").iterdir() if path.name[0] != ".")
+    """Names of the executed copies; what is beside them is not looked at."""
+    return sorted(path.name for path in (checkout / "book/_executed").glob("*.ipynb"))
 
 
 def printed(notebook):
@@ -193,6 +194,7 @@ def test_parameters_reach_the_notebook_but_not_the_book(checkout):
         ("temperature=1e999", "01_task: temperature must be of type float, like 1.0, not inf"),
         ("greedy=1", "01_task: greedy must be of type bool, like False, not 1"),
         ("rtgs=0.5", "01_task: rtgs must be of type list, like [0.0, 0.5], not 0.5"),
+        ("episodes=0", "01_task: episodes must be at least 1, not 0"),
         ("episodes", "-p takes NAME=VALUE, not 'episodes'"),
         ("=3", "-p takes NAME=VALUE, not '=3'"),
     ],
@@ -226,6 +228,40 @@ def test_texts_become_values_of_the_declared_type(default, text, value):
     accepted = Parameter("x", default, "").accept(text)
     assert accepted == value
     assert type(accepted) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("default", "meaning", "good", "bad", "sentence"),
+    [
+        (3, "episodes, at least 1", 1, 0, "x must be at least 1, not 0"),
+        (3, "at most 10_000 episodes", "10000", 10_001, "x must be at most 10_000, not 10001"),
+        (0.5, "share, above 0 and below 1", 0.01, 0.0, "x must be above 0, not 0.0"),
+        (0.5, "share, above 0 and below 1", 0.99, 1, "x must be below 1, not 1.0"),
+        (0.9, "return asked for, from −1 to 1", -1, "1.5", "x must be from −1 to 1, not 1.5"),
+        ([0.9], "returns, from -1 to 1 each", [-1.0, 1.0], [0.0, 2.0], "x must be from -1 to 1, not 2.0"),
+        (1e-3, "step size, above 1e-6", 2e-6, 1e-7, "x must be above 1e-6, not 1e-07"),
+        (
+            "greedy",
+            "how to act: one of greedy, sampled",
+            "sampled",
+            "argmax",
+            "x must be one of greedy, sampled, not",
+        ),
+        ("a", "one of a, b; shown in the caption", "b", "shown", "x must be one of a, b, not 'shown'"),
+    ],
+)
+def test_limits_stand_in_the_meaning(default, meaning, good, bad, sentence):
+    parameter = Parameter("x", default, meaning)
+    parameter.accept(good)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parameter.accept(bad)
+
+
+@pytest.mark.parametrize(
+    "meaning", ["episodes from the first checkpoint", "steps above that count", "from 3 files"]
+)
+def test_other_words_limit_nothing(meaning):
+    assert Parameter("x", 3, meaning).accept(-1) == -1
 
 
 def test_params_lists_name_type_default_and_meaning(checkout):

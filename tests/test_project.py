@@ -221,6 +221,8 @@ def test_a_notebook_is_stripped_and_its_parameters_are_plain(path):
     assert all(parameter.meaning for parameter in declared.values()), (
         "each has a unit and a meaning in its comment"
     )
+    for parameter in declared.values():
+        assert parameter.accept(parameter.default) == parameter.default, "within its own limits"
     mocked = tagged[0].metadata.get("nbmake", {}).get("mock", {})
     assert mocked.keys() <= declared.keys()
     assert {name: declared[name].accept(value) for name, value in mocked.items()} == mocked
