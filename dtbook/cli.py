@@ -183,12 +183,16 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
 )
 @click.option("--publish", is_flag=True, help="Put what was made into data/, for the next commit.")
 def reproduce(seeds: str, workers: int, folder: Path, publish: bool) -> None:
-    """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration.
+    """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration, claims.
 
     Seed 0 is the reference: with it come the controls and the post's weights. An interrupted call goes on where it
     stopped. Bytes are the same on the same machine with the same libraries.
     """
-    from dtbook import pipeline, replicas  # import torch and TransformerLens, which other commands do without
+    from dtbook import (  # import torch and TransformerLens: other commands do without
+        measures,
+        pipeline,
+        replicas,
+    )
 
     try:
         chosen = replicas.parse_seeds(seeds)
@@ -207,6 +211,9 @@ def reproduce(seeds: str, workers: int, folder: Path, publish: bool) -> None:
     if len(chosen) > 1:
         names.append(replicas.TABLE)
         click.echo(replicas.write_summary(made, chosen).round(3).to_string(index=False))
+    if measures.EXPERIMENT_CLAIMS in shipped.entries():  # the sweeps behind it are run by `dtbook sweep`
+        made.take(measures.EXPERIMENT_CLAIMS, shipped)
+    names += measures.measure_all(made, chosen, workers)
     _compare(made, shipped, names, publish)
 
 

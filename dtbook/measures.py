@@ -5,9 +5,13 @@ Each is keyed by the model's sha256 and the parameters, so it is made anew when 
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tqdm import tqdm
 
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.checkpoints import POST_MODEL_SHA256
@@ -17,6 +21,7 @@ from dtbook.gridworld import Task, all_observations
 from dtbook.heads import obstacle_head_scores, order_heads
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.pipeline import POST_CALIBRATION, Recipe, Writer, calibrate, name_of, run_stage, table_writer
+from dtbook.ppo import one_thread
 from dtbook.scorecard import scorecard
 from dtbook.tables import HOW, RTGS, TIMESTEPS, situation_table
 from dtbook.trajectories import Trajectories
@@ -34,6 +39,8 @@ EXPERIMENT_CLAIMS = "experiments/claims.parquet"
 SCORECARD = ("scorecard.parquet", "scorecard.csv")
 
 ROOMS = ("evidence", "claims")
+STAGES = ("claims", "situations", "anatomy", "scorecard")
+"""Stages whose artifacts hold what was measured of models."""
 
 
 def measure_replication(
@@ -119,6 +126,28 @@ def make_scorecard(store: ArtifactStore, seeds: Sequence[int]) -> None:
 
     hashes = {name: entries[name]["sha256"] for name in sources}
     run_stage(store, 0, "scorecard", ("scorecard",), {"seeds": list(seeds), "from": hashes}, SCORECARD, make)
+
+
+def measure_all(store: ArtifactStore, seeds: Sequence[int], workers: int = 1) -> list[str]:
+    """Measure these replications, in `workers` processes; return the names of the artifacts that hold what was found.
+
+    With the reference, seed 0, come the post's weights and the controls, and the scorecard over all of `seeds`.
+    """
+    with get_context("spawn").Pool(min(workers, len(seeds))) as pool:
+        measured = pool.imap_unordered(partial(_measure_one, store.root), seeds)
+        for _ in tqdm(measured, total=len(seeds), desc="claims"):
+            pass
+    if 0 in seeds:
+        with one_thread():
+            measure_post(store)
+            measure_controls(store)
+            make_scorecard(store, seeds)
+    return [name for name, entry in store.entries().items() if entry["stage"] in STAGES]
+
+
+def _measure_one(root: Path, seed: int) -> None:
+    with one_thread():
+        measure_replication(ArtifactStore(root), seed, situations=seed == 0, progress=False)
 
 
 def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
