@@ -357,7 +357,7 @@ def forest(
     """
     fig = new_figure(alt=alt, height=96 + row_height * len(card), narrow={"margin.t": 72})
     y = list(card["label"])
-    spread = {"symmetric": False, "thickness": 2, "width": 0}
+    spread: dict[str, Any] = {"symmetric": False, "thickness": 2, "width": 0}
     spread |= {"array": (card["high"] - card["effect"]).to_numpy(np.float32)}
     spread |= {"arrayminus": (card["effect"] - card["low"]).to_numpy(np.float32)}
     marks: list[tuple[str, pd.DataFrame, str, dict[str, Any], dict[str, Any]]] = [
