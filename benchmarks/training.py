@@ -106,6 +106,7 @@ def measure(updates: int, seed: int = 0) -> tuple[pd.DataFrame, dict[str, float]
     data = Trajectories.load(ArtifactStore().path("seed_0/trajectories.npz"))
     cfg, config = DTConfig(), TrainConfig()
     sampler = Sampler(data, cfg.n_timesteps, config)
+    sampler.batch(np.random.default_rng(seed))  # compile the simulator
     start = time.process_time()
     batches = [sampler.batch(np.random.default_rng([seed, i])) for i in range(updates)]
     other = {"batch": (time.process_time() - start) / updates}
