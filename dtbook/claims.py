@@ -169,6 +169,7 @@ TABLE_1 = {
     HIGH: {"wall": True, "obstacle": True, "goal": False},
 }
 """The post's Table 1: what is avoided at which RTG."""
+_A = {"wall": "a wall", "obstacle": "an obstacle", "goal": "the goal"}
 
 
 def _avoids(situation: str, rtg: float) -> Rule:
@@ -186,7 +187,7 @@ for _letter, (_rtg, _thing) in zip(
     _data(
         f"C05{_letter}",
         "05_behaviours",
-        statement=f"At RTG {_asked} the agent {'avoids' if _yes else 'does not avoid'} a {_thing} in front of it.",
+        statement=f"At RTG {_asked} the agent {'avoids' if _yes else 'does not avoid'} {_A[_thing]} in front of it.",
         post="yes" if _yes else "no",
         where="Table 1",
         effect=f"P(forward | {_thing}, {_asked})",
@@ -425,7 +426,7 @@ def _attends_less(situation: str) -> Rule:
 for _letter, _thing in zip("abc", ("obstacle", "wall", "goal"), strict=True):
     _circuit(
         f"C21{_letter}",
-        statement=f"So head 1 attends less to RTG with a {_thing} in front than with an empty cell.",
+        statement=f"So head 1 attends less to RTG with {_A[_thing]} in front than with an empty cell.",
         post="",
         where="Fig. 16, text",
         effect=f"attention to RTG, empty − {_thing} (RTG 0.9)",
