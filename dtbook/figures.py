@@ -38,7 +38,9 @@ __all__ = [
     "PURPLE",
     "VERMILLION",
     "axes",
+    "before_after",
     "calibration",
+    "distributions",
     "forest",
     "glue",
     "grouped_bars",
@@ -385,3 +387,46 @@ def forest(
         fig.add_scatter(x=values, y=list(table["label"]), **style)
     fig.update_yaxes(categoryorder="array", categoryarray=y[::-1], showgrid=True, range=[-0.6, len(y) - 0.4])
     return fig.update_xaxes(title_text=x_title, range=list(x_range) if x_range else None)
+
+
+def before_after(
+    cases: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], *, unit: str, alt: str, height: int = 300
+) -> go.Figure:
+    """Contributions before and after an intervention beside the probabilities that follow (the post's Figs. 8 to 10).
+
+    cases[title] = (contributions, probabilities), each with a column for either run ("before", "after"); the rows
+    are components, and actions. One row of two panels a case.
+    """
+    titles = [name for case in cases for name in (case, "probability")]
+    fig = panel_figure(titles, alt=alt, height=height, columns=2, gaps=(0.14, 0.45), barmode="group")
+    for k, table in enumerate((table for tables in cases.values() for table in tables), start=1):
+        x, y = axes(k)
+        for column, color in zip(table.columns, (GREY, VERMILLION), strict=True):
+            style = {
+                "name": str(column),
+                "legendgroup": str(column),
+                "marker_color": color,
+                "showlegend": k == 1,
+            }
+            values = table[column].to_numpy(np.float32)
+            fig.add_bar(x=[str(label) for label in table.index], y=values, xaxis=x, yaxis=y, **style)
+        scale = {"title_text": unit} if k % 2 else {"range": [0, 1.02]}
+        fig.layout[y.replace("y", "yaxis")].update(scale)
+    return _make_room(fig, 2).update_layout(bargap=0.25, bargroupgap=0.08)
+
+
+def distributions(
+    panels: Mapping[str, pd.DataFrame], *, at: Sequence[float], alt: str, height: int = 300
+) -> go.Figure:
+    """Distributions over the log odds of a probability: an outline for each column of each panel's table.
+
+    The index is the middles of equal bins (nats), the values shares of the whole; `at` are the probabilities that are
+    written under the axis in the place of their log odds.
+    """
+    drawn = {title: {str(name): table[name] for name in table.columns} for title, table in panels.items()}
+    fig = lines(drawn, x_title="P(forward), spaced by its log odds", y_title="share", alt=alt, height=height)
+    fig.update_traces(line_shape="hvh", fill="tozeroy")
+    for trace in fig.data:
+        trace.fillcolor = _fade(trace.line.color, 0.16)
+    odds = np.log(np.array(at) / (1 - np.array(at)))
+    return fig.update_xaxes(tickvals=odds.astype(np.float32), ticktext=[f"{p:g}" for p in at])

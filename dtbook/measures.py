@@ -5,7 +5,7 @@ Each is keyed by the model's sha256 and the parameters, so it is made anew when 
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from dtbook import anatomy
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.checkpoints import POST_MODEL_SHA256
 from dtbook.claims import measure
@@ -20,8 +21,18 @@ from dtbook.evidence import Evidence
 from dtbook.gridworld import Task, all_observations
 from dtbook.heads import obstacle_head_scores, order_heads
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.pipeline import POST_CALIBRATION, Recipe, Writer, calibrate, name_of, run_stage, table_writer
+from dtbook.pipeline import (
+    POST_CALIBRATION,
+    Recipe,
+    Writer,
+    calibrate,
+    folder_of,
+    name_of,
+    run_stage,
+    table_writer,
+)
 from dtbook.ppo import one_thread
+from dtbook.rollout import CALIBRATION_RTGS
 from dtbook.scorecard import scorecard
 from dtbook.tables import HOW, RTGS, TIMESTEPS, situation_table
 from dtbook.trajectories import Trajectories
@@ -37,6 +48,17 @@ POST_SITUATIONS, POST_CLAIMS, CONTROL_CLAIMS = (
 )
 EXPERIMENT_CLAIMS = "experiments/claims.parquet"
 SCORECARD = ("scorecard.parquet", "scorecard.csv")
+
+ANATOMY: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
+    "distributions": (anatomy.distributions, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
+    "turns": (anatomy.turns, {"rtgs": RTGS, "timestep": 10}),
+    "over_time": (anatomy.over_time, {"rtgs": RTGS, "timesteps": anatomy.EVERY_TIMESTEP}),
+    "scans": (anatomy.situation_scans, {"rtgs": anatomy.SCAN_RTGS, "timesteps": (10,)}),
+    "neurons": (anatomy.neurons, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
+}
+"""Tables of chapters 5 and 6 beside the situations: file name → what makes it of a model and its observations, how."""
+PLAY = "ablated_play"
+PLAY_SETTINGS: dict[str, Any] = {"rtgs": CALIBRATION_RTGS, "episodes": 100, "max_steps": 300, "seed": 0}
 
 ROOMS = ("evidence", "claims")
 STAGES = ("claims", "situations", "anatomy", "scorecard")
@@ -63,6 +85,7 @@ def measure_replication(
     _claims(store, name_of(seed, "claims.parquet"), seed, sha256, evidence)
     if situations:
         _situations(store, name_of(seed, "situations.parquet"), sha256, lambda: evidence().model, progress)
+        measure_anatomy(store, folder_of(seed), progress)
 
 
 def measure_post(store: ArtifactStore, progress: bool = True) -> None:
@@ -77,6 +100,33 @@ def measure_post(store: ArtifactStore, progress: bool = True) -> None:
 
     _claims(store, POST_CLAIMS, 0, POST_MODEL_SHA256, evidence)
     _situations(store, POST_SITUATIONS, POST_MODEL_SHA256, DecisionTransformer.from_post_checkpoint, progress)
+    measure_anatomy(store, "post", progress)
+
+
+def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) -> None:
+    """Make the tables of chapters 5 and 6 for the model in a folder of the store, or for the post's ("post")."""
+    of_post = folder == "post"
+    sha256 = POST_MODEL_SHA256 if of_post else store.entries()[f"{folder}/model"]["sha256"]
+
+    @cache
+    def model() -> DecisionTransformer:
+        if of_post:
+            return DecisionTransformer.from_post_checkpoint()
+        return DecisionTransformer.from_pretrained(store.path(f"{folder}/model"))
+
+    observations = cache(lambda: _observations(Task()))
+
+    def keep(name: str, settings: dict[str, Any], make: Callable[[], pd.DataFrame]) -> None:
+        parameters = {"model": sha256, "task": asdict(Task())} | settings
+        names = [f"{folder}/{name}.parquet"]
+        run_stage(store, 0, "anatomy", ("anatomy",), parameters, names, lambda: [table_writer(make())])
+
+    def run_it(table: Callable[..., pd.DataFrame], settings: dict[str, Any]) -> pd.DataFrame:
+        return table(model(), observations(), progress=progress, **settings)
+
+    for name, (table, settings) in ANATOMY.items():
+        keep(name, settings, partial(run_it, table, settings))
+    keep(PLAY, PLAY_SETTINGS, lambda: anatomy.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
 
 
 def measure_controls(store: ArtifactStore) -> None:

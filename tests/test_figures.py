@@ -277,6 +277,31 @@ def test_grouped_bars_draw_the_table():
     assert list(fig.data[0].x) == ["−1", "+"]
 
 
+def test_before_and_after_stand_beside_the_probability():
+    contributions = pd.DataFrame({"intact": [1.0, -2.0], "without": [1.0, 0.0]}, index=["state", "L0H1"])
+    probabilities = pd.DataFrame({"intact": [0.75, 0.25], "without": [0.5, 0.5]}, index=["left", "forward"])
+    fig = figures.before_after({"goal": (contributions, probabilities)}, unit="logits", alt="x")
+    drawn = {(trace.name, trace.yaxis): list(trace.y) for trace in fig.data}
+    assert drawn == {
+        ("intact", "y"): [1, -2],
+        ("without", "y"): [1, 0],
+        ("intact", "y2"): [0.75, 0.25],
+        ("without", "y2"): [0.5, 0.5],
+    }
+    assert list(fig.data[0].x) == ["state", "L0H1"]
+    assert tuple(fig.layout.yaxis2.range) == (0, 1.02)
+    assert [trace.showlegend for trace in fig.data] == [True, True, False, False]
+
+
+def test_distributions_write_probabilities_under_log_odds():
+    table = pd.DataFrame({"RTG 0": [0.25, 0.75], "RTG 0.9": [0.5, 0.5]}, index=[-0.25, 0.25])
+    fig = figures.distributions({"wall": table}, at=[0.05, 0.5], alt="x")
+    assert {trace.name: list(trace.y) for trace in fig.data} == {"RTG 0": [0.25, 0.75], "RTG 0.9": [0.5, 0.5]}
+    assert list(fig.layout.xaxis.ticktext) == ["0.05", "0.5"]
+    np.testing.assert_allclose(fig.layout.xaxis.tickvals, [-2.944439, 0], atol=1e-5)
+    assert all(trace.fillcolor.startswith(trace.line.color) for trace in fig.data)
+
+
 def test_book_style_becomes_the_default_except_in_colab(monkeypatch):
     monkeypatch.setattr(pio.templates, "default", pio.templates.default)
     monkeypatch.setattr(pio.renderers, "default", pio.renderers.default)

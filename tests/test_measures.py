@@ -3,9 +3,11 @@
 import pandas as pd
 import pytest
 
-from dtbook import measures
+from dtbook import anatomy, measures
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.claims import CLAIMS, RULES
+from dtbook.gridworld import all_observations
+from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.pipeline import table_writer
 
 
@@ -54,6 +56,35 @@ def test_experiments_decide_the_claims_about_training(store):
 def test_findings_name_their_replication(store):
     table = measures.findings(store, [3, 7])
     assert table.groupby("model")["seed"].unique().map(list).to_dict() == {"seed_3": [3], "seed_7": [7]}
+
+
+def test_tables_of_the_anatomy_are_kept_by_the_models_hash(tmp_path, monkeypatch):
+    store, small = ArtifactStore(tmp_path), {"rtgs": (0.9,), "timesteps": (3,)}
+    monkeypatch.setattr(measures, "ANATOMY", {"neurons": (anatomy.neurons, small)})
+    monkeypatch.setattr(
+        measures, "PLAY_SETTINGS", {"rtgs": (0.9,), "episodes": 2, "max_steps": 10, "seed": 0}
+    )
+    monkeypatch.setattr(measures, "_observations", lambda task: all_observations(5, 2))
+    made = []
+    for seed in (1, 1, 2):  # the second call makes nothing, the third all
+        with store.write("seed_0/model", stage="training", rooms=["model"], seeds=[seed]) as path:
+            DecisionTransformer(
+                DTConfig(d_model=8, d_head=4, d_mlp=8, max_steps=10), seed=seed
+            ).save_pretrained(path)
+        measures.measure_anatomy(ArtifactStore(tmp_path), "seed_0", progress=False)
+        entry = store.entries()["seed_0/neurons.parquet"]
+        assert entry["parameters"]["model"] == store.entries()["seed_0/model"]["sha256"]
+        made.append((tmp_path / "seed_0/neurons.parquet").stat().st_mtime_ns)
+    assert made[0] == made[1] < made[2]
+    model = DecisionTransformer.from_pretrained(tmp_path / "seed_0/model")
+    expected = anatomy.neurons(model, all_observations(5, 2), **small)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "seed_0/neurons.parquet"), expected)
+    assert set(pd.read_parquet(tmp_path / "seed_0/ablated_play.parquet")["ablated"]) == {
+        "none",
+        "L0H0",
+        "L0H1",
+        "L0 MLP",
+    }
 
 
 def test_absent_controls_are_named(tmp_path):

@@ -1,0 +1,175 @@
+"""The tables of chapters 5 and 6 against hooked runs, observation by observation, in float64."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dtbook import anatomy
+from dtbook.attribution import contrast, decompose
+from dtbook.claims import AVOIDS
+from dtbook.gridworld import all_observations
+from dtbook.interventions import ablate
+from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.rollout import calibration_curve
+from dtbook.scenarios import select, showing, weights
+
+CFG = DTConfig(d_model=12, d_head=5, d_mlp=16, max_steps=20)
+
+
+@pytest.fixture(scope="module")
+def observations():
+    return all_observations(size=5, n_obstacles=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model, generator = DecisionTransformer(CFG).double(), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+    return model.eval()
+
+
+def inputs(observations, rtg, timestep):
+    n = len(observations.images)
+    states = torch.from_numpy(observations.images).unsqueeze(1)
+    return states, torch.full((n, 1), rtg, dtype=torch.float64), torch.full((n, 1), timestep)
+
+
+@torch.no_grad()
+def run(model, observations, rtg, timestep):
+    return model(*inputs(observations, rtg, timestep))[:, 0]
+
+
+def test_distributions_are_histograms_of_the_hooked_model(model, observations):
+    table = anatomy.distributions(model, observations, rtgs=(0.9, -1.0), timesteps=(3, 10))
+    totals = table.groupby(["situation", "rtg"])["share"].sum()
+    assert len(totals) == 12
+    np.testing.assert_allclose(totals, 1)
+    for situation, rtg in (("empty", -1.0), ("goal from the left", 0.9)):
+        chosen = select(observations, situation)
+        p = np.stack([run(model, chosen, rtg, t).softmax(-1)[:, 2].numpy() for t in (3, 10)])
+        share = np.stack([weights(chosen) / 2] * 2)
+        counts, _ = np.histogram(np.log(p / (1 - p)), anatomy.EDGES, weights=share)
+        found = table.query("situation == @situation and rtg == @rtg").set_index("middle")["share"]
+        middles = (anatomy.EDGES[1:] + anatomy.EDGES[:-1]) / 2
+        np.testing.assert_allclose(found.reindex(middles, fill_value=0.0), counts, atol=1e-6)
+
+
+def test_log_odds_beyond_the_bins_are_counted_in_the_last(model, observations):
+    sure = copy.deepcopy(model)
+    sure.b_U.data += torch.tensor([0.0, 0.0, 200.0])
+    table = anatomy.distributions(sure, observations, rtgs=(0.0,), timesteps=(3,))
+    assert set(table["middle"]) == {29.75}
+    np.testing.assert_allclose(table["share"], 1)
+
+
+def test_correlation_is_that_of_the_states(model, observations):
+    rtgs = (-1.0, 0.0, 0.9)
+    logits = torch.cat([run(model, observations, rtg, 10) for rtg in rtgs]).numpy()
+    each = np.tile(observations.multiplicity, 3)  # every state once, so that numpy needs no weights
+    table = anatomy.turns(model, observations, rtgs, 10)
+    expected = np.corrcoef(np.repeat(logits[:, :2], each, axis=0).T)[0, 1]
+    assert anatomy.correlation(table, "logits") == pytest.approx(expected, abs=1e-6)
+    centred = logits - logits.mean(1, keepdims=True)
+    expected = np.corrcoef(np.repeat(centred[:, :2], each, axis=0).T)[0, 1]
+    assert anatomy.correlation(table, "centred") == pytest.approx(expected, abs=1e-6)
+
+
+def test_over_time_has_the_mean_the_extremes_and_who_has_them(model, observations):
+    asked = dict(rtgs=(0.9, -1.0), timesteps=(3, 17), situations=("obstacle", "goal from the top"))
+    table = anatomy.over_time(model, observations, **asked)
+    assert len(table) == 8
+    for row in table.itertuples():
+        chosen = select(observations, row.situation)
+        logits = run(model, chosen, row.rtg, row.timestep)
+        p, share = logits.softmax(-1)[:, 2].numpy(), weights(chosen)
+        over = p > AVOIDS
+        expected = [share @ p, p.min(), p.max(), share @ over, over.sum()]
+        found = [row.forward, row.low, row.high, row.over, row.n_over]
+        assert found == pytest.approx(expected, abs=1e-6)
+        assert row.greedy == pytest.approx(share @ (logits.argmax(-1) == 2).numpy())
+        images = observations.images[[row.worst, row.mildest]]
+        assert (images == chosen.images[[p.argmax(), p.argmin()]]).all()
+
+
+@torch.no_grad()
+def test_a_scan_is_the_decomposition_averaged(model, observations):
+    chosen = select(observations, "obstacle")
+    table = anatomy.scan(model, chosen, rtgs=(-0.5, 0.9), timesteps=(2, 9), preference="F-L")
+    row = table.query("rtg == 0.9 and timestep == 9").iloc[0]
+    share, direction = torch.from_numpy(weights(chosen)), contrast("F-L").double()
+    parts = decompose(model, *inputs(chosen, 0.9, 9))
+    for name in ("L0H0", "L0H1", "L0 b_O", "L0 MLP", "b_U"):
+        assert row[name] == pytest.approx(float(share @ (parts[name][:, 0] @ direction)), abs=1e-6)
+    state = sum(value for name, value in parts.items() if name.startswith("state"))
+    assert row["state"] == pytest.approx(float(share @ (state[:, 0] @ direction)), abs=1e-6)
+    logits = run(model, chosen, 0.9, 9)
+    assert row[["left", "right", "forward"]].tolist() == pytest.approx((share @ logits).tolist(), abs=1e-6)
+    assert row["P(forward)"] == pytest.approx(float(share @ logits.softmax(-1)[:, 2]), abs=1e-6)
+    assert row["logit_diff"] == pytest.approx(float(share @ (logits @ direction)), abs=1e-6)
+    _, cache = model.run_with_cache(*inputs(chosen, 0.9, 9))
+    expected = share @ cache["pattern", 0][:, 1, 1, 0]
+    assert row["attention L0H1"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_scans_of_situations_are_scans_of_their_observations(model, observations):
+    table = anatomy.situation_scans(model, observations, rtgs=(0.5,), timesteps=(4,))
+    assert table["situation"].tolist() == list(anatomy.FACING)
+    alone = anatomy.scan(model, select(observations, "goal"), rtgs=(0.5,), timesteps=(4,))
+    goal = table[table["situation"] == "goal"].drop(columns="situation").reset_index(drop=True)
+    pd.testing.assert_frame_equal(goal, alone)
+
+
+def test_a_neuron_taken_off_is_a_neuron_ablated(model, observations):
+    asked = dict(rtgs=(0.9,), timesteps=(3, 10), situations=("obstacle",))
+    table = anatomy.neurons(model, observations, **asked).set_index("neuron")
+    chosen = select(observations, "obstacle")
+    share = torch.from_numpy(weights(chosen))
+    direction = contrast("F-R").double()
+    assert len(table) == CFG.d_mlp
+    for neuron in (0, 5, 11):
+        rise = contribution = active = 0.0
+        for t in (3, 10):
+            intact = run(model, chosen, 0.9, t)
+            with ablate(model, f"L0N{neuron}"):
+                without = run(model, chosen, 0.9, t)
+            _, cache = model.run_with_cache(*inputs(chosen, 0.9, t))
+            post = cache["post", 0][:, 1, neuron]
+            rise += float(share @ (without.softmax(-1) - intact.softmax(-1))[:, 2]) / 2
+            contribution += float(share @ ((intact - without) @ direction)) / 2
+            active += float(share @ (post > 0).double()) / 2
+        found = table.loc[neuron, ["rise", "contribution", "active"]].tolist()
+        assert found == pytest.approx([rise, contribution, active], abs=1e-7)
+
+
+def test_play_without_a_head_is_play_with_its_output_weights_at_zero():
+    model, generator = DecisionTransformer(CFG).eval(), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    asked = dict(rtgs=[-1.0, 0.9], episodes=50, max_steps=20, seed=4)
+    table = anatomy.ablated_play(model, **asked)
+    assert table["ablated"].unique().tolist() == ["none", "L0H0", "L0H1", "L0 MLP"]
+    np.testing.assert_allclose(table[["goal", "truncated", "obstacle", "wall"]].sum(axis=1), 1)
+    cut = copy.deepcopy(model)
+    with torch.no_grad():
+        cut.blocks[0].attn.W_O[1] = 0
+    by_variant = table.set_index(["ablated", "acting"])
+    for ablated, edited in (("none", model), ("L0H1", cut)):
+        for acting in ("greedy", "sampled"):
+            expected = calibration_curve(edited, greedy=acting == "greedy", **asked)
+            found = by_variant.loc[(ablated, acting), list(expected.columns)].reset_index(drop=True)
+            pd.testing.assert_frame_equal(found, expected)
+    lengths = by_variant["length"].groupby(level=["ablated", "acting"]).apply(tuple)
+    assert lengths.loc[:, "sampled"].nunique() == 4, "each component makes a difference here"
+    assert not any(hook.has_hooks() for hook in model.hook_dict.values())
+
+
+def test_without_a_situation_there_is_no_row_for_it(model, observations):
+    table = anatomy.distributions(model, select(observations, "wall"), rtgs=(0.0,), timesteps=(3,))
+    assert set(table["situation"]) == {"wall"}
+    assert showing(observations.images, "wall").any()
