@@ -236,6 +236,25 @@ def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publ
 
 
 @main.command()
+@click.option(
+    "--sweeps", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "sweeps", show_default=True
+)
+@click.option(
+    "--made", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "reproduce", show_default=True
+)
+def experiments(sweeps: Path, made: Path) -> None:
+    """Measure what the sweeps in sweeps/ and the replications' snapshots have left, put the tables into data/.
+
+    First `dtbook sweep sweeps/NAME.yml` for each of them and `dtbook reproduce`. What is current is not done again.
+    """
+    from dtbook import experiments as rooms  # imports torch and TransformerLens
+
+    parts = rooms.run_all(ArtifactStore(), ArtifactStore(made.absolute()), CHECKOUT, sweeps.absolute())
+    for name, outcome in parts:
+        click.echo(f"{name}: {outcome}")
+
+
+@main.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def bench(names: tuple[str, ...]) -> None:
     """Run the benchmarks of that NAME, or all of them; each prints a table."""
