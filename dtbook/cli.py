@@ -217,6 +217,25 @@ def reproduce(seeds: str, workers: int, folder: Path, publish: bool) -> None:
     _compare(made, shipped, names, publish)
 
 
+@main.command()
+@click.option("--seeds", default="0-9", show_default=True, help="Replications of data/, like 0-9 or 0,3,5-7.")
+@click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Processes.")
+def causes(seeds: str, workers: int) -> None:
+    """Make the tables of causal effects, circuits and programs in data/, of its models and the post's.
+
+    Tables that are there, of the same model and code, are not made again.
+    """
+    from dtbook import causal_tables, replicas
+
+    try:
+        chosen = replicas.parse_seeds(seeds)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--seeds") from error
+    store = ArtifactStore()
+    for name in causal_tables.make_all(store, chosen, workers):
+        click.echo(store.root / name)
+
+
 def _say_stage(seed: int, stage: str, seconds: float) -> None:
     click.echo(
         f"seed {seed}: {stage} done in {seconds:.0f} s" if seconds > 1 else f"seed {seed}: {stage} is there"

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from planted import FORWARD, FRONT_OBJECT, NEAR, SEEN, TOLD, blank, plant_head, plant_mlp
 
 from dtbook.gridworld import all_observations
 from dtbook.heads import (
@@ -19,40 +20,12 @@ from dtbook.heads import (
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.scenarios import counterfactual_pairs, select, weights
 
-FRONT_OBJECT = 26  # the row of W_E_state for the object in front: 3·7 + 5
-SEEN, TOLD, FORWARD, NEAR = range(4)  # directions of the planted models' stream
 NEAR_OBJECT = 2 * 7 + 6  # at the agent's left hand
 
 
 @pytest.fixture(scope="module")
 def observations():
     return all_observations(size=5, n_obstacles=2)
-
-
-def blank(n_heads=2, n_layers=1):
-    """A model that writes nothing but the object in front, along SEEN, and reads forward from FORWARD."""
-    cfg = DTConfig(d_model=8, n_heads=n_heads, d_head=4, d_mlp=4, n_layers=n_layers, max_steps=20)
-    model = DecisionTransformer(cfg).double().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.zero_()
-    model.W_E_state[FRONT_OBJECT, SEEN] = 1
-    model.W_U[FORWARD, 2] = 1
-    return model.eval()
-
-
-def plant_head(model, head, strength, to=FORWARD, layer=0):
-    """A head that attends evenly and writes −strength times the object in front, twice the half it reads."""
-    attn = model.blocks[layer].attn
-    attn.W_V[head, SEEN, 0], attn.W_O[head, 0, to] = 2, -strength
-    return model
-
-
-def plant_mlp(model, reads, strength, layer=0):
-    """Neuron 0 reads a direction and writes −strength times its sign-corrected value on FORWARD."""
-    mlp = model.blocks[layer].mlp
-    mlp.W_in[reads, 0] = 1 if reads == SEEN else -1  # what heads write on TOLD is negative
-    mlp.W_out[0, FORWARD] = -strength
-    return model
 
 
 def loud(cfg, dtype=torch.float64):
