@@ -2,8 +2,8 @@
 
 from dtbook.model import DecisionTransformer, DTConfig
 
-FRONT_OBJECT = 26  # the row of W_E_state for the object in front: 3·7 + 5
-SEEN, TOLD, FORWARD, NEAR = range(4)  # directions of the planted models' stream
+FRONT_OBJECT, FRONT_COLOUR = 26, 75  # rows of W_E_state for the cell in front: 3·7 + 5, and 49 more
+SEEN, TOLD, FORWARD, NEAR, OBSTACLE, GOAL, AT_RTG = range(7)  # directions of the planted models' stream
 
 
 def blank(n_heads=2, n_layers=1, max_steps=20):
@@ -29,4 +29,37 @@ def plant_mlp(model, reads, strength, layer=0):
     mlp = model.blocks[layer].mlp
     mlp.W_in[reads, 0] = 1 if reads == SEEN else -1  # what heads write on TOLD is negative
     mlp.W_out[0, FORWARD] = -strength
+    return model
+
+
+def eager(model, strength=4.0):
+    """The model with a bias towards forward, so that what holds it back shows."""
+    model.b_U[2] = strength
+    return model
+
+
+def see_apart(model):
+    """The model with a direction that is 1 for an obstacle in front and 0 for the goal, and one the other way round."""
+    for direction, (of_object, of_colour) in {OBSTACLE: (-0.1, 0.8), GOAL: (0.2, -0.6)}.items():
+        model.W_E_state[FRONT_OBJECT, direction] = of_object  # obstacle 6, goal 8
+        model.W_E_state[FRONT_COLOUR, direction] = of_colour  # obstacle 2, goal 1
+    return model
+
+
+def plant_reader(model, head, reads, strength):
+    """A head that attends evenly and writes −strength times what a direction holds, on FORWARD."""
+    attn = model.blocks[0].attn
+    attn.W_V[head, reads, 0], attn.W_O[head, 0, FORWARD] = 2, -strength
+    return model
+
+
+def plant_look(model, head, strength):
+    """A head that looks at the RTG token when an object of 4 or more is in front, and then writes −strength on FORWARD.
+
+    What it finds is always the same: its pattern carries all of it.
+    """
+    attn = model.blocks[0].attn
+    model.W_pos[0, AT_RTG] = 1
+    attn.W_Q[head, SEEN, 0], attn.b_Q[head, 0], attn.W_K[head, AT_RTG, 0] = 4, -14, 1
+    attn.W_V[head, AT_RTG, 0], attn.W_O[head, 0, FORWARD] = 1, -strength
     return model
