@@ -200,7 +200,7 @@ def _still(task: Task) -> tuple[str, str]:
     from dtbook.display import picture
 
     state = reset(task, 1, np.random.default_rng(0))
-    env = to_minigrid(task, state, render_mode="rgb_array").unwrapped
+    env: Any = to_minigrid(task, state, render_mode="rgb_array").unwrapped
     panels = env.get_full_render(True, 24), env.get_pov_render(24)
     return base64.b64encode(picture(*panels).data).decode(), (
         "A still picture of the game: on the left the room with the agent (red), obstacles (blue) and the goal "
