@@ -29,9 +29,9 @@ lint: venv  ## Check style and types
 reproduce: venv  ## Make every artifact of data/ again from nothing, and compare
 	"$(BIN)/dtbook" reproduce
 
-bench: venv  ## Measure speed, with EnvPool beside it where that runs (Linux)
+bench: venv  ## Measure speed, with EnvPool beside it where that runs (Linux), for the chapter Speed
 	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
-	"$(BIN)/dtbook" bench
+	"$(BIN)/dtbook" bench --write
 
 clean:  ## Remove what was built: pages, executed notebooks, caches, the virtual environment
 	rm -rf .venv book/_build book/_executed runs screenshots .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,4 +1,4 @@
-"""Steps per second of the task, observations included: minigrid, EnvPool and ours side by side.
+"""Steps per second of the task, observations included: minigrid, alone and in gymnasium's vector, EnvPool, ours.
 
 Each plays uniformly random actions through its Gymnasium face, on one thread, and starts episodes
 anew as they end. The simulators take turns, several rounds each, and a figure is the median over
@@ -36,6 +36,18 @@ def step_minigrid(max_steps: int) -> Iterator[int]:
             yield 1
 
 
+def step_gymnasium(num_envs: int, max_steps: int) -> Iterator[int]:
+    def make() -> gymnasium.Env:
+        return ImgObsWrapper(gymnasium.make(ENV_ID, max_steps=max_steps))
+
+    envs = gymnasium.vector.SyncVectorEnv([make] * num_envs)
+    envs.reset(seed=0)
+    while True:
+        for action in actions(num_envs):
+            envs.step(action)
+            yield num_envs
+
+
 def step_envpool(num_envs: int, max_steps: int) -> Iterator[int]:
     import envpool
 
@@ -71,11 +83,12 @@ def contestants(max_steps: int) -> dict[tuple[str, int], Iterator[int]]:
     """Steppers by (simulator, environments in a batch); each `next` steps a batch and gives its size."""
     makers: list[tuple[str, tuple[int, ...], Callable[[int], Iterator[int]]]] = [
         ("minigrid", (1,), lambda _: step_minigrid(max_steps)),
+        ("gymnasium's SyncVectorEnv", (64,), lambda n: step_gymnasium(n, max_steps)),
         ("EnvPool", (64, 256, 1024), lambda n: step_envpool(n, max_steps)),
         ("dtbook", (64, 256, 1024, 4096), lambda n: step_ours(n, max_steps)),
     ]
     if not has_envpool():
-        makers.pop(1)
+        makers.pop(2)
     return {(name, n): make(n) for name, sizes, make in makers for n in sizes}
 
 

@@ -2,10 +2,13 @@
 
 import itertools
 import os
+import platform
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +278,8 @@ def experiments(sweeps: Path, made: Path) -> None:
 
 @main.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-def bench(names: tuple[str, ...]) -> None:
+@click.option("--write", is_flag=True, help="Put the tables into the book, whose chapter Speed shows them.")
+def bench(names: tuple[str, ...], write: bool) -> None:
     """Run the benchmarks of that NAME, or all of them; each prints a table."""
     scripts = {script.stem: script for script in sorted((CHECKOUT / "benchmarks").glob("[a-z]*.py"))}
     if unknown := sorted(set(names) - set(scripts)):
@@ -283,7 +287,29 @@ def bench(names: tuple[str, ...]) -> None:
     failed = []
     for name in names or scripts:
         click.echo(f"{name}:")
-        if subprocess.run([sys.executable, scripts[name]], cwd=CHECKOUT).returncode:
+        pipe = subprocess.PIPE if write else None
+        done = subprocess.run([sys.executable, scripts[name]], cwd=CHECKOUT, stdout=pipe, text=True)
+        if write:
+            click.echo(done.stdout, nl=False)
+        if done.returncode:
             failed.append(name)
+        elif write:
+            with atomic_write(CHECKOUT / "book" / "speed" / f"{name}.txt") as draft:
+                draft.write_text(f"{_conditions(name)}\n\n{done.stdout}", encoding="utf-8")
     if failed:
         raise click.ClickException(f"failed: {', '.join(failed)}")
+
+
+def _conditions(name: str) -> str:
+    """What a table of figures needs beside it: the command, the processor, the libraries, the day, the load."""
+    models: list[str] = []
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    processor = models[0] if models else platform.processor()
+    versions = " ".join(f"{library} {version(library)}" for library in ("torch", "numpy", "numba"))
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    return (
+        f"dtbook bench {name}\n{processor}, {os.cpu_count()} cores, {load:.1f} processes a core when it ended\n"
+        f"Python {platform.python_version()} {versions}, {date.today().isoformat()}"
+    )

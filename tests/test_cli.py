@@ -361,6 +361,10 @@ def test_bench_runs_each_and_fails_with_one(checkout, capfd):
     assert dtbook("bench").exit_code == 0
     assert capfd.readouterr().out == "steps/s | 1\n"
     assert "there is no benchmark 'sped': speed" in dtbook("bench", "sped").output
+    assert dtbook("bench", "--write").exit_code == 0
+    said = (checkout / "book/speed/speed.txt").read_text()
+    assert said.startswith("dtbook bench speed\n")
+    assert said.endswith("\n\nsteps/s | 1\n")
     (checkout / "benchmarks/broken.py").write_text("1 / 0")
     result = dtbook("bench")
     assert (result.exit_code, result.output.splitlines()[-1]) == (1, "Error: failed: broken")

@@ -1,17 +1,20 @@
 """Sweeps: what they refuse, their table, and that nothing is lost or run twice, whoever dies on the way."""
 
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import yaml
 from click.testing import CliRunner
 from distributed import LocalCluster
 
@@ -91,6 +94,13 @@ def test_points_are_all_combinations_in_order_each_once(notebooks):
     found = [dict(point.parameters) for point in sweep.points_of(described, notebooks)]
     assert found == [{"gate": "a", "fail_at": f, "k": k} for f in (7, 8) for k in (1, 2)]
     assert len(sweep.points_of({"notebook": 1}, notebooks)) == 1, "without a grid: the defaults"
+
+
+@pytest.mark.parametrize("page", ["README.md", "book/cluster.md"])
+def test_the_sweeps_in_the_words_are_sweeps(page, tmp_path):
+    text = (Path(__file__).parent.parent / page).read_text()
+    described = yaml.safe_load(re.search(r"^ *```yaml\n(.*?)```", text, re.DOTALL | re.MULTILINE)[1])
+    assert len(sweep.points_of(described, tmp_path)) in (9, 18)
 
 
 def test_a_point_keeps_its_name_when_the_sweep_grows(notebooks):

@@ -1,0 +1,132 @@
+"""A notebook away from its repository: as Colab runs it, as plain papermill runs it; the same bytes each time."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from dtbook.notebooks import run_notebook
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "notebooks/04_calibration.ipynb"
+COLAB = (
+    "import sys, types\nfor name in ('google', 'google.colab'): sys.modules[name] = types.ModuleType(name)\n"
+)
+
+
+def small_parameters(path):
+    """What the notebook gives nbmake."""
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    return dict(tagged.metadata["nbmake"]["mock"])
+
+
+def clean_environment(home):
+    """The environment without a trace of this checkout, and with a home of its own."""
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DTBOOK_DATA_URL")
+    }
+    homes = ("HOME", "XDG_CACHE_HOME", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR")
+    return kept | dict.fromkeys(homes, str(home)) | {"TQDM_DISABLE": "1"}
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A folder with nothing but the notebook's file."""
+    folder = tmp_path / "my drive"
+    folder.mkdir()
+    shutil.copy(NOTEBOOK, folder)
+    return folder
+
+
+@pytest.fixture
+def colab_python(tmp_path):
+    """A clean environment that has the libraries of this one, as Colab has its own, but not the package itself."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    # the path of the libraries; what makes an editable package importable is in .pth files, which are not read there
+    Path(site, "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what a clone of the repository holds, to install from: building leaves traces in it."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("dtbook", "data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    return folder
+
+
+def test_on_colab_a_notebook_s_file_alone_runs_to_the_end(elsewhere, colab_python, source, tmp_path):
+    startup = tmp_path / "home/profile_default/startup"
+    startup.mkdir(parents=True)
+    (startup / "00-colab.py").write_text(COLAB)
+    environment = (
+        clean_environment(tmp_path / "home")
+        | {
+            "DTBOOK_SOURCE": str(source),
+            "PIP_NO_INDEX": "1",  # Colab's libraries are there; what pip would fetch beyond them is in this environment
+            "PIP_NO_BUILD_ISOLATION": "0",  # pip's own way to say yes
+        }
+    )
+    there = [colab_python, "-c", "import dtbook"]
+    assert subprocess.run(there, env=environment, cwd=elsewhere, capture_output=True).returncode == 1
+    parameters = [x for name, value in small_parameters(NOTEBOOK).items() for x in ("-p", name, str(value))]
+    command = [colab_python, "-m", "papermill", NOTEBOOK.name, "out.ipynb", *parameters]
+    result = subprocess.run(command, env=environment, cwd=elsewhere, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = subprocess.run(
+        [colab_python, "-c", "import dtbook; print(dtbook.__file__)"],
+        env=environment,
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+    )
+    assert Path(found.stdout.strip()).is_relative_to(tmp_path / "venv")
+    fetched = [path.name for path in (tmp_path / "home").rglob("seed_0/model/*")]
+    assert "model.safetensors" in fetched
+    assert sorted(path.name for path in elsewhere.iterdir()) == [NOTEBOOK.name, "out.ipynb"]
+
+
+def test_plain_papermill_runs_a_chapter_from_any_folder(elsewhere):
+    papermill.execute_notebook(
+        elsewhere / NOTEBOOK.name,
+        elsewhere / "out.ipynb",
+        small_parameters(NOTEBOOK),
+        cwd=elsewhere,
+        progress_bar=False,
+    )
+    executed = nbformat.read(elsewhere / "out.ipynb", as_version=4)
+    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+
+
+def test_two_runs_of_a_chapter_write_the_same_bytes_and_touch_nothing_else(tmp_path):
+    def state():
+        folders = [ROOT / name for name in ("data", "notebooks", "book")]
+        files = [path for folder in folders for path in folder.rglob("*") if "_build" not in path.parts]
+        return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+
+    before = state()
+    copies = []
+    for name in ("one", "two"):
+        run_notebook(NOTEBOOK, tmp_path / name / NOTEBOOK.name, small_parameters(NOTEBOOK), "inputs")
+        copies.append((tmp_path / name / NOTEBOOK.name).read_bytes())
+    assert copies[0] == copies[1]
+    assert state() == before
+    json.loads(copies[0])
