@@ -97,7 +97,8 @@ def params(names: tuple[str, ...]) -> None:
 
 
 @main.command()
-def build() -> None:
+@click.option("--pdf", is_flag=True, help="Print the whole book first, with Chromium; the pages link to it.")
+def build(pdf: bool) -> None:
     """Build the book from the executed notebooks, clean and without a warning, into book/_build/html/.
 
     The former book stays until the new one is whole; after warnings the new one is there to be looked at.
@@ -105,6 +106,12 @@ def build() -> None:
     book = CHECKOUT / "book"
     if not book.is_dir():
         raise NotebookError(f"{CHECKOUT} has no book/: `dtbook build` needs a checkout of the repository")
+    printed = book / "_executed" / "decision-transformer-book.pdf"
+    printed.unlink(missing_ok=True)
+    if pdf:
+        from dtbook.printing import print_book  # imports Playwright, which only this needs
+
+        print_book(CHECKOUT, printed)
     program = Path(sys.executable).with_name("jupyter-book")
     options = ["--config", "book/_config.yml", "--toc", "book/_toc.yml", "-W", "--keep-going"]
     with (

@@ -2,45 +2,18 @@
 
 import functools
 import http.server
-import os
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, Response, Route, sync_playwright
 
-HOW_TO_INSTALL = (
-    "no Chromium found: install one with `playwright install chromium` or your system's package manager "
-    "(`apt install chromium`), or let the environment variable DTBOOK_CHROMIUM name one"
-)
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-# No sandbox, as in a container; no services of the browser's own, which would call other hosts.
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)
+from dtbook.printing import FLAGS, HOW_TO_INSTALL, find_chromium
 
-
-def find_chromium() -> str | None:
-    """The browser that DTBOOK_CHROMIUM names, the system's, or Playwright's own; None if there is none."""
-    if given := os.environ.get("DTBOOK_CHROMIUM"):
-        if shutil.which(given) is None:
-            raise FileNotFoundError(f"DTBOOK_CHROMIUM must name a browser's program, not {given!r}")
-        return given
-    if found := next(filter(None, map(shutil.which, NAMES)), None):
-        return found
-    with sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-    return own if Path(own).exists() else None
+__all__ = ["HOW_TO_INSTALL", "draw_all", "find_chromium", "launched", "served", "visit"]
 
 
 @contextmanager
@@ -53,17 +26,24 @@ def launched(program: str) -> Iterator[Browser]:
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def __init__(self, *args: Any, under: str, **kwargs: Any) -> None:
+        self.under = under
+        super().__init__(*args, **kwargs)
+
+    def translate_path(self, path: str) -> str:
+        return super().translate_path("/" + path.removeprefix(self.under))
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address under which a folder is served to this machine, until the end."""
-    handler = functools.partial(_Quiet, directory=str(folder))
+def served(folder: Path, under: str = "/") -> Iterator[str]:
+    """The address under which a folder is served to this machine, until the end; its path is `under`."""
+    handler = functools.partial(_Quiet, directory=str(folder), under=under)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
+        yield f"http://127.0.0.1:{server.server_port}{under}"
         server.shutdown()
 
 

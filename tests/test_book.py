@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -322,6 +323,18 @@ def test_sphinx_alone_takes_its_settings_from_the_same_file(monkeypatch):
     assert scope["html_theme_options"]["launch_buttons"] == CONFIG["launch_buttons"]
     assert scope["extensions"] == CONFIG["sphinx"]["config"]["extensions"]
     assert Path(scope["html_static_path"][0]) == ROOT / "book" / "_static"
+
+
+def test_sphinx_alone_builds_the_whole_book(tmp_path):
+    copies = {path.name for path in (ROOT / "book" / "_executed").glob("*.ipynb")}
+    if not copies >= {path.name for path in NOTEBOOKS}:
+        pytest.skip("the notebooks have not been executed: `make book` does it")
+    command = [sys.executable, "-m", "sphinx", "-c", "book", "-b", "html", "-W", "--keep-going", "-q", "."]
+    done = subprocess.run([*command, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in (tmp_path / "notebooks").glob("*.html")} == {
+        path.stem for path in NOTEBOOKS
+    }
 
 
 def test_sources_say_one_address_of_the_repository():

@@ -3,9 +3,14 @@
 import re
 from pathlib import Path
 from urllib.parse import urlparse
+from xml.etree import ElementTree
 
+import links
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
+from axe_playwright_python.sync_playwright import Axe
 from browser import HOW_TO_INSTALL, draw_all, find_chromium, launched, served, visit
 from bs4 import BeautifulSoup
 
@@ -16,6 +21,9 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 CHAPTERS = [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
 PAGES = [f"{name}.html" for name in (TOC["root"], *CHAPTERS)]
 NOTEBOOK_PAGES = [page for page in PAGES if page.startswith("notebooks/")]
+UNDER = urlparse(CONFIG["html"]["baseurl"]).path
+SCREENSHOTS = ROOT / "screenshots"
+WIDTHS = (360, 768, 1440)
 OTHER_PAGES = ["404.html", "genindex.html", "search.html?q=agent"]
 
 
@@ -46,7 +54,7 @@ def browser(book):
 
 @pytest.fixture(scope="session")
 def address(book):
-    with served(book) as url:
+    with served(book, UNDER) as url:
         yield url
 
 
@@ -68,7 +76,7 @@ def overflow(page):
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES])
 @pytest.mark.parametrize(("theme", "width"), [("light", 1440), ("dark", 360)])
-def test_page_is_clean_and_drawn(browser, address, page, theme, width):
+def test_page_is_clean_drawn_and_accessible(browser, address, page, theme, width):
     with visit(browser, address, page, theme, width) as opened:
         draw_all(opened.page)
         assert opened.problems() == []
@@ -76,6 +84,118 @@ def test_page_is_clean_and_drawn(browser, address, page, theme, width):
         assert overflow(opened.page) <= 0
         assert opened.page.evaluate("shift") < 0.1 or page not in PAGES  # search results come in by and by
         assert opened.page.evaluate("document.documentElement.dataset.theme") == theme
+        assert violations(opened.page) == []
+        for other in (width, *(w for w in WIDTHS if w != width)):
+            opened.page.set_viewport_size({"width": other, "height": 900})
+            draw_all(opened.page)
+            assert overflow(opened.page) <= 0, other
+            name = re.sub(r"\W+", "_", page.partition(".html")[0])
+            opened.page.screenshot(path=SCREENSHOTS / f"{name}_{theme}_{other}.png", full_page=True)
+
+
+def violations(page):
+    """What axe-core finds that keeps people out: its serious and critical violations, with where they are."""
+    found = Axe().run(page).response["violations"]
+    return [
+        (violation["id"], [node["target"] for node in violation["nodes"]])
+        for violation in found
+        if violation["impact"] in ("serious", "critical")
+    ]
+
+
+@pytest.mark.parametrize("page", NOTEBOOK_PAGES)
+def test_every_drawn_figure_shows_its_data(browser, address, page):
+    with visit(browser, address, page) as opened:
+        figures = opened.page.locator("figure:has(.book-figure)")
+        for k in range(figures.count()):
+            figures.nth(k).locator("details.figure-data > summary").click()
+            assert figures.nth(k).locator("details tbody tr").count() > 0, figures.nth(k).get_attribute("id")
+            assert figures.nth(k).locator("a[download]").get_attribute("href").startswith("blob:")
+        assert opened.problems() == []
+        assert violations(opened.page) == []
+
+
+def test_the_data_are_those_of_the_figure(browser, address):
+    table = pd.read_parquet(ROOT / "data/seed_0/calibration.parquet").query("acting == 'greedy'")
+    with visit(browser, address, "notebooks/04_calibration.html") as opened:
+        figure = opened.page.locator("#fig-calibration")
+        figure.locator("details.figure-data > summary").click()
+        rows = [row.split("\t") for row in figure.locator("tbody").inner_text().splitlines()]
+    ours = [
+        (float(rtg), float(mean))
+        for panel, name, rtg, mean, *_ in rows
+        if (panel, name[:4]) == ("greedy", "this")
+    ]
+    assert np.array(ours) == pytest.approx(table[["rtg", "mean"]].to_numpy(), abs=1e-4)
+
+
+def test_all_code_opens_at_once_and_with_the_keyboard(browser, address):
+    with visit(browser, address, NOTEBOOK_PAGES[0]) as opened:
+        page = opened.page
+        folded = page.locator("div.cell details.hide")
+        assert page.locator("div.cell details.hide[open]").count() == 0
+        page.locator("button.show-code").press("Enter")
+        assert page.locator("div.cell details.hide[open]").count() == folded.count() > 0
+        page.locator("figure details.figure-data > summary").first.press("Enter")
+        assert page.locator("details.figure-data[open] tbody tr").count() > 0
+
+
+def test_definition_shows_when_the_term_is_reached(browser, address):
+    with visit(browser, address, NOTEBOOK_PAGES[0]) as opened:
+        term = opened.page.locator(".defined").first
+        assert not term.locator(".definition").is_visible()
+        term.locator("a").focus()
+        assert term.locator(".definition").is_visible()
+
+
+@pytest.mark.parametrize("page", [*PAGES, "404.html", "genindex.html"])
+def test_links_lead_somewhere(book, page):
+    assert links.broken(book / page, book, UNDER) == []
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path):
+    (tmp_path / "b.html").write_text("<p id='there'>")
+    hrefs = [
+        "b.html",
+        "b.html#there",
+        "#",
+        "https://example.org",
+        "b.html#gone",
+        "c.html",
+        "/x/b.html",
+        "/y/b.html",
+    ]
+    (tmp_path / "a.html").write_text("".join(f"<a href='{href}'>" for href in hrefs))
+    assert links.broken(tmp_path / "a.html", tmp_path, "/x/") == ["b.html#gone", "c.html", "/y/b.html"]
+    assert links.outside([tmp_path / "a.html"]) == {"https://example.org": "a.html"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "play" not in page])
+def test_page_is_light(book, page):
+    soup = BeautifulSoup((book / page).read_text(), "html.parser")
+    own = {book / page} | {(book / page).parent / image["src"] for image in soup.article.select("img[src]")}
+    assert sum(path.stat().st_size for path in own) < 1.5e6
+
+
+def test_every_page_is_on_the_map_and_has_a_picture_to_share(book):
+    sitemap = ElementTree.parse(book / "sitemap.xml").getroot()
+    base = CONFIG["html"]["baseurl"]
+    assert {place.text for place in sitemap.iterfind("{*}url/{*}loc")} >= {base + page for page in PAGES}
+    picture = (book / "_static" / "social.png").read_bytes()
+    assert (int.from_bytes(picture[16:20]), int.from_bytes(picture[20:24])) == (1200, 630)
+    for page in PAGES:
+        soup = BeautifulSoup((book / page).read_text(), "html.parser")
+        assert soup.select_one("meta[property='og:image']")["content"] == base + "_static/social.png"
+        assert soup.select_one("link[rel=canonical]")["href"] == base + page
+
+
+def test_api_page_has_every_room(book):
+    soup = BeautifulSoup((book / "book/api.html").read_text(), "html.parser")
+    rooms = {f"dtbook.{path.stem}" for path in (ROOT / "dtbook").glob("[a-z]*.py")}
+    assert {title.text.rstrip("#") for title in soup.select("article h2")} == rooms
+    entry = soup.find(id="dtbook.rollout.rollout")
+    assert "model: " in entry.text
+    assert len(soup.select("dl.py.function")) > 50
 
 
 @pytest.mark.parametrize("page", PAGES)

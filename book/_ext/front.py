@@ -20,7 +20,7 @@ def executed_folder(app: Sphinx) -> Path:
 
 def pdf_of(app: Sphinx) -> Path:
     """Where `dtbook build --pdf` leaves the printed book, before the pages are built."""
-    return Path(app.srcdir) / "book" / "_build" / "pdf" / PDF
+    return executed_folder(app) / PDF
 
 
 class FrontPage(SphinxDirective):
