@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from front import executed_folder
+from front import executed_folder, in_words
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -67,11 +67,6 @@ def ancestors(node: nodes.Node) -> list[nodes.Node]:
         node = node.parent
         found.append(node)
     return found
-
-
-def in_words(seconds: float) -> str:
-    """A duration as a reader says it: `40 s`, `3 min`."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def run_seconds(app: Sphinx, docname: str) -> float | None:

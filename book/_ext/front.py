@@ -109,8 +109,12 @@ def models(manifest: Path) -> str:
 def compute_time(folder: Path) -> str:
     """How long the notebooks of the pages took, all of them together."""
     seconds = [float(note.read_text()) for note in sorted(folder.glob("*.seconds"))]
-    minutes = sum(seconds) / 60
-    return f"{len(seconds)} executed in {minutes:.0f} min, one thread" if seconds else ""
+    return f"{len(seconds)} executed in {in_words(sum(seconds))}, one thread" if seconds else ""
+
+
+def in_words(seconds: float) -> str:
+    """A duration as a reader says it: `40 s`, `3 min`."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:
