@@ -25,8 +25,9 @@ MARKS = {
     "fails": "no",
     "mixed": "half",
     "unclear": "half",
+    "undecided": "none",
 }
-"""The words of a verdict, and which of the book's three marks stands before each."""
+"""The words of a verdict, and which of the book's marks stands before each."""
 
 
 class Equations(SphinxTransform):

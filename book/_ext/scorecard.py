@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
-MARKS = {"replicated": "yes", "mixed": "half", "not replicated": "no"}
+MARKS = {"replicated": "yes", "mixed": "half", "not replicated": "no", "undecided": "none"}
 COLUMNS = {
     "claim": "claim",
     "statement": "the post says",
@@ -73,7 +73,7 @@ class Scorecard(SphinxDirective):
         """A count in words, then a mark for each claim that links to where it is decided."""
         counts = table["verdict"].value_counts()
         line = nodes.paragraph(classes=["scorecard-counts"])
-        for verdict in [*MARKS, *(name for name in counts.index if name not in MARKS)]:
+        for verdict in [name for name in MARKS if name in counts or name != "undecided"]:
             line += nodes.inline("", "", nodes.strong("", str(counts.get(verdict, 0))), nodes.Text(" "))
             line[-1] += verdict_node(verdict)
             line += nodes.Text(" ")
