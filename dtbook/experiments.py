@@ -221,13 +221,14 @@ def measure_dynamics(store: ArtifactStore, seed: int, made: ArtifactStore, progr
 
 # --------------------------------------------------------------------------------------------- claims, decided
 def decide(
-    encodings: pd.DataFrame, size: pd.DataFrame | None, dynamics: Mapping[str, pd.DataFrame]
+    encodings: pd.DataFrame | None, size: pd.DataFrame | None, dynamics: Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
     """Return what the experiments say to C25 to C28: `model` (which run), `claim`, `effect`, `passed`, `n` (models).
 
-    Without the sweep of sizes C27 is left out. `dynamics` maps runs to tables of `dynamics.trace`.
+    A claim whose table is None is left out. `dynamics` maps runs to tables of `dynamics.trace`.
     """
-    rows = [*_over_sampling(encodings)] + ([] if size is None else [_shape(size)])
+    rows = [] if encodings is None else [*_over_sampling(encodings)]
+    rows += [] if size is None else [_shape(size)]
     for run, traced in dynamics.items():
         ratio = interpretability_delay(traced)["ratio"]
         rows.append({"model": run, "claim": "C28", "effect": ratio, "passed": float(ratio >= 2), "n": 1})
@@ -269,24 +270,24 @@ def interpretability_delay(traced: pd.DataFrame) -> dict[str, float]:
 
 
 def decide_claims(store: ArtifactStore) -> None:
-    """Decide C25 to C28 from the store: C28 by the replications that it has traces of, C27 where it has the sweep.
+    """Decide those of C25 to C28 that the store has tables for: sweeps, and traces of replications.
 
-    Raises ArtifactError where the sweep of encodings is missing.
+    Raises ArtifactError where it has none.
     """
     entries, encodings, size = store.entries(), table_of("encodings"), table_of("size")
-    if encodings not in entries:
-        raise ArtifactError(f"{store.root} has no {encodings}, without which the claims are not decided")
     traces = {
         f"seed_{seed}": name_of(seed, "dynamics.parquet") for seed in seeds_with(store, "dynamics.parquet")
     }
     sources = [name for name in (encodings, size, *traces.values()) if name in entries]
+    if not sources:
+        raise ArtifactError(f"{store.root} has neither {encodings} nor {size} nor traces of replications")
 
-    def read(name: str) -> pd.DataFrame:
-        return pd.read_parquet(store.path(name))
+    def read(name: str) -> pd.DataFrame | None:
+        return pd.read_parquet(store.path(name)) if name in entries else None
 
     def make() -> list[Writer]:
-        traced = {run: read(name) for run, name in traces.items()}
-        return [table_writer(decide(read(encodings), read(size) if size in entries else None, traced))]
+        traced = {run: pd.read_parquet(store.path(name)) for run, name in traces.items()}
+        return [table_writer(decide(read(encodings), read(size), traced))]
 
     parameters = {"from": {name: entries[name]["sha256"] for name in sources}}
     run_stage(store, 0, "experiment claims", ("dynamics",), parameters, [CLAIMS], make)
