@@ -84,7 +84,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the extension."""
     app.connect("source-read", use_executed_copy)
     app.connect("build-finished", copy_libraries)
-    for room in ("chapters", "diagrams", "scorecard"):
+    for room in ("chapters", "diagrams", "playground_weights", "scorecard"):
         app.setup_extension(room)
     for name in ("comments_config", "use_jupyterbook_latex"):
         app.add_config_value(name, None, "")  # set by jupyter-book for extensions that are left out here
