@@ -20,7 +20,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from dtbook.artifacts import ArtifactStore, atomic_write, describe
-from dtbook.provenance import code_behind, digest, imported_names, package_sources
+from dtbook.provenance import PACKAGE, code_behind, digest, imported_names, package_sources
 
 # Nobody watches a kernel of the runner, and times in progress bars would make every copy different.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -150,7 +150,8 @@ def inputs_digest(path: Path, parameters: Mapping[str, object], store: ArtifactS
     """
     notebook = nbformat.read(path, as_version=4)
     manifest = describe(store.manifest) if store.manifest.exists() else None
-    return digest([notebook_digest(notebook), parameters, code_behind(_imports(notebook)), manifest])
+    made_from = [notebook_digest(notebook), parameters, code_behind(_imports(notebook)), manifest]
+    return digest(made_from + list(filter(None, [_packages_behind(_imports(notebook))])))
 
 
 def imported_rooms(path: Path) -> list[str]:
@@ -161,6 +162,13 @@ def imported_rooms(path: Path) -> list[str]:
 def _imports(notebook: nbformat.NotebookNode) -> set[str]:
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     return imported_names("\n".join(TransformerManager().transform_cell(cell) for cell in cells))
+
+
+def _packages_behind(imports: set[str]) -> dict[str, str]:
+    """Return the files of the packages inside dtbook that are imported: `code_behind` knows modules only."""
+    folders = {PACKAGE / name.split(".")[1] for name in imports if name.startswith("dtbook.")}
+    files = sorted(file for folder in folders for file in folder.glob("*.*") if file.suffix != ".pyc")
+    return {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
 
 def is_current(target: Path, inputs: str) -> bool:

@@ -97,7 +97,7 @@ export function contributionPanel(cfg, control) {
   };
 }
 
-export const RTGS = Array.from({ length: 41 }, (_, k) => Number((-1 + k / 20).toFixed(2)));
+export const RTGS = Array.from({ length: 21 }, (_, k) => Number((-1 + k / 10).toFixed(1)));
 
 export function scanPanel() {
   const picture = h("div", { class: "dtp-scan" });

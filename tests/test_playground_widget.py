@@ -1,0 +1,370 @@
+"""The playground as a reader meets it, in a real browser: played, edited, intervened in, by pointer and by keys."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from browser import HOW_TO_INSTALL, find_chromium, launched, served, visit
+
+from dtbook import playground
+from dtbook.artifacts import ArtifactStore
+from dtbook.gridworld import GridState, Task, observe, reset
+from dtbook.interventions import ablate, patch
+from dtbook.model import DecisionTransformer, DTConfig
+
+OUTSIDE = "<script data-outside-the-book>"
+STATE = GridState(  # at (3, 3) facing east, an obstacle in front
+    np.array([27], np.uint8),
+    np.array([0], np.uint8),
+    np.array([[28, 42, 22, 49]], np.uint8),
+    np.zeros(1, np.int32),
+)
+SCENE = playground.scene(STATE, rtg=0.9, timestep=10)
+PRESET = {"name": "No head 1", "note": "As in Fig. 9.", "scene": SCENE | {"parts": {"L0H1": "zero"}}}
+PAGE = """<!doctype html><html lang="en" data-theme="{theme}" data-content_root="./"><title>p</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<body style="margin: 16px; background: {paper}">{html}<p id="below">What follows.</p>"""
+
+
+@pytest.fixture(scope="module")
+def models():
+    first = DecisionTransformer.from_pretrained(ArtifactStore().path("seed_0/model"))
+    return {"seed 0": first, "another": DecisionTransformer(DTConfig(), seed=3).eval()}
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, models):
+    """A folder of pages with a playground, as in the book: the second model's weights lie in a file."""
+    folder = tmp_path_factory.mktemp("pages")
+    html = playground.show(models, presets=[PRESET], scene=SCENE)._repr_html_()
+    inside, _, outside = html.partition(OUTSIDE)
+    weights = outside.removesuffix("</script>\n")
+    (folder / "_static").mkdir()
+    (folder / "_static" / f"playground-{re.search('[0-9a-f]{16}', weights)[0]}.js").write_text(weights)
+    for theme, paper in (("light", "#ffffff"), ("dark", "#14181e")):
+        (folder / f"{theme}.html").write_text(PAGE.format(theme=theme, paper=paper, html=inside))
+    light = (folder / "light.html").read_text()
+    (folder / "lost.html").write_text(light.replace('data-content_root="./"', 'data-content_root="gone/"'))
+    (folder / "short.html").write_text(re.sub(r'"weights": "[^"]{400}', '"weights": "', light, count=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = find_chromium()
+    if program is None:
+        pytest.skip(HOW_TO_INSTALL)
+    with launched(program) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def address(pages):
+    with served(pages) as url:
+        yield url
+
+
+@pytest.fixture
+def page(browser, address):
+    with visit(browser, address, "light.html") as opened:
+        opened.page.wait_for_selector(".dtp-room svg")
+        yield opened.page
+        assert opened.problems() == []
+
+
+def message(page):
+    return page.locator(".dtp-message").inner_text()
+
+
+def scene_of(page):
+    return page.evaluate(
+        "(() => { const w = document.querySelector('.dtp-stage').playground; return w.scene; })()"
+    )
+
+
+def logits_of(page):
+    return page.evaluate("document.querySelector('.dtp-stage').playground.result.logits")
+
+
+def inputs(state=STATE, rtg=0.9, timestep=10):
+    return torch.from_numpy(observe(state))[:, None], torch.tensor([[rtg]]), torch.tensor([[timestep]])
+
+
+@torch.no_grad()
+def logits(model, *arguments):
+    return model(*(arguments or inputs()))[0, 0].numpy()
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def test_it_begins_with_the_scene_and_the_models_numbers(page, models):
+    close(logits_of(page), logits(models["seed 0"]))
+    shown = page.locator(".dtp-probabilities tbody tr .dtp-number:nth-child(3)").all_inner_texts()
+    assert shown[3:] == [f"{x:.2f}".replace("-", "−") for x in logits(models["seed 0"])]
+    assert "facing east, obstacle in front" in message(page)
+
+
+def test_a_whole_episode_by_keys_by_the_model_and_back(page):
+    page.get_by_role("button", name="New game").click()
+    first = scene_of(page)["state"]
+    page.locator(".dtp-room").focus()
+    page.keyboard.press("ArrowRight")
+    assert message(page).startswith("You turned right. Step 1.")
+    page.keyboard.press("m")
+    assert message(page).startswith("The model ")
+    page.keyboard.press("r")  # it plays on by itself
+    page.wait_for_function("/[Rr]eturn (−1|0)/.test(document.querySelector('.dtp-message').textContent)")
+    assert page.get_by_role("button", name="Forward").is_disabled()
+    page.keyboard.press("ArrowUp")
+    assert "The episode is over" in message(page)
+    while page.get_by_role("button", name="Undo", exact=True).is_enabled():
+        page.keyboard.press("u")
+        if scene_of(page)["state"] == first:
+            break
+    assert scene_of(page)["state"] == first
+    page.get_by_label("Seed").fill("-3")
+    page.get_by_role("button", name="New game").click()
+    assert "Seed must be a whole number from 0" in message(page)
+
+
+def test_the_same_seed_is_the_same_game(page):
+    def play():
+        page.get_by_label("Seed").fill("12")
+        page.get_by_role("button", name="New game").click()
+        page.get_by_text("a sampled action").click()
+        for _ in range(4):
+            page.get_by_role("button", name="Model step").click()
+        return scene_of(page)["state"]
+
+    assert play() == play()
+
+
+def test_each_intervention_is_pytorchs(page, models):
+    model = models["seed 0"]
+    for component in ("L0H0", "L0H1", "L0 MLP"):
+        page.get_by_label(component, exact=True).select_option("zero")
+        with ablate(model, component):
+            close(logits_of(page), logits(model))
+        page.get_by_label(component, exact=True).select_option("")
+    name = page.locator(".dtp-neurons .dtp-link").first.inner_text()
+    page.get_by_label(f"ablate {name}").check()
+    with ablate(model, name):
+        close(logits_of(page), logits(model))
+    page.get_by_role("button", name="Undo all interventions").click()
+    close(logits_of(page), logits(model))
+    page.get_by_role("button", name="Remember this scene").click()
+    page.locator(".dtp-room").focus()
+    page.keyboard.press("e")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press(" ")  # the obstacle in front goes
+    page.keyboard.press("Escape")
+    cleared = STATE._replace(obstacles=STATE.obstacles[:, 1:])
+    close(logits_of(page), logits(model, *inputs(cleared)))
+    page.get_by_label("L0H1", exact=True).select_option("patch")
+    _, source = model.run_with_cache(*inputs())
+    with patch(model, source, "L0H1"):
+        close(logits_of(page), logits(model, *inputs(cleared)))
+    page.get_by_role("button", name="Undo all interventions").click()
+    page.get_by_label("Steer along").select_option("obstacle")  # once: as if the obstacle were back
+    close(logits_of(page), logits(model))
+    assert page.locator(".dtp-contributions tr", has_text="steering").is_visible()
+
+
+def test_rtg_timestep_and_preference_change_at_once(page, models):
+    page.get_by_label("RTG asked for").fill("-1")
+    page.get_by_label("Timestep").fill("285")
+    close(logits_of(page), logits(models["seed 0"], *inputs(rtg=-1.0, timestep=285)))
+    page.get_by_label("Preference").select_option("R-L")
+    last = page.locator(".dtp-sum .dtp-number").first.inner_text()
+    left, right, _ = logits(models["seed 0"], *inputs(rtg=-1.0, timestep=285))
+    assert last == f"{right - left:.2f}".replace("-", "−")
+
+
+def test_clicking_edits_the_room(page):
+    def click(x, y):
+        box = page.locator(".dtp-room svg").bounding_box()
+        page.mouse.click(box["x"] + (x + 0.5) * box["width"] / 8, box["y"] + (y + 0.5) * box["height"] / 8)
+
+    click(3, 3)
+    assert scene_of(page)["state"]["direction"] == 1
+    click(4, 3)
+    assert scene_of(page)["state"]["obstacles"] == [42, 22, 49]
+    click(1, 1)
+    assert scene_of(page)["state"]["obstacles"] == [42, 22, 49, 9]
+    page.get_by_text("moves the agent").click()
+    click(5, 5)  # 5 + 8·5
+    assert scene_of(page)["state"]["agent"] == 45
+    click(0, 3)
+    assert "stay where they are" in message(page)
+
+
+def test_presets_models_and_links(page, browser, address, models):
+    page.get_by_label("Scene", exact=True).select_option("No head 1")
+    page.wait_for_function("document.querySelector('.dtp-message').textContent.startsWith('No head 1')")
+    with ablate(models["seed 0"], "L0H1"):
+        close(logits_of(page), logits(models["seed 0"]))
+    page.get_by_label("Model", exact=True).select_option("another")  # its weights are in a file
+    page.wait_for_function("document.querySelector('.dtp-message').textContent.startsWith('This is another')")
+    with ablate(models["another"], "L0H1"):
+        close(logits_of(page), logits(models["another"]))
+    page.get_by_role("button", name="Copy link").click()
+    page.wait_for_function("document.querySelector('.dtp-stage').playground.copied")
+    link = page.evaluate("document.querySelector('.dtp-stage').playground.copied")
+    with visit(browser, address, link.removeprefix(address)) as again:
+        again.page.wait_for_selector(".dtp-room svg")
+        assert scene_of(again.page) == scene_of(page)
+        assert again.problems() == []
+    with visit(browser, address, link.removeprefix(address).replace("?scene=e", "?scene=f")) as changed:
+        changed.page.wait_for_selector(".dtp-room svg")
+        assert message(changed.page).startswith("This link's scene cannot be read")
+
+
+def test_faults_are_sentences(browser, address):
+    with visit(browser, address, "short.html") as opened:
+        opened.page.wait_for_selector(".dtp-message")
+        assert re.match("The weights of seed 0 (do not fit|are damaged)", message(opened.page))
+    with visit(browser, address, "lost.html") as opened:
+        opened.page.wait_for_selector(".dtp-room svg")
+        opened.page.get_by_label("Model", exact=True).select_option("another")
+        opened.page.wait_for_function(
+            "document.querySelector('.dtp-message').textContent.includes('could not be loaded')"
+        )
+        assert opened.page.get_by_label("Model", exact=True).input_value() == "seed 0"
+
+
+CONTRAST = """() => {
+  const number = (text) => {
+    const c = text.match(/[\\d.]+/g).map(Number);
+    return { rgb: c.slice(0, 3), a: c[3] ?? 1 };
+  };
+  const light = (rgb) => rgb.map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
+  const behind = (e) => {
+    const c = e ? number(getComputedStyle(e).backgroundColor) : { rgb: [255, 255, 255], a: 1 };
+    return c.a ? c.rgb : behind(e.parentElement);
+  };
+  const bad = [];
+  for (const e of document.querySelectorAll(".dtp *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (!own || e.closest("style, option, :disabled") || !e.getClientRects().length) continue;
+    const style = getComputedStyle(e), svg = e.namespaceURI.endsWith("svg");
+    const [a, b] = [light(number(svg ? style.fill : style.color).rgb), light(behind(e))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) bad.push([e.textContent, ratio]);
+  }
+  return bad;
+}"""
+UNNAMED = """() => [...document.querySelectorAll(".dtp :is(button, input, select, [tabindex], svg[role=img])")]
+  .filter((e) => !(e.getAttribute("aria-label") || e.labels?.length || e.textContent.trim())).map((e) => e.outerHTML)"""
+
+
+@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 1280), ("light", 360), ("dark", 360)])
+def test_it_is_readable_named_and_still(browser, address, tmp_path, theme, width):
+    with visit(browser, address, f"{theme}.html", theme, width) as opened:
+        page = opened.page
+        page.wait_for_selector(".dtp-room svg")
+        assert page.evaluate("shift") == 0
+        assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
+        page.get_by_label("L0H1", exact=True).select_option("zero")
+        below = page.evaluate("document.querySelector('#below').offsetTop")
+        page.get_by_label("Steer along").select_option("F-R")
+        assert page.evaluate("document.querySelector('#below').offsetTop") == below
+        assert page.evaluate(CONTRAST) == []
+        assert page.evaluate(UNNAMED) == []
+        assert page.evaluate(
+            "document.querySelector('.dtp').offsetHeight <= document.querySelector('.dtp-stage').offsetHeight"
+        )
+        assert len(page.screenshot(path=tmp_path / f"{theme}-{width}.png", full_page=True)) > 50_000
+        assert opened.problems() == []
+
+
+def test_every_control_is_reached_by_the_tab_key(page):
+    wanted = page.evaluate(
+        """[...document.querySelectorAll(".dtp :is(button, input, select, [tabindex='0'])")]
+          .filter((e) => !e.disabled && e.type !== "radio").length"""
+    )
+    page.evaluate("scrollTo(0, 0); document.activeElement.blur()")
+    reached = set()
+    for _ in range(wanted + 12):
+        page.keyboard.press("Tab")
+        reached.add(
+            page.evaluate(
+                "[...document.querySelectorAll('.dtp :is(button, input, select, div)')].indexOf(document.activeElement)"
+            )
+        )
+    assert len(reached - {-1}) >= wanted
+
+
+def test_reduced_motion_is_honoured(browser, address):
+    context = browser.new_context(reduced_motion="reduce")
+    page = context.new_page()
+    page.goto(address + "light.html")
+    page.wait_for_selector(".dtp-room svg")
+    moving = """[...document.querySelectorAll(".dtp *")]
+      .filter((e) => parseFloat(getComputedStyle(e).transitionDuration) > 0).length"""
+    assert page.evaluate(moving) == 0
+    context.close()
+
+
+def test_without_javascript_there_is_a_picture_and_a_sentence(browser, address):
+    with visit(browser, address, "light.html", scripts=False) as opened:
+        assert opened.page.locator("noscript img, .dtp-stage img").first.is_visible()
+        assert "needs JavaScript" in opened.page.locator(".dtp-stage").inner_text()
+        assert not opened.page.locator(".dtp-loading").is_visible()
+
+
+def test_it_opens_from_a_file(browser, pages):
+    with visit(browser, pages.as_uri() + "/", "light.html") as opened:
+        opened.page.wait_for_selector(".dtp-room svg")
+        opened.page.get_by_label("Model", exact=True).select_option("another")
+        opened.page.wait_for_function(
+            "document.querySelector('.dtp-message').textContent.startsWith('This is another')"
+        )
+        assert opened.problems() == []
+
+
+def test_the_room_is_drawn_as_minigrid_draws_it(page):
+    from dtbook.gridworld import to_minigrid
+
+    state = reset(Task(random_start=True), 1, np.random.default_rng(8))
+    env = to_minigrid(Task(random_start=True), state, render_mode="rgb_array").unwrapped
+    where = [int(state.agent[0]), int(state.direction[0]), state.obstacles[0].tolist()]
+    pixels = page.evaluate(
+        """async ([agent, direction, obstacles]) => {
+          const w = document.querySelector(".dtp-stage").playground;
+          w.change({ state: { agent, direction, obstacles, t: 0 } });
+          const draw = async (svg, side) => {
+            const size = `<svg xmlns="http://www.w3.org/2000/svg" width="${side}" height="${side}"`;
+            const text = svg.outerHTML.replace("<svg", size);
+            const image = new Image();
+            image.src = "data:image/svg+xml;base64," + btoa(text);
+            await image.decode();
+            const context = new OffscreenCanvas(side, side).getContext("2d");
+            context.drawImage(image, 0, 0);
+            return Array.from(context.getImageData(0, 0, side, side).data);
+          };
+          const [room, view] = [".dtp-room svg", ".dtp-view svg"].map((name) => document.querySelector(name));
+          return [await draw(room, 256), await draw(view, 224)];
+        }""",
+        where,
+    )
+    for found, picture in zip(pixels, (env.get_full_render(True, 32), env.get_pov_render(32)), strict=True):
+        rgb = np.array(found, dtype=float).reshape(*picture.shape[:2], 4)[..., :3]
+        assert np.abs(rgb - picture).mean() < 3  # of 255: edges are smoothed in another way
+        assert np.abs(rgb - picture)[16::32, 16::32].max() <= 2, "the middle of every tile has its colour"
+
+
+def test_a_notebook_holds_the_same_bytes_twice(models):
+    html = [playground.show({"seed 0": models["seed 0"]})._repr_html_() for _ in range(2)]
+    assert html[0] == html[1]
+    assert len(html[0]) < 1.3e6
+    assert (
+        json.loads(re.search(r'<script type="application/json">(.*?)</script>', html[0], re.DOTALL)[1])[
+            "scene"
+        ]
+        is None
+    )
