@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dtbook import anatomy
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.checkpoints import POST_MODEL_SHA256
+from dtbook.circuit import measure_circuit
 from dtbook.claims import measure
 from dtbook.evidence import Evidence
 from dtbook.gridworld import Task, all_observations
@@ -36,6 +37,7 @@ from dtbook.rollout import CALIBRATION_RTGS
 from dtbook.scorecard import scorecard
 from dtbook.tables import HOW, RTGS, TIMESTEPS, situation_table
 from dtbook.trajectories import Trajectories
+from dtbook.views import embeddings
 
 UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
 """Control models without training, by the seed of their weights."""
@@ -59,6 +61,16 @@ ANATOMY: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
 """Tables of chapters 5 and 6 beside the situations: file name → what makes it of a model and its observations, how."""
 PLAY = "ablated_play"
 PLAY_SETTINGS: dict[str, Any] = {"rtgs": CALIBRATION_RTGS, "episodes": 100, "max_steps": 300, "seed": 0}
+
+CIRCUIT_SETTINGS: dict[str, Any] = {
+    "head": 1,
+    "rtgs": RTGS,
+    "rtg": 0.9,
+    "timesteps": TIMESTEPS,
+    "timestep": 10,
+    "situations": ("obstacle", "wall", "goal"),
+}
+"""How chapter 8's circuit is measured."""
 
 ROOMS = ("evidence", "claims")
 STAGES = ("claims", "situations", "anatomy", "scorecard")
@@ -86,6 +98,7 @@ def measure_replication(
     if situations:
         _situations(store, name_of(seed, "situations.parquet"), sha256, lambda: evidence().model, progress)
         measure_anatomy(store, folder_of(seed), progress)
+        measure_circuit_of(store, folder_of(seed), progress)
 
 
 def measure_post(store: ArtifactStore, progress: bool = True) -> None:
@@ -101,19 +114,12 @@ def measure_post(store: ArtifactStore, progress: bool = True) -> None:
     _claims(store, POST_CLAIMS, 0, POST_MODEL_SHA256, evidence)
     _situations(store, POST_SITUATIONS, POST_MODEL_SHA256, DecisionTransformer.from_post_checkpoint, progress)
     measure_anatomy(store, "post", progress)
+    measure_circuit_of(store, "post", progress)
 
 
 def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) -> None:
     """Make the tables of chapters 5 and 6 for the model in a folder of the store, or for the post's ("post")."""
-    of_post = folder == "post"
-    sha256 = POST_MODEL_SHA256 if of_post else store.entries()[f"{folder}/model"]["sha256"]
-
-    @cache
-    def model() -> DecisionTransformer:
-        if of_post:
-            return DecisionTransformer.from_post_checkpoint()
-        return DecisionTransformer.from_pretrained(store.path(f"{folder}/model"))
-
+    sha256, model = _model_in(store, folder)
     observations = cache(lambda: _observations(Task()))
 
     def keep(name: str, settings: dict[str, Any], make: Callable[[], pd.DataFrame]) -> None:
@@ -127,6 +133,30 @@ def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) ->
     for name, (table, settings) in ANATOMY.items():
         keep(name, settings, partial(run_it, table, settings))
     keep(PLAY, PLAY_SETTINGS, lambda: anatomy.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
+
+
+def measure_circuit_of(store: ArtifactStore, folder: str, progress: bool = True) -> None:
+    """Make what chapters 7 and 8 show of a model, named as in `measure_anatomy`: embeddings, and head 1's circuit."""
+    sha256, model = _model_in(store, folder)
+    parameters = {"model": sha256, "task": asdict(Task())} | CIRCUIT_SETTINGS
+
+    def circuit() -> list[Writer]:
+        return [measure_circuit(model(), _observations(Task()), progress=progress, **CIRCUIT_SETTINGS).save]
+
+    def embedded() -> list[Writer]:
+        return [embeddings(model()).save]
+
+    name = f"{folder}/embeddings.safetensors"
+    run_stage(store, 0, "anatomy", ("views",), {"model": sha256}, [name], embedded)
+    run_stage(store, 0, "anatomy", ("circuit",), parameters, [f"{folder}/circuit"], circuit)
+
+
+def _model_in(store: ArtifactStore, folder: str) -> tuple[str, Callable[[], DecisionTransformer]]:
+    """The sha256 of the model in a folder of the store, or of the post's ("post"), and what loads it once."""
+    if folder == "post":
+        return POST_MODEL_SHA256, cache(DecisionTransformer.from_post_checkpoint)
+    sha256 = store.entries()[f"{folder}/model"]["sha256"]
+    return sha256, cache(lambda: DecisionTransformer.from_pretrained(store.path(f"{folder}/model")))
 
 
 def measure_controls(store: ArtifactStore) -> None:

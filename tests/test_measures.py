@@ -1,14 +1,18 @@
 """Findings and scorecard as artifacts: put together from what the store holds, made once, named where absent."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from dtbook import anatomy, measures
 from dtbook.artifacts import ArtifactError, ArtifactStore
+from dtbook.attribution import preference_direction
+from dtbook.circuit import Circuit, measure_circuit
 from dtbook.claims import CLAIMS, RULES
 from dtbook.gridworld import all_observations
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.pipeline import table_writer
+from dtbook.views import Embeddings
 
 
 def put(store, name, table):
@@ -85,6 +89,24 @@ def test_tables_of_the_anatomy_are_kept_by_the_models_hash(tmp_path, monkeypatch
         "L0H1",
         "L0 MLP",
     }
+
+
+def test_the_circuit_is_kept_by_the_models_hash(tmp_path, monkeypatch):
+    few = {"head": 0, "rtgs": (0.9,), "rtg": 0.9, "timesteps": (3,), "timestep": 3, "situations": ("goal",)}
+    monkeypatch.setattr(measures, "CIRCUIT_SETTINGS", few)
+    monkeypatch.setattr(measures, "_observations", lambda task: all_observations(5, 2))
+    store, config = ArtifactStore(tmp_path), DTConfig(d_model=8, d_head=4, d_mlp=8, max_steps=10)
+    model = DecisionTransformer(config, seed=1).eval()
+    with store.write("seed_0/model", stage="training", rooms=["model"], seeds=[1]) as path:
+        model.save_pretrained(path)
+    for _ in range(2):  # the second call finds it made
+        measures.measure_circuit_of(store, "seed_0", progress=False)
+    found = Circuit.load(store.path("seed_0/circuit"))
+    expected = measure_circuit(model, all_observations(5, 2), **few)
+    assert np.array_equal(found.maps["OV"], expected.maps["OV"])
+    pd.testing.assert_frame_equal(found.effects, expected.effects)
+    on = Embeddings.load(store.path("seed_0/embeddings.safetensors")).on("F-R")
+    assert np.allclose(on["rtg"], (model.W_E_rtg @ preference_direction(model, "F-R")).detach(), atol=1e-6)
 
 
 def test_absent_controls_are_named(tmp_path):
