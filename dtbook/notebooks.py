@@ -207,6 +207,7 @@ def run_notebook(
                 kernel_manager_class=_KernelManager,
                 coalesce_streams=True,
                 record_timing=False,
+                iopub_timeout=120,  # seconds for outputs to arrive: a busy machine, or one of ten megabytes
             )
         except (papermill.PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
             draft.replace(failed)
