@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HOW_TO_INSTALL = (
     "no Chromium found: install one with `playwright install chromium` or your system's package manager "
@@ -71,6 +72,10 @@ def print_book(root: Path, target: Path) -> None:
         page.evaluate(DRAW_ALL)
         target.parent.mkdir(parents=True, exist_ok=True)
         margin = {"top": "18mm", "bottom": "18mm", "left": "16mm", "right": "16mm"}
-        shown = {"display_header_footer": True, "header_template": "<span></span>", "footer_template": FOOTER}
+        shown: dict[str, Any] = {
+            "display_header_footer": True,
+            "header_template": "<span></span>",
+            "footer_template": FOOTER,
+        }
         page.pdf(path=target, format="A4", margin=margin, outline=True, tagged=True, **shown)
         browser.close()
