@@ -178,7 +178,7 @@ def test_rtg_timestep_and_preference_change_at_once(page, models):
     page.get_by_label("RTG asked for").fill("-1")
     page.get_by_label("Timestep").fill("285")
     close(logits_of(page), logits(models["seed 0"], *inputs(rtg=-1.0, timestep=285)))
-    page.get_by_label("Preference").select_option("R-L")
+    page.get_by_label("Preference", exact=True).select_option("R-L")
     last = page.locator(".dtp-sum .dtp-number").first.inner_text()
     left, right, _ = logits(models["seed 0"], *inputs(rtg=-1.0, timestep=285))
     assert last == f"{right - left:.2f}".replace("-", "−")

@@ -213,8 +213,9 @@ def _still(task: Task) -> tuple[str, str]:
 _PAGE = """<div class="dtp-host" id="playground">
 <style>
 .dtp-host {{ container-type: inline-size; }}
-.dtp-stage {{ min-height: 1880px; }}
-@container (max-width: 659px) {{ .dtp-stage {{ min-height: 3170px; }} }}
+.dtp-stage {{ display: flow-root; min-height: 1880px; }}
+@container (max-width: 659px) {{ .dtp-stage {{ min-height: 3240px; }} }}
+.dtp-loading {{ margin: 0; }}
 @media (scripting: none) {{ .dtp-stage {{ min-height: 0; }} .dtp-loading {{ display: none; }} }}
 </style>
 <div class="dtp-stage"><p class="dtp-loading">The playground is loading.</p>

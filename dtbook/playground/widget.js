@@ -215,7 +215,7 @@ class Widget {
     this.stop();
     try {
       await this.load(name);
-      if (this.configs[name] !== this.configs[this.scene.model]) {
+      if (JSON.stringify(this.configs[name]) !== JSON.stringify(this.configs[this.scene.model])) { // other components to edit
         this.scene = checkScene({ ...describeScene(this.task, { ...this.scene, parts: {}, model: name }) }, this.task, this.configs, name);
         this.build();
       }
