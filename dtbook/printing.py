@@ -71,7 +71,7 @@ def print_book(root: Path, target: Path) -> None:
         page.goto((pages / "book" / "intro.html").as_uri())
         page.evaluate(DRAW_ALL)
         target.parent.mkdir(parents=True, exist_ok=True)
-        margin = {"top": "18mm", "bottom": "18mm", "left": "16mm", "right": "16mm"}
+        margin: Any = {"top": "18mm", "bottom": "18mm", "left": "16mm", "right": "16mm"}
         shown: dict[str, Any] = {
             "display_header_footer": True,
             "header_template": "<span></span>",
