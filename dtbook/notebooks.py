@@ -227,10 +227,12 @@ def _where(error: Exception) -> str:
 
 
 def _forget_the_run(executed: nbformat.NotebookNode) -> None:
-    """Drop, in place, papermill's times, paths and random ids: what is left follows from the inputs."""
+    """Drop, in place, papermill's times, paths and random ids, and stderr: what is left follows from the inputs."""
     executed.metadata.pop("papermill", None)
     for cell in executed.cells:
         cell.metadata.pop("papermill", None)
+        if cell.cell_type == "code":  # progress bars count seconds, and the book leaves stderr out
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell["id"] = "injected-parameters"
         elif not cell.metadata.get("tags"):

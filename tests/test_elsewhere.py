@@ -116,9 +116,6 @@ def test_plain_papermill_runs_a_chapter_from_any_folder(elsewhere):
     assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
 
 
-@pytest.mark.xfail(
-    reason="two executed copies of chapter 4 differ in one digit of an output; which, is to be found"
-)
 def test_two_runs_of_a_chapter_write_the_same_bytes_and_touch_nothing_else(tmp_path):
     def state():
         folders = [ROOT / name for name in ("data", "notebooks", "book")]
