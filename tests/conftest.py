@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from browser import HOW_TO_INSTALL, find_chromium, launched
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
@@ -24,3 +25,13 @@ def pytest_runtest_makereport(item, call):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return fail_if_skipped_in_ci((yield))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The one browser of this process: Playwright allows a second at once in none."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip(HOW_TO_INSTALL)
+    with launched(program) as opened:
+        yield opened

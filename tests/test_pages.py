@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
-from browser import HOW_TO_INSTALL, draw_all, find_chromium, launched, served, visit
+from browser import draw_all, served, visit
 from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).parent.parent
@@ -41,15 +41,6 @@ def book():
     if newest.stat().st_mtime > index.stat().st_mtime:
         pytest.skip(f"the built book is older than {newest.relative_to(ROOT)}: `make book` builds it anew")
     return HTML
-
-
-@pytest.fixture(scope="session")
-def browser(book):
-    program = find_chromium()
-    if program is None:
-        pytest.skip(HOW_TO_INSTALL)
-    with launched(program) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from browser import HOW_TO_INSTALL, find_chromium, launched, served
+from browser import served
 from scipy.stats import chisquare
 
 from dtbook import playground
@@ -24,15 +24,12 @@ TOLERANCE = 1e-4  # logits; what the issue of this widget asks for
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def page(browser, tmp_path_factory):
     """A page of which `evaluate(script)` has all that the module exports, as `pg`."""
-    program = find_chromium()
-    if program is None:
-        pytest.skip(HOW_TO_INSTALL)
     folder = tmp_path_factory.mktemp("playground")
     (folder / "index.html").write_text("<!doctype html><title>numbers</title><link rel=icon href=data:,>")
     (folder / "module.js").write_text(playground.module())
-    with launched(program) as browser, served(folder) as address:
+    with served(folder) as address:
         opened = browser.new_page()
         opened.goto(address)
         opened.evaluate("async () => { globalThis.pg = await import('./module.js'); }")

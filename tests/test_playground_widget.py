@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from browser import HOW_TO_INSTALL, find_chromium, launched, served, visit
+from browser import served, visit
 
 from dtbook import playground
 from dtbook.artifacts import ArtifactStore
@@ -49,15 +49,6 @@ def pages(tmp_path_factory, models):
     (folder / "lost.html").write_text(light.replace('data-content_root="./"', 'data-content_root="gone/"'))
     (folder / "short.html").write_text(re.sub(r'"weights": "[^"]{400}', '"weights": "', light, count=1))
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = find_chromium()
-    if program is None:
-        pytest.skip(HOW_TO_INSTALL)
-    with launched(program) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
