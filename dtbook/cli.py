@@ -199,6 +199,7 @@ def reproduce(seeds: str, workers: int, folder: Path, publish: bool) -> None:
     stopped. Bytes are the same on the same machine with the same libraries.
     """
     from dtbook import (  # import torch and TransformerLens: other commands do without
+        long_context,
         measures,
         pipeline,
         replicas,
@@ -218,6 +219,8 @@ def reproduce(seeds: str, workers: int, folder: Path, publish: bool) -> None:
             pipeline.train_control(made, control)
         pipeline.calibrate_post(made)
     names = [name for seed in chosen for name in pipeline.shipped_names(seed)]
+    if 0 in chosen:
+        names += long_context.make(made)
     if len(chosen) > 1:
         names.append(replicas.TABLE)
         click.echo(replicas.write_summary(made, chosen).round(3).to_string(index=False))

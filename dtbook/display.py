@@ -10,17 +10,19 @@ Each figure has its alternative text in `layout.meta["alt"]`, and in `layout.met
 phone: its height, and paths into the layout with their values.
 """
 
+import hashlib
 import html
 import io
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
-from IPython.display import Image, display
-from jaxtyping import UInt8
+from IPython.display import HTML, Image, display
+from jaxtyping import Float, UInt8
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.offline import get_plotlyjs_version
 
@@ -48,6 +50,25 @@ _SNIPPET = """<div class="book-figure" role="img" aria-label="{alt}"
   if (library.isConnected) return;
   library.dataset.plotly = "";
   library.src = "https://cdn.plot.ly/plotly-{version}.min.js";
+  document.head.append(library);
+}})();</script>"""
+
+CIRCUITSVIS_VERSION = "1.43.3"
+"""Of the library that draws attention outside of the book; the book's own copy is the installed package's."""
+
+_ATTENTION = """<div class="book-figure book-attention" role="img" aria-label="{alt}"
+ style="height:{height}px;--narrow-height:{narrow}px">
+<p>This figure is drawn by JavaScript, which is not running here. What it shows: {alt}</p>
+<script type="application/json">{json}</script><div id="{id}" aria-hidden="true"></div></div>
+<script data-outside-the-book>(() => {{
+  const box = document.currentScript.previousElementSibling;
+  const {{ component, props }} = JSON.parse(box.querySelector("script").textContent);
+  const library = document.createElement("script");
+  library.src = "https://unpkg.com/circuitsvis@{version}/dist/cdn/iife.js";
+  library.onload = () => {{
+    box.querySelector("p").remove();
+    CircuitsVis.render("{id}", CircuitsVis[component], props);
+  }};
   document.head.append(library);
 }})();</script>"""
 
@@ -126,6 +147,45 @@ def glue(**values: Any) -> None:
         text = repr(value.item() if hasattr(value, "item") else value)
         metadata = {"scrapbook": {"name": name, "mime_prefix": GLUE_MIME}}
         display({f"{GLUE_MIME}text/plain": text}, metadata=metadata, raw=True)
+
+
+def attention_heads(
+    patterns: Float[np.ndarray, "head query key"],
+    tokens: Sequence[str],
+    names: Sequence[str],
+    *,
+    alt: str,
+    largest: float | None = None,
+    height: int = 740,
+    narrow: int = 480,
+) -> HTML:
+    """Attention of each head, drawn by CircuitsVis: choose a head, point at a cell to read its value.
+
+    The scale begins at 0 and ends at `largest`, or else at the largest value. CircuitsVis's own output would look for a
+    network when it is shown, and bring 1.3 MB of script along each time; this is its data alone, which
+    book/_static/figures.js gives to the book's one copy. `height` and `narrow` are in pixels, on a screen and on a
+    phone. Raises ValueError for an empty `alt`, and where the names do not fit the patterns.
+    """
+    if not alt.strip():
+        raise ValueError("alt must say in words what the figure shows, not be empty")
+    if patterns.shape != (len(names), len(tokens), len(tokens)):
+        raise ValueError(
+            f"patterns has shape {patterns.shape}; {len(names)} names and {len(tokens)} tokens ask for "
+            f"{(len(names), len(tokens), len(tokens))}"
+        )
+    props = {
+        "attention": np.round(patterns.astype(float), 4).tolist(),
+        "tokens": list(tokens),
+        "attentionHeadNames": list(names),
+        "minValue": 0,
+        "maxValue": round(float(patterns.max() if largest is None else largest), 4),
+        "positiveColor": BLUE,
+        "maskUpperTri": True,
+    }
+    text = json.dumps({"component": "AttentionHeads", "props": props}).replace("<", "\\u003c")
+    name = "attention-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+    places = {"alt": html.escape(alt), "height": height, "narrow": narrow, "json": text, "id": name}
+    return HTML(_ATTENTION.format(version=CIRCUITSVIS_VERSION, **places))
 
 
 def picture(*panels: UInt8[np.ndarray, "_ _ 3"], gap: int = 24) -> Image:

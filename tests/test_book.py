@@ -303,6 +303,7 @@ def test_diagram_names_every_component():
 def test_libraries_come_from_the_installed_packages(little_book):
     static = little_book[0] / "_static"
     assert (static / "plotly.min.js").stat().st_size > 1e6
+    assert "var CircuitsVis" in (static / "circuitsvis.js").read_text()[:200]
     assert (static / "mathjax" / "tex-chtml.js").exists()
     assert list(
         (static / "mathjax" / "output" / "chtml" / "fonts" / "woff-v2").glob("MathJax_Main-Regular.woff")

@@ -330,3 +330,36 @@ def test_forest_draws_each_effect_in_its_row():
     )
     assert post.x[0] == 0.75
     assert list(fig.layout.yaxis.categoryarray) == ["b", "a"]  # plotly counts from below: "a" is on top
+
+
+def test_attention_is_given_to_circuitsvis_as_its_own_code_would():
+    import circuitsvis
+    from circuitsvis.attention import attention_heads
+
+    patterns = np.array([[[1.0, 0.0], [0.25, 0.75]], [[1.0, 0.0], [0.5, 0.5]]])
+    names = ["L0H0", "L0H1"]
+    text = figures.attention_heads(patterns, ["R0", "s<0"], names, alt='looks & "sees"').data
+    shown = json.loads(re.search(r'application/json">(.*?)</script>', text, re.S)[1])
+    theirs = attention_heads(
+        patterns,
+        ["R0", "s<0"],
+        names,
+        max_value=1.0,
+        min_value=0,
+        positive_color=style.BLUE,
+        mask_upper_tri=True,
+    )
+    call = re.search(r'"[\w-]+",\s+(\w+),\s+({.*?})\s+\)\s+</script>', str(theirs), re.S)
+    assert (shown["component"], shown["props"]) == (call[1], json.loads(call[2]))
+    assert 'aria-label="looks &amp; &quot;sees&quot;"' in text
+    assert "<0" not in text, "nothing in the data can end the script element"
+    assert text == figures.attention_heads(patterns, ["R0", "s<0"], names, alt='looks & "sees"').data
+    assert circuitsvis.__version__ == style.CIRCUITSVIS_VERSION
+    assert "https://" not in text.partition("<script data-outside-the-book>")[0]
+
+
+def test_attention_without_words_or_with_too_few_names_is_refused():
+    with pytest.raises(ValueError, match="alt must say in words"):
+        figures.attention_heads(np.ones((1, 1, 1)), ["s0"], ["L0H0"], alt=" ")
+    with pytest.raises(ValueError, match=r"patterns has shape \(1, 2, 2\); 1 names and 1 tokens"):
+        figures.attention_heads(np.ones((1, 2, 2)), ["s0"], ["L0H0"], alt="x")

@@ -53,7 +53,7 @@ def undrawn(page, theme):
     """The descriptions of the figures that hold no drawing of their data in this theme."""
     return page.evaluate(
         """(theme) => [...document.querySelectorAll(".book-figure")].filter((box) => {
-          const marks = ".scatterlayer .trace, .barlayer .trace, .heatmaplayer image";
+          const marks = ".scatterlayer .trace, .barlayer .trace, .heatmaplayer image, .book-attention canvas";
           return box.dataset.drawn !== theme || !box.querySelector(marks);
         }).map((box) => box.ariaLabel)""",
         theme,

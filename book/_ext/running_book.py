@@ -58,11 +58,12 @@ def strip_for_pages(executed: nbformat.NotebookNode) -> None:
 
 
 def copy_libraries(app: Sphinx, exception: Exception | None) -> None:
-    """Copy plotly.js and the part of MathJax that pages use out of the installed packages into the book."""
+    """Copy plotly.js, CircuitsVis and the part of MathJax that pages use out of the installed packages."""
     if exception or app.builder.format != "html":
         return
     static = Path(app.outdir) / "_static"
     shutil.copy(_package("plotly") / "package_data" / "plotly.min.js", static)
+    shutil.copy(_package("circuitsvis") / "dist" / "cdn" / "iife.js", static / "circuitsvis.js")
     source, mathjax = _package("sphinx-mathjax-offline") / "static" / "mathjax", static / "mathjax"
     fonts = Path("output", "chtml", "fonts", "woff-v2")
     shutil.copytree(source / fonts, mathjax / fonts, dirs_exist_ok=True)

@@ -1,16 +1,17 @@
 // Draws the plotly figures of a page: each when it comes near the window, in the theme's colours, with the layout that
-// fits the width; again when theme or width class changes. plotly.js is loaded once, from the book's own files.
+// fits the width; again when theme or width class changes. Attention patterns are drawn by CircuitsVis, once, on paper
+// that is light in both themes. Either library is loaded once, from the book's own files.
 (() => {
   const root = document.documentElement;
   const narrow = matchMedia("(max-width: 600px)"); // the same width as in book.css
   const boxes = [...document.querySelectorAll(".book-figure")];
 
-  let library;
-  const plotly = () =>
-    (library ??= new Promise((resolve, reject) => {
+  const libraries = {};
+  const library = (file, name) =>
+    (libraries[name] ??= new Promise((resolve, reject) => {
       const script = document.createElement("script");
-      script.src = root.dataset.content_root + "_static/plotly.min.js";
-      script.onload = () => resolve(window.Plotly);
+      script.src = root.dataset.content_root + "_static/" + file;
+      script.onload = () => resolve(window[name]);
       script.onerror = reject;
       document.head.append(script);
     }));
@@ -34,8 +35,16 @@
     keys.reduce((part, key) => (part[key] ??= {}), layout)[last] = value;
   }
 
+  async function drawAttention(box) {
+    const { component, props } = JSON.parse(box.querySelector("script").textContent);
+    const CircuitsVis = await library("circuitsvis.js", "CircuitsVis");
+    if (!box.dataset.drawn) CircuitsVis.render(box.querySelector("div").id, CircuitsVis[component], props);
+    box.dataset.drawn = root.dataset.theme;
+  }
+
   async function draw(box) {
     box.dataset.asked = "";
+    if (box.matches(".book-attention")) return drawAttention(box);
     const { data, layout, config } = JSON.parse(themed(box.querySelector("script").textContent));
     const changes = narrow.matches ? (layout.meta.narrow ?? {}) : {};
     for (const [path, value] of Object.entries(changes)) assign(layout, path, value);
@@ -46,7 +55,7 @@
       plot.className = "book-figure-plot";
       box.append(plot);
     }
-    const Plotly = await plotly();
+    const Plotly = await library("plotly.min.js", "Plotly");
     await Plotly.react(plot, data, layout, config);
     box.dataset.drawn = root.dataset.theme;
   }

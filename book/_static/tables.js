@@ -56,7 +56,16 @@
     }));
   }
 
-  function collect({ data, layout }) {
+  // The rows of attention patterns: what each token gives to itself and to those before it.
+  function attention({ attention, attentionHeadNames, tokens }) {
+    const all = attention.flatMap((pattern, head) =>
+      pattern.flatMap((line, query) =>
+        line.slice(0, query + 1).map((value, key) => ({ head: attentionHeadNames[head], from: tokens[query], to: tokens[key], attention: value }))));
+    return { columns: ["head", "from", "to", "attention"], all: all.reverse() }; // the last token's first
+  }
+
+  function collect({ data, layout, props }) {
+    if (props) return attention(props);
     const drawn = data.filter((trace) => trace.fill !== "toself" && (trace.z || trace.name || trace.hoverinfo !== "skip"));
     const several = new Set(drawn.map((trace) => trace.name)).size > 1;
     const all = drawn.flatMap((trace) => rows(trace, layout, several));
