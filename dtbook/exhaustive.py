@@ -23,6 +23,7 @@ from tqdm import tqdm
 from dtbook.gridkernels import compiled
 from dtbook.gridworld import ObservationSet
 from dtbook.model import DecisionTransformer
+from dtbook.model_config import one_hot
 
 BATCH_SIZE = 2048
 """Observations a batch: small enough that a run's rows stay in the processor's cache."""
@@ -75,23 +76,27 @@ class Folded:
         self.W_mlp, self.b_mlp = cast(of("mlp.W_out") @ U), cast(of("mlp.b_out") @ U)
         self.b_U = cast(w["b_U"])
         self.mlp_mean = cast(of("mlp.W_out").mean(1)), cast(of("mlp.b_out").mean()), cast(U.sum(0))
-        queries, keys = (of(f"attn.W_{kind}").transpose(0, 1).flatten(1) for kind in "QK")
-        values = (of("attn.W_V") @ written).transpose(0, 1).flatten(1)
-        self.from_state = cast(torch.cat([reader, values, queries, keys], 1))
+        view, m = self.model.cfg.view_size, self.model.cfg.d_model
+        image = w["W_E_state"].view(-1, view, view, m).permute(1, 2, 0, 3).reshape(-1, m)  # as images lie
+        columns = reader[None], of("attn.W_V") @ written, torch.cat([of("attn.W_Q"), of("attn.W_K")])
+        self.from_image = [cast(image @ weight) for weight in columns]  # each: part input column
         self.rtg, self.key = cast(w["W_E_rtg"]), cast(w["W_pos"][0] - w["W_pos"][1])
         self.time = cast(w["W_E_time"] + w["W_pos"][1])  # of the state token, its position included
 
+    @torch.no_grad()
     def share(self, images: UInt8[Tensor, "n 7 7 3"]) -> "Shared":
         """Return what a batch of observations has in common at every RTG and timestep."""
-        cfg, r = self.model.cfg, self.n_readers
-        with torch.no_grad():
-            columns = self.model.embed_states(images) @ self.from_state
-        widths = [r, cfg.n_heads * (r + 1), cfg.n_heads * cfg.d_head, cfg.n_heads * cfg.d_head]
-        state, value, q, k = columns.split(widths, 1)
-        value, q, k = (
-            part.unflatten(1, (cfg.n_heads, -1)).transpose(0, 1).contiguous() for part in (value, q, k)
+        cfg = self.model.cfg
+        x = (one_hot(images) if cfg.encoding == "one-hot" else images).flatten(-3).to(self.model.W_U)
+        # observations of a batch look alike: one product for all, and one of the inputs in which they differ
+        differ = (x != x[:1]).any(0).nonzero()[:, 0]
+        x, same = x[:, differ], x[:1].index_fill(1, differ, 0)
+        state, value, qk = (
+            torch.baddbmm(same @ weight, x.expand(len(weight), -1, -1), weight[:, differ])
+            for weight in self.from_image
         )
-        return Shared(self, images, state.contiguous(), value, q, k, (q * k).sum(-1))
+        q, k = qk.tensor_split(2)
+        return Shared(self, images, state[0], value, q, k, (q * k).sum(-1))
 
 
 class Shared(NamedTuple):
