@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dtbook.attribution import contrast
-from dtbook.claims import AVOIDS
+from dtbook.claims import AVOIDS, TABLE_1
 from dtbook.exhaustive import BATCH_SIZE, Folded, Run, collect
 from dtbook.gridkernels import compiled
 from dtbook.gridworld import ObservationSet
@@ -32,9 +32,13 @@ FACING = tuple(name for name in SITUATIONS if name != "empty")
 BIN_WIDTH = 0.5
 EDGES = np.arange(-30.0, 30.0 + BIN_WIDTH, BIN_WIDTH)
 """Bins of the log odds of forward (nats); what lies outside falls into the first or the last."""
-EVERY_TIMESTEP = (*range(101), *range(110, 300, 10), 299)
-"""Timesteps of `over_time`: each up to 100, which its certificates are about, then every tenth to the task's last."""
+CERTIFIED = tuple(range(101))
+"""Timesteps of `exceptions`, each of them: an agent that is asked for 0.9 is long at the goal by the last."""
+EVERY_TIMESTEP = (*CERTIFIED, *range(110, 300, 10), 299)
+"""Timesteps of `over_time`: those that certificates are about, then every tenth to the task's last."""
 SCAN_RTGS = tuple(round(float(rtg), 1) for rtg in np.linspace(-1, 1, 21))
+SCAN_TIMESTEPS = tuple(range(5, 16))
+"""Of the scans over the RTG: 10, with five to either side as timestep noise."""
 WAYS = ("greedy", "sampled")
 
 
@@ -140,6 +144,43 @@ def over_time(
     return pd.concat(parts, ignore_index=True)
 
 
+def exceptions(
+    model: DecisionTransformer,
+    observations: ObservationSet,
+    rtgs: Sequence[float] = RTGS,
+    timesteps: Sequence[int] = CERTIFIED,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Return every observation that is not avoided as the post's Table 1 says it is: a row for each, none if "never".
+
+    Columns: `situation`, `rtg`; `observation`, its row in `gridworld.all_observations`, and `states`, how many states
+    show it; `n`, at how many of the timesteps P(forward) exceeds `claims.AVOIDS`, the `first` of them, and the
+    highest `forward` with its `timestep`. RTGs that Table 1 does not have are left out.
+    """
+    parts = []
+    for situation, rtg in avoided(rtgs):
+        rows = np.flatnonzero(showing(observations.images, situation))
+        asked = [(rtg, timestep) for timestep in timesteps]
+        found = collect(model, select(observations, situation), asked, _forward_and_margin, progress=progress)
+        p, over = found["forward"], found["forward"] > AVOIDS
+        which, at = np.flatnonzero(over.any(0)), np.asarray(timesteps)
+        columns = {"situation": situation, "rtg": rtg, "observation": rows[which]}
+        columns |= {"states": observations.multiplicity[rows[which]], "n": over.sum(0)[which]}
+        columns |= {"first": at[over.argmax(0)[which]], "forward": p.max(0)[which]}
+        parts.append(pd.DataFrame(columns | {"timestep": at[p.argmax(0)[which]]}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def avoided(rtgs: Sequence[float] = RTGS) -> list[tuple[str, float]]:
+    """Return the situations and RTGs for which the post's Table 1 says that forward is avoided."""
+    return [
+        (thing, rtg)
+        for rtg, row in TABLE_1.items()
+        for thing, yes in row.items()
+        if yes and any(np.isclose(rtg, asked) for asked in rtgs)
+    ]
+
+
 def _forward_and_margin(run: Run) -> dict[str, torch.Tensor]:
     logits = run.logits()
     margin = logits[:, 2] - logits[:, :2].amax(1)
@@ -189,61 +230,142 @@ def situation_scans(
     return pd.concat(scans, ignore_index=True)
 
 
+NEURON_WAYS = ("zero", "mean", "resample")
+"""What an ablated neuron has in place of its activation: nothing; its mean over all observations, at that RTG and
+timestep; that on another observation, drawn as often as states show it. The post's feature mean is none of a single
+neuron: it averages the entries of a vector, and a neuron has one."""
+
+
 def neurons(
     model: DecisionTransformer,
     observations: ObservationSet,
     rtgs: Sequence[float] = RTGS,
     timesteps: Sequence[int] = TIMESTEPS,
     situations: Sequence[str] = FACING,
+    how: Sequence[str] = NEURON_WAYS,
     preference: str = "F-R",
+    seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Return what each neuron does in each situation: a row for each situation, RTG and neuron.
+    """Return what each neuron does in each situation: a row for each situation, RTG, neuron and way to ablate it.
 
-    Columns: `situation`, `rtg`, `neuron`; weighted means over observations and timesteps of `active` (1 where it
-    fires), of its `contribution` to the preference and of `rise`, P(forward) without the neuron − with it. Taking one
-    neuron off is exact: the logits without it are the logits − its activation times its row of W_out W_U.
+    Columns: `situation`, `rtg`, `neuron`, `how` (`NEURON_WAYS`); weighted means over observations and timesteps of
+    `active` (1 where it fires), of its `contribution` to the preference, and of what ablating it changes: of the
+    preference (`change`) and of P(forward) (`rise`). All is exact: a neuron writes its activation times its row of
+    W_out W_U on the logits, so that other activation gives other logits without another run. Raises ValueError for an
+    unknown way.
     """
-    folded, parts = Folded(model), []
-    on_preference = (folded.W_mlp @ contrast(preference).to(folded.W_mlp)).double().numpy()
+    if unknown := [name for name in how if name not in NEURON_WAYS]:
+        raise ValueError(f"how is {unknown[0]!r}; it must be one of {', '.join(map(repr, NEURON_WAYS))}.")
+    folded, conditions = Folded(model), [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
+    means = _neuron_means(folded, observations, conditions, progress) if "mean" in how else {}
+    parts = []
     for situation in situations:
-        chosen = select(observations, situation)
-        share, n = weights(chosen) / len(timesteps), len(chosen.images)
-        sums = np.zeros((len(rtgs), 3, folded.d_mlp))
-        for start in tqdm(range(0, n, BATCH_SIZE), desc=f"neurons, {situation}", disable=not progress):
-            rows = slice(start, start + BATCH_SIZE)
-            with torch.no_grad():
-                shared = folded.share(torch.from_numpy(chosen.images[rows]))
-                for k, rtg in enumerate(rtgs):
-                    for timestep in timesteps:
-                        run = shared.at(float(rtg), timestep)
-                        read = run.read(run.heads())
-                        arrays = (run.finish(read), run.neurons(read), folded.W_mlp)
-                        _remove_each(*(array.numpy() for array in arrays), share[rows], sums[k])
-        for rtg, (active, fired, rise) in zip(rtgs, sums, strict=True):
-            columns = {"situation": situation, "rtg": float(rtg), "neuron": np.arange(folded.d_mlp)}
-            columns |= {"active": active, "contribution": fired * on_preference, "rise": rise}
-            parts.append(pd.DataFrame(columns))
-    return pd.concat(parts, ignore_index=True)
+        ablate_each = _NeuronByNeuron(folded, observations, situation, how, means, seed)
+        for k, rtg in enumerate(rtgs):
+            own = conditions[k * len(timesteps) : (k + 1) * len(timesteps)]
+            parts.append(ablate_each.table(own, preference, progress).assign(situation=situation, rtg=rtg))
+    table = pd.concat(parts, ignore_index=True)
+    return table[["situation", "rtg", *table.columns.drop(["situation", "rtg"])]]
+
+
+@torch.inference_mode()
+def _neuron_means(
+    folded: Folded, observations: ObservationSet, conditions: Sequence[tuple[float, int]], progress: bool
+) -> dict[tuple[float, int], np.ndarray]:
+    """The mean activation of each neuron over all observations, at each condition."""
+    share, n = weights(observations), len(observations.images)
+    sums = {condition: np.zeros((1, folded.d_mlp)) for condition in conditions}
+    for start in tqdm(range(0, n, BATCH_SIZE), desc="means of the neurons", disable=not progress):
+        rows = slice(start, start + BATCH_SIZE)
+        shared, own = folded.share(torch.from_numpy(observations.images[rows])), share[None, rows]
+        for condition in conditions:
+            run = shared.at(*condition)
+            sums[condition] += own.astype(np.float32) @ run.neurons(run.read(run.heads())).numpy()
+    return sums
+
+
+class _NeuronByNeuron:
+    """The observations of a situation, and the others whose activations resampling takes."""
+
+    def __init__(
+        self,
+        folded: Folded,
+        observations: ObservationSet,
+        situation: str,
+        how: Sequence[str],
+        means: dict[tuple[float, int], np.ndarray],
+        seed: int,
+    ) -> None:
+        chosen, rng = select(observations, situation), np.random.default_rng(seed)
+        self.folded, self.how, self.means, self.situation = folded, how, means, situation
+        self.images, self.share = chosen.images, weights(chosen)
+        drawn = rng.choice(len(observations.images), len(chosen.images), p=weights(observations))
+        self.others = observations.images[drawn if "resample" in how else drawn[:0]]
+
+    def table(self, conditions: Sequence[tuple[float, int]], preference: str, progress: bool) -> pd.DataFrame:
+        """A row for each neuron and way, averaged over the conditions."""
+        sums = np.zeros((len(self.how) + 1, 2, self.folded.d_mlp))
+        starts = range(0, len(self.images), BATCH_SIZE)
+        for start in tqdm(starts, desc=f"neurons, {self.situation}", disable=not progress):
+            self._add(slice(start, start + BATCH_SIZE), conditions, sums)
+        on_preference = (self.folded.W_mlp @ contrast(preference).to(self.folded.W_mlp)).double().numpy()
+        (active, fired), *ablated = sums / len(conditions)
+        own = {
+            "neuron": np.arange(self.folded.d_mlp),
+            "active": active,
+            "contribution": fired * on_preference,
+        }
+        return pd.concat(
+            [
+                pd.DataFrame(own | {"change": moved * on_preference, "rise": rise}).assign(how=way)
+                for way, (moved, rise) in zip(self.how, ablated, strict=True)
+            ],
+            ignore_index=True,
+        )
+
+    @torch.inference_mode()
+    def _add(self, rows: slice, conditions: Sequence[tuple[float, int]], sums: np.ndarray) -> None:
+        shared, donor = (
+            self.folded.share(torch.from_numpy(part[rows])) for part in (self.images, self.others)
+        )
+        share, weight = self.share[rows], self.folded.W_mlp.numpy()
+        for condition in conditions:
+            run, other = shared.at(*condition), donor.at(*condition)
+            read = run.read(run.heads())
+            logits, post = run.finish(read).numpy(), run.neurons(read).numpy()
+            sums[0] += share @ (post > 0), share @ post
+            for k, way in enumerate(self.how, start=1):
+                if way == "resample":
+                    instead = other.neurons(other.read(other.heads())).numpy()
+                elif way == "mean":
+                    instead = self.means[condition].astype(post.dtype)
+                else:
+                    instead = np.zeros_like(post[:1])
+                _replace_each(logits, post, np.broadcast_to(instead, post.shape), weight, share, sums[k])
 
 
 @partial(compiled, fastmath=True)
 @no_type_check
-def _remove_each(
-    logits: np.ndarray, post: np.ndarray, weight: np.ndarray, share: np.ndarray, sums: np.ndarray
+def _replace_each(
+    logits: np.ndarray,
+    post: np.ndarray,
+    instead: np.ndarray,
+    weight: np.ndarray,
+    share: np.ndarray,
+    sums: np.ndarray,
 ) -> None:
-    """Add a batch to the sums (active, activation, rise of P(forward)) of each neuron, in place."""
+    """Add a batch to the sums (change of the activation, rise of P(forward)) of each neuron, in place."""
     for i in range(len(logits)):
-        left, right, forward = logits[i]
-        intact = 1 / (1 + np.exp(left - forward) + np.exp(right - forward))
+        left, right = np.exp(logits[i, 0] - logits[i, 2]), np.exp(logits[i, 1] - logits[i, 2])
+        intact = 1 / (1 + left + right)
         for n in range(post.shape[1]):
-            a = post[i, n]
-            if a > 0:
-                f = forward - a * weight[n, 2]
-                turn = np.exp(left - a * weight[n, 0] - f) + np.exp(right - a * weight[n, 1] - f)
-                sums[0, n] += share[i]
-                sums[1, n] += share[i] * a
-                sums[2, n] += share[i] * (1 / (1 + turn) - intact)
+            change = instead[i, n] - post[i, n]
+            if change != 0:
+                turned = left * np.exp(change * (weight[n, 0] - weight[n, 2]))
+                turned += right * np.exp(change * (weight[n, 1] - weight[n, 2]))
+                sums[0, n] += share[i] * change
+                sums[1, n] += share[i] * (1 / (1 + turned) - intact)
 
 
 def components(model: DecisionTransformer) -> list[str]:

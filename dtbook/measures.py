@@ -55,8 +55,12 @@ ANATOMY: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
     "distributions": (anatomy.distributions, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
     "turns": (anatomy.turns, {"rtgs": RTGS, "timestep": 10}),
     "over_time": (anatomy.over_time, {"rtgs": RTGS, "timesteps": anatomy.EVERY_TIMESTEP}),
-    "scans": (anatomy.situation_scans, {"rtgs": anatomy.SCAN_RTGS, "timesteps": (10,)}),
-    "neurons": (anatomy.neurons, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
+    "exceptions": (anatomy.exceptions, {"rtgs": RTGS, "timesteps": anatomy.CERTIFIED}),
+    "scans": (anatomy.situation_scans, {"rtgs": anatomy.SCAN_RTGS, "timesteps": anatomy.SCAN_TIMESTEPS}),
+    "neurons": (
+        anatomy.neurons,
+        {"rtgs": RTGS, "timesteps": TIMESTEPS, "how": anatomy.NEURON_WAYS, "seed": 0},
+    ),
 }
 """Tables of chapters 5 and 6 beside the situations: file name → what makes it of a model and its observations, how."""
 PLAY = "ablated_play"

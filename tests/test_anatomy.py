@@ -10,7 +10,7 @@ import torch
 from dtbook import anatomy
 from dtbook.attribution import contrast, decompose
 from dtbook.claims import AVOIDS
-from dtbook.gridworld import all_observations
+from dtbook.gridworld import Task, all_observations
 from dtbook.interventions import ablate
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.rollout import calibration_curve
@@ -96,6 +96,48 @@ def test_over_time_has_the_mean_the_extremes_and_who_has_them(model, observation
         assert (images == chosen.images[[p.argmax(), p.argmin()]]).all()
 
 
+def test_what_is_certified_leaves_no_timestep_out():
+    assert tuple(range(101)) == anatomy.CERTIFIED
+    assert set(anatomy.CERTIFIED) < set(anatomy.EVERY_TIMESTEP)
+    assert anatomy.EVERY_TIMESTEP[-1] == Task().max_steps - 1
+
+
+def test_exceptions_are_all_that_is_above_the_bar_and_no_more(model, observations):
+    timesteps = (2, 5, 11)
+    table = anatomy.exceptions(model, observations, rtgs=(-1.0, 0.9, 0.5), timesteps=timesteps)
+    kinds = [
+        ("wall", -1.0),
+        ("goal", -1.0),
+        ("wall", 0.9),
+        ("obstacle", 0.9),
+    ]  # as the post's Table 1 has them
+    assert set(zip(table["situation"], table["rtg"], strict=True)) <= set(kinds)
+    number = 0
+    for situation, rtg in kinds:
+        mask = showing(observations.images, situation)
+        p = np.stack([run(model, observations, rtg, t).softmax(-1)[:, 2].numpy() for t in timesteps])
+        p[:, ~mask] = 0
+        part = table.query("situation == @situation and rtg == @rtg").set_index("observation")
+        assert set(part.index) == set(np.flatnonzero((p > AVOIDS).any(0)))
+        for row in list(part.itertuples())[::7]:
+            own = p[:, row.Index]
+            above = [t for t, value in zip(timesteps, own, strict=True) if value > AVOIDS]
+            assert (row.n, row.first) == (len(above), above[0])
+            assert row.timestep == timesteps[own.argmax()]
+            assert row.forward == pytest.approx(own.max(), abs=1e-6)
+            assert row.states == observations.multiplicity[row.Index]
+        number += len(part)
+    assert 0 < number == len(table)
+
+
+def test_no_exception_is_a_table_without_rows(model, observations):
+    still = copy.deepcopy(model)
+    still.b_U.data -= torch.tensor([0.0, 0.0, 200.0])
+    table = anatomy.exceptions(still, observations, timesteps=(3,))
+    assert len(table) == 0
+    assert {"situation", "observation", "n", "forward"} <= set(table.columns)
+
+
 @torch.no_grad()
 def test_a_scan_is_the_decomposition_averaged(model, observations):
     chosen = select(observations, "obstacle")
@@ -124,26 +166,59 @@ def test_scans_of_situations_are_scans_of_their_observations(model, observations
     pd.testing.assert_frame_equal(goal, alone)
 
 
-def test_a_neuron_taken_off_is_a_neuron_ablated(model, observations):
-    asked = dict(rtgs=(0.9,), timesteps=(3, 10), situations=("obstacle",))
-    table = anatomy.neurons(model, observations, **asked).set_index("neuron")
-    chosen = select(observations, "obstacle")
-    share = torch.from_numpy(weights(chosen))
-    direction = contrast("F-R").double()
-    assert len(table) == CFG.d_mlp
+def posts(model, observations, rtg, timestep):
+    """The neurons' activations at the state token, from a hooked run."""
+    _, cache = model.run_with_cache(*inputs(observations, rtg, timestep))
+    return cache["post", 0][:, 1]
+
+
+@torch.no_grad()
+def test_a_neuron_ablated_alone_is_a_hooked_run(model, observations):
+    asked = dict(rtgs=(0.9, -1.0), timesteps=(3, 10), situations=("goal", "obstacle"), seed=7)
+    table = anatomy.neurons(model, observations, **asked).set_index(["situation", "rtg", "how", "neuron"])
+    assert len(table) == 2 * 2 * 3 * CFG.d_mlp
+    chosen, share = select(observations, "obstacle"), weights(select(observations, "obstacle"))
+    drawn = np.random.default_rng(7).choice(len(observations.images), len(share), p=weights(observations))
+    direction, share = contrast("F-R").double(), torch.from_numpy(share)
+    everywhere = torch.from_numpy(weights(observations))
     for neuron in (0, 5, 11):
-        rise = contribution = active = 0.0
+        expected = {how: torch.zeros(4).double() for how in anatomy.NEURON_WAYS}
         for t in (3, 10):
-            intact = run(model, chosen, 0.9, t)
-            with ablate(model, f"L0N{neuron}"):
-                without = run(model, chosen, 0.9, t)
-            _, cache = model.run_with_cache(*inputs(chosen, 0.9, t))
-            post = cache["post", 0][:, 1, neuron]
-            rise += float(share @ (without.softmax(-1) - intact.softmax(-1))[:, 2]) / 2
-            contribution += float(share @ ((intact - without) @ direction)) / 2
-            active += float(share @ (post > 0).double()) / 2
-        found = table.loc[neuron, ["rise", "contribution", "active"]].tolist()
-        assert found == pytest.approx([rise, contribution, active], abs=1e-7)
+            intact, own = run(model, chosen, 0.9, t), posts(model, chosen, 0.9, t)[:, neuron]
+            instead = {"zero": 0 * own, "mean": everywhere @ posts(model, observations, 0.9, t)[:, neuron]}
+            instead["resample"] = posts(model, observations, 0.9, t)[drawn, neuron]
+            for how, value in instead.items():
+
+                def put(post, hook, neuron=neuron, value=value):
+                    post[:, 1, neuron] = value
+                    return post
+
+                with model.hooks([("blocks.0.mlp.hook_post", put)]):
+                    without = run(model, chosen, 0.9, t)
+                row = [(own > 0).double(), own * (model.W_out[0] @ model.W_U @ direction)[neuron]]
+                row += [(without - intact) @ direction, (without.softmax(-1) - intact.softmax(-1))[:, 2]]
+                expected[how] += torch.stack(row) @ share / 2
+        for how, values in expected.items():
+            row = table.loc["obstacle", 0.9, how, neuron]
+            found = row[["active", "contribution", "change", "rise"]].tolist()
+            assert found == pytest.approx(values.tolist(), abs=1e-7), (how, neuron)
+
+
+def test_zero_ablation_of_a_neuron_is_that_of_the_interventions(model, observations):
+    asked = dict(rtgs=(0.9,), timesteps=(3,), situations=("goal",), how=("zero",))
+    table = anatomy.neurons(model, observations, **asked)
+    goal = select(observations, "goal")
+    with ablate(model, "L0N5"):
+        without = run(model, goal, 0.9, 3).softmax(-1)[:, 2]
+    rise = weights(goal) @ (without - run(model, goal, 0.9, 3).softmax(-1)[:, 2]).detach().numpy()
+    assert table["rise"][5] == pytest.approx(rise, abs=1e-7)
+
+
+def test_an_unknown_way_to_ablate_a_neuron_is_named(model, observations):
+    with pytest.raises(
+        ValueError, match="how is 'feature mean'; it must be one of 'zero', 'mean', 'resample'"
+    ):
+        anatomy.neurons(model, observations, how=("zero", "feature mean"))
 
 
 def test_play_without_a_head_is_play_with_its_output_weights_at_zero():
