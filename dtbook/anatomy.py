@@ -301,7 +301,7 @@ class _NeuronByNeuron:
         self.folded, self.how, self.means, self.situation = folded, how, means, situation
         self.images, self.share = chosen.images, weights(chosen)
         drawn = rng.choice(len(observations.images), len(chosen.images), p=weights(observations))
-        self.others = observations.images[drawn if "resample" in how else drawn[:0]]
+        self.others = observations.images[drawn] if "resample" in how else None
 
     def table(self, conditions: Sequence[tuple[float, int]], preference: str, progress: bool) -> pd.DataFrame:
         """A row for each neuron and way, averaged over the conditions."""
@@ -326,9 +326,8 @@ class _NeuronByNeuron:
 
     @torch.inference_mode()
     def _add(self, rows: slice, conditions: Sequence[tuple[float, int]], sums: np.ndarray) -> None:
-        shared, donor = (
-            self.folded.share(torch.from_numpy(part[rows])) for part in (self.images, self.others)
-        )
+        shared = self.folded.share(torch.from_numpy(self.images[rows]))
+        donor = shared if self.others is None else self.folded.share(torch.from_numpy(self.others[rows]))
         share, weight = self.share[rows], self.folded.W_mlp.numpy()
         for condition in conditions:
             run, other = shared.at(*condition), donor.at(*condition)
