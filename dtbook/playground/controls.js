@@ -2,7 +2,7 @@
 
 import { DIRECTIONS, editable } from "./engine.js";
 import { panel } from "./panels.js";
-import { h, roomPicture, signed } from "./draw.js";
+import { h, roomPicture, setAttribute, setText, signed } from "./draw.js";
 import { PREFERENCES } from "./scene.js";
 
 let made = 0; // ids of labels, unique in a page
@@ -30,8 +30,8 @@ export function slider(title, { min, max, step }, show, oninput) {
     element, input,
     set(value) {
       if (Number(input.value) !== value) input.value = value;
-      output.textContent = show(value);
-      input.setAttribute("aria-valuetext", show(value));
+      setText(output, show(value));
+      setAttribute(input, "aria-valuetext", show(value));
     },
   };
 }
@@ -50,7 +50,8 @@ function radios(title, options, onchange) {
 
 // The room, played on with arrow keys or edited cell by cell, with the pointer or with a cursor moved by the keys.
 export function board(task, on) {
-  const room = h("div", { class: "dtp-room", tabindex: 0, role: "application", "aria-roledescription": "game board" });
+  const picture = roomPicture(task);
+  const room = h("div", { class: "dtp-room", tabindex: 0, role: "application", "aria-roledescription": "game board" }, picture.element);
   const keys = {
     ArrowLeft: () => on.act(0), ArrowRight: () => on.act(1), ArrowUp: () => on.act(2),
     m: on.step, r: on.run, u: on.undo, e: on.edit,
@@ -65,15 +66,15 @@ export function board(task, on) {
     answer();
   });
   room.addEventListener("click", (event) => {
-    const box = room.firstChild.getBoundingClientRect();
+    const box = picture.element.getBoundingClientRect();
     const [x, y] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height].map((share) => Math.floor(share * task.size));
     on.click(x, y);
   });
   return {
     element: room,
     update({ scene, cursor, place }) {
-      room.innerHTML = roomPicture(task, scene.state, cursor);
-      room.setAttribute("aria-label", place);
+      picture.set(scene.state, cursor);
+      setAttribute(room, "aria-label", place);
     },
   };
 }
@@ -98,11 +99,11 @@ export function playControls(task, on) {
     seed: () => seed.value,
     update({ scene, over, running, editing, canUndo }) {
       [...act, step, run].forEach((b) => { b.disabled = Boolean(over); });
-      run.textContent = running ? "Pause" : "Run model";
-      run.setAttribute("aria-pressed", String(running));
+      setText(run, running ? "Pause" : "Run model");
+      setAttribute(run, "aria-pressed", String(running));
       undo.disabled = !canUndo;
-      edit.textContent = editing ? "Done editing" : "Edit with keys";
-      edit.setAttribute("aria-pressed", String(editing));
+      setText(edit, editing ? "Done editing" : "Edit with keys");
+      setAttribute(edit, "aria-pressed", String(editing));
       rtg.set(scene.rtg);
       t.set(scene.state.t);
       acting.set(scene.acting);
@@ -118,7 +119,7 @@ export function interventionPanel(cfg, task, on) {
     const options = Object.fromEntries(["", ...ways].map((way) => [way, WAYS[way]]));
     return { name, ...select(TITLES[name] ?? name.replace(" V", " values"), options, (way) => on.part(name, way)) };
   });
-  const thumb = h("div", { class: "dtp-thumb" }), words = h("p", { class: "dtp-note" });
+  const memory = roomPicture(task), thumb = h("div", { class: "dtp-thumb" }, memory.element), words = h("p", { class: "dtp-note" });
   const remember = button("Remember this scene", on.remember), swap = button("Swap with it", on.swap), clear = button("Undo all interventions", on.clear);
   const directions = { "": "off", ...DIRECTIONS };
   const steer = select("Steer along", directions, (value) => on.steer({ direction: value }));
@@ -135,12 +136,12 @@ export function interventionPanel(cfg, task, on) {
       for (const { name, input } of choices) {
         input.value = scene.parts[name] ?? "";
         input.classList.toggle("dtp-on", name in scene.parts);
-        for (const option of input.options) if (option.value === "patch") option.disabled = !scene.source;
+        for (const option of input.options) if (option.value === "patch" && option.disabled === Boolean(scene.source)) option.disabled = !scene.source;
       }
       const ablated = Object.keys(scene.parts).filter((name) => /^L\d+N/.test(name));
-      neurons.textContent = ablated.length ? `Neurons ablated to zero: ${ablated.join(", ")}.` : "Neurons are ablated in their table below.";
-      thumb.innerHTML = scene.source ? roomPicture(task, scene.source.state) : "";
-      words.textContent = scene.source ? `RTG ${signed(scene.source.rtg)}, t ${scene.source.state.t}. Components can be patched from here.` : "No scene is remembered yet; patching takes components from one.";
+      setText(neurons, ablated.length ? `Neurons ablated to zero: ${ablated.join(", ")}.` : "Neurons are ablated in their table below.");
+      if (scene.source) memory.set(scene.source.state);
+      setText(words, scene.source ? `RTG ${signed(scene.source.rtg)}, t ${scene.source.state.t}. Components can be patched from here.` : "No scene is remembered yet; patching takes components from one.");
       swap.disabled = !scene.source;
       clear.disabled = !Object.keys(scene.parts).length && !scene.steer;
       steer.input.value = scene.steer ? steering.direction : "";

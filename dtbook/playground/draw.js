@@ -1,7 +1,7 @@
 // Pictures as SVG and DOM: cells as minigrid draws them, bars, curves, view maps. Nothing here knows the model.
 
 import { CELL_CODES } from "./engine.js";
-import { EMPTY, GOAL, OBSTACLE, VIEW, WALL, cellOfView, contentAt, xy } from "./game.js";
+import { GOAL, OBSTACLE, VIEW, WALL, cellOfView, contentAt, xy } from "./game.js";
 
 // h("p", { class: "x", onclick }, "text", child): an element.
 export function h(tag, attributes = {}, ...children) {
@@ -15,43 +15,79 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-export const svg = (width, height, label, inner, extra = "") =>
-  `<svg viewBox="0 0 ${width} ${height}" role="img" aria-label="${label}" ${extra}>${inner}</svg>`;
+// Sets what has changed and nothing else: a browser lays out and paints anew whatever is touched.
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+export function setAttribute(element, name, value) {
+  if (element.getAttribute(name) !== value) element.setAttribute(name, value);
+}
+
+// An SVG of pieces, of which `set(pieces, label)` draws those anew that differ from before. Without a label it is silent.
+export function canvas(width, height) {
+  const box = h("div"), drawn = [];
+  box.innerHTML = `<svg viewBox="0 0 ${width} ${height}" aria-hidden="true"></svg>`;
+  const element = box.firstChild;
+  return {
+    element,
+    set(pieces, label) {
+      pieces.forEach((piece, k) => {
+        if (piece === drawn[k]) return;
+        if (k === element.childElementCount) element.insertAdjacentHTML("beforeend", "<g></g>");
+        element.children[k].innerHTML = drawn[k] = piece;
+      });
+      if (!label) return;
+      setAttribute(element, "aria-label", label);
+      setAttribute(element, "role", "img");
+      element.removeAttribute("aria-hidden");
+    },
+  };
+}
 export const signed = (value, digits = 2) => {
   const text = Math.abs(value).toFixed(digits);
   return (value < 0 && Number(text) ? "−" : "") + text;
 };
 export const percent = (value) => `${(100 * value).toFixed(value > 0.0005 && value < 0.1 ? 1 : 0)} %`;
 
-const TILE = 32, THING = { [WALL]: "#646464", [GOAL]: "#00ff00" };
+const TILE = 32, GREY = "#646464", GREEN = "#00ff00";
+const square = ([x, y]) => `M${x * TILE} ${y * TILE}h${TILE}v${TILE}h-${TILE}z`;
+const path = (d, fill, more = "") => (d ? `<path d="${d}" fill="${fill}"${more}/>` : "");
 
-// One tile of minigrid's `Grid.render_tile`: lines above and to the left, the thing, the agent, then the highlight.
-function tile(x, y, thing, direction, seen) {
-  const left = x * TILE, top = y * TILE, line = 0.031 * TILE;
-  const box = (width, height, fill, more = "") => `<rect x="${left}" y="${top}" width="${width}" height="${height}" fill="${fill}"${more}/>`;
-  let inner = box(line, TILE, "#646464") + box(TILE, line, "#646464");
-  if (THING[thing]) inner = box(TILE, TILE, THING[thing]);
-  if (thing === OBSTACLE) inner += `<circle cx="${left + TILE / 2}" cy="${top + TILE / 2}" r="${0.31 * TILE}" fill="#0000ff"/>`;
-  if (direction != null) {
-    const points = [[0.12, 0.19], [0.87, 0.5], [0.12, 0.81]].map(([a, b]) => `${left + a * TILE},${top + b * TILE}`).join(" ");
-    inner += `<polygon points="${points}" fill="#ff0000" transform="rotate(${90 * direction} ${left + TILE / 2} ${top + TILE / 2})"/>`;
-  }
-  return inner + (seen ? box(TILE, TILE, "#fff", ' fill-opacity=".3"') : "");
+// size × size tiles as minigrid's `Grid.render_tile` paints them, in layers: black, lines above and to the left of each tile,
+// what stands in it, the agent, and the highlight of what it sees. One path a layer: a browser pays for every element.
+function tiles(size, things, agent, direction, seen) {
+  const all = Array.from({ length: size }, (_, k) => k), line = 0.031 * TILE, side = size * TILE;
+  const lines = all.map((k) => `M${k * TILE} 0h${line}v${side}h-${line}zM0 ${k * TILE}h${side}v${line}h-${side}z`).join("");
+  const of = (thing) => things.filter((one) => one.thing === thing).map((one) => one.place);
+  const ball = ([x, y]) => `<circle cx="${(x + 0.5) * TILE}" cy="${(y + 0.5) * TILE}" r="${0.31 * TILE}" fill="#0000ff"/>`;
+  const [x, y] = agent, points = [[0.12, 0.19], [0.87, 0.5], [0.12, 0.81]].map(([a, b]) => `${(x + a) * TILE},${(y + b) * TILE}`).join(" ");
+  return [
+    path(`M0 0h${side}v${side}h-${side}z`, "#000") + `<path d="${lines}" fill="${GREY}"/>`,
+    path(of(WALL).map(square).join(""), GREY) + path(of(GOAL).map(square).join(""), GREEN),
+    of(OBSTACLE).map(ball).join(""),
+    `<polygon points="${points}" fill="#ff0000" transform="rotate(${90 * direction} ${(x + 0.5) * TILE} ${(y + 0.5) * TILE})"/>`,
+    path(seen.map(square).join(""), "#fff", ' fill-opacity=".3"'),
+  ];
 }
 
+const grid = (width, height, at) => Array.from({ length: width * height }, (_, k) => at(k % width, Math.floor(k / width)));
+
 // The room, what the agent sees of it highlighted; `cursor` is the cell that the keyboard edits.
-export function roomPicture(task, state, cursor) {
-  const { size } = task, seen = new Set(), [ax, ay] = xy(task, state.agent);
-  for (let i = 0; i < VIEW; i++) for (let j = 0; j < VIEW; j++) seen.add(String(cellOfView(task, state, i, j)));
-  let inner = `<rect width="${size * TILE}" height="${size * TILE}" fill="#000"/>`;
-  for (let y = 0; y < size; y++)
-    for (let x = 0; x < size; x++)
-      inner += tile(x, y, contentAt(task, state, x, y), x === ax && y === ay ? state.direction : null, seen.has(String([x, y])));
-  if (cursor != null) {
-    const [x, y] = xy(task, cursor), box = `x="${x * TILE + 1.5}" y="${y * TILE + 1.5}" width="${TILE - 3}" height="${TILE - 3}" fill="none"`;
-    inner += `<rect ${box} stroke="#000" stroke-width="5"/><rect ${box} stroke="#ffd54a" stroke-width="2.5"/>`;
-  }
-  return svg(size * TILE, size * TILE, "the room", inner, 'aria-hidden="true"');
+export function roomPicture(task) {
+  const { size } = task, { element, set } = canvas(size * TILE, size * TILE);
+  return {
+    element,
+    set(state, cursor) {
+      const things = grid(size, size, (x, y) => ({ place: [x, y], thing: contentAt(task, state, x, y) }));
+      const seen = grid(VIEW, VIEW, (i, j) => cellOfView(task, state, i, j)).filter((place) => place.every((k) => k >= 0 && k < size));
+      set([...tiles(size, things, xy(task, state.agent), state.direction, seen), cursor == null ? "" : cursorMark(task, cursor)]);
+    },
+  };
+}
+
+function cursorMark(task, cursor) {
+  const [x, y] = xy(task, cursor), box = `x="${x * TILE + 1.5}" y="${y * TILE + 1.5}" width="${TILE - 3}" height="${TILE - 3}" fill="none"`;
+  return `<rect ${box} stroke="#000" stroke-width="5"/><rect ${box} stroke="#ffd54a" stroke-width="2.5"/>`;
 }
 
 export const thingsInView = (view) => {
@@ -61,40 +97,50 @@ export const thingsInView = (view) => {
 export const nameOf = (thing) => Object.keys(CELL_CODES).find((name) => CELL_CODES[name][0] === thing) ?? `thing ${thing}`;
 
 // What the agent sees, drawn as minigrid's `get_pov_render`: all of it highlighted, the agent below the middle, facing up.
-export function viewPicture(view, label) {
-  let inner = `<rect width="${VIEW * TILE}" height="${VIEW * TILE}" fill="#000"/>`;
-  for (let i = 0; i < VIEW; i++)
-    for (let j = 0; j < VIEW; j++)
-      inner += tile(i, j, view[3 * (VIEW * i + j)], i === 3 && j === 6 ? 3 : null, true);
-  return svg(VIEW * TILE, VIEW * TILE, label, inner);
+export function viewPicture() {
+  const { element, set } = canvas(VIEW * TILE, VIEW * TILE);
+  return {
+    element,
+    set(view, label) {
+      const things = grid(VIEW, VIEW, (i, j) => ({ place: [i, j], thing: view[3 * (VIEW * i + j)] }));
+      set(tiles(VIEW, things, [3, 6], 3, grid(VIEW, VIEW, (i, j) => [i, j])), label);
+    },
+  };
 }
 
 // A 7×7 map of one channel in the diverging colours, centred on 0; the front cell and the agent's own are outlined.
-export function mapPicture(values, limit, label) {
-  const unit = 20;
-  let inner = "";
-  for (let i = 0; i < VIEW; i++)
-    for (let j = 0; j < VIEW; j++) {
-      const value = values[VIEW * i + j], share = limit ? Math.min(Math.abs(value) / limit, 1) : 0;
-      inner += `<rect x="${i * unit}" y="${j * unit}" width="${unit}" height="${unit}" class="${value < 0 ? "neg" : "pos"}" fill-opacity="${share.toFixed(3)}"><title>${i}, ${j}: ${signed(value, 3)}</title></rect>`;
-    }
+export function mapPicture() {
+  const unit = 20, side = VIEW * unit, { element, set } = canvas(side, side);
   const frame = (i, j, more) => `<rect x="${i * unit + 1}" y="${j * unit + 1}" width="${unit - 2}" height="${unit - 2}" class="frame" ${more}/>`;
-  const side = VIEW * unit, edge = `<rect x=".5" y=".5" width="${side - 1}" height="${side - 1}" class="edge"/>`;
-  return svg(side, side, label, inner + edge + frame(3, 5, "") + frame(3, 6, 'stroke-dasharray="3 2"'));
+  const edge = `<rect x=".5" y=".5" width="${side - 1}" height="${side - 1}" class="edge"/>`;
+  return {
+    element,
+    set(values, limit, label) {
+      const pieces = Array.from(values, (value, k) => {
+        const [i, j] = [Math.floor(k / VIEW), k % VIEW], share = limit ? Math.min(Math.abs(value) / limit, 1) : 0;
+        return `<rect x="${i * unit}" y="${j * unit}" width="${unit}" height="${unit}" class="${value < 0 ? "neg" : "pos"}" fill-opacity="${share.toFixed(3)}"><title>${i}, ${j}: ${signed(value, 3)}</title></rect>`;
+      });
+      set([...pieces, edge + frame(3, 5, "") + frame(3, 6, 'stroke-dasharray="3 2"')], label);
+    },
+  };
 }
 
 // Curves of three probabilities over RTG, before (solid) and after (dashed) an intervention.
-export function scanPicture(rtgs, before, after, rtg, label) {
+export function scanPicture() {
   const W = 340, H = 190, box = { left: 34, right: 8, top: 8, bottom: 30 };
   const x = (value) => box.left + ((value + 1) / 2) * (W - box.left - box.right);
   const y = (value) => H - box.bottom - value * (H - box.top - box.bottom);
-  let inner = [0, 0.5, 1].map((p) => `<line x1="${box.left}" x2="${W - box.right}" y1="${y(p)}" y2="${y(p)}" class="grid"/><text x="${box.left - 6}" y="${y(p) + 4}" text-anchor="end">${p}</text>`).join("");
-  inner += [-1, -0.5, 0, 0.5, 1].map((r) => `<text x="${x(r)}" y="${H - 12}" text-anchor="middle">${signed(r, r % 1 ? 1 : 0)}</text>`).join("");
-  inner += `<text x="${W - box.right}" y="${H - 1}" text-anchor="end">RTG</text><line x1="${x(rtg)}" x2="${x(rtg)}" y1="${y(0)}" y2="${y(1)}" class="now"/>`;
-  const path = (probs, k) => probs.map((row, n) => `${n ? "L" : "M"}${x(rtgs[n]).toFixed(1)},${y(row[k]).toFixed(1)}`).join("");
-  for (let k = 0; k < 3; k++) {
-    inner += `<path d="${path(before, k)}" class="curve action-${k}"/>`;
-    if (after) inner += `<path d="${path(after, k)}" class="curve action-${k} after"/>`;
-  }
-  return svg(W, H, label, inner);
+  const { element, set } = canvas(W, H);
+  let axes = [0, 0.5, 1].map((p) => `<line x1="${box.left}" x2="${W - box.right}" y1="${y(p)}" y2="${y(p)}" class="grid"/><text x="${box.left - 6}" y="${y(p) + 4}" text-anchor="end">${p}</text>`).join("");
+  axes += [-1, -0.5, 0, 0.5, 1].map((r) => `<text x="${x(r)}" y="${H - 12}" text-anchor="middle">${signed(r, r % 1 ? 1 : 0)}</text>`).join("");
+  axes += `<text x="${W - box.right}" y="${H - 1}" text-anchor="end">RTG</text>`;
+  const line = (rtgs, probs, k) => probs.map((row, n) => `${n ? "L" : "M"}${x(rtgs[n]).toFixed(1)},${y(row[k]).toFixed(1)}`).join("");
+  const curve = (rtgs, probs, k, more) => (probs ? `<path d="${line(rtgs, probs, k)}" class="curve action-${k}${more}"/>` : "");
+  return {
+    element,
+    set(rtgs, before, after, rtg, label) {
+      const now = `<line x1="${x(rtg)}" x2="${x(rtg)}" y1="${y(0)}" y2="${y(1)}" class="now"/>`;
+      set([axes, now, ...[0, 1, 2].flatMap((k) => [curve(rtgs, before, k, ""), curve(rtgs, after, k, " after")])], label);
+    },
+  };
 }

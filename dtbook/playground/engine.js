@@ -179,15 +179,7 @@ function project(model, layer, resid, letters, biased = true) {
 // { view: image[i, j, c] at 21·i + 3·j + c, rtg, t } under edits
 // { parts: name → "zero" | "mean" | "patch", source: the run patched from, steer: { vector, amount, at } }.
 export function run(model, input, edits = INTACT) {
-  const { cfg, W } = model, d = cfg.d_model, { source } = edits;
-  const patched = (name) => edits.parts[name] === "patch";
-  if (!source && Object.values(edits.parts).includes("patch"))
-    throw new PlaygroundError("There is no remembered scene to patch from.");
-  const seen = {
-    rtg: patched("rtg") ? source.input.rtg : input.rtg,
-    view: patched("state") ? source.input.view : input.view,
-    t: patched("time") ? source.input.t : input.t,
-  };
+  const { cfg, W } = model, d = cfg.d_model, seen = seenUnder(edits, input);
   const side = sideOf(model, seen.view, seen.t, edits.steer), last = cfg.n_layers - 1;
   const state = Float64Array.from(side.resid), parts = { ...side.parts }, layers = [];
   let rtg = last ? add(Float64Array.from(side.rtg), W.W_E_rtg, seen.rtg) : null; // with one layer, keys and values do
@@ -217,6 +209,13 @@ export function run(model, input, edits = INTACT) {
   return { logits, probs: softmax(logits), parts, layers, input };
 }
 
+// The input with what is patched of it.
+function seenUnder({ parts, source }, input) {
+  if (!source && Object.values(parts).includes("patch")) throw new PlaygroundError("There is no remembered scene to patch from.");
+  const of = (name) => (parts[name] === "patch" ? source.input : input);
+  return { rtg: of("rtg").rtg, view: of("state").view, t: of("time").t };
+}
+
 const toLogits = (model, vector) => addProduct(new Float64Array(3), vector, model.W.W_U, 0, 3);
 
 // neuronToLogits is W_out @ W_U
@@ -242,10 +241,13 @@ function attend(model, l, state, rtg, edits) {
     const mixed = add(values[0].map((x) => x * weights[0]), values[1], weights[1]);
     pattern.push(weights);
     V.push(values);
-    z.push(replaced(edits, name, mixed, () => vectorAt(model.W[`mean.${l}.z`], head, model.cfg.d_head), () => from.z[head]));
+    z.push(headOutput(model, l, head, mixed, edits));
   });
   return { pattern, V, z };
 }
+
+const headOutput = (model, l, head, z, edits) =>
+  replaced(edits, `L${l}H${head}`, z, () => vectorAt(model.W[`mean.${l}.z`], head, model.cfg.d_head), () => edits.source.layers[l].z[head]);
 
 function replaced(edits, name, value, mean, patch) {
   const how = edits.parts[name];
@@ -256,7 +258,11 @@ function replaced(edits, name, value, mean, patch) {
 
 function neurons(model, l, resid, edits) {
   const { W, cfg } = model, at = `blocks.${l}.mlp.`;
-  const post = affine(resid, W[at + "W_in"], W[at + "b_in"], cfg.d_mlp).map((x) => Math.max(x, 0));
+  return activations(model, l, affine(resid, W[at + "W_in"], W[at + "b_in"], cfg.d_mlp), edits);
+}
+
+function activations(model, l, pre, edits) {
+  const { W } = model, post = pre.map((x) => Math.max(x, 0));
   for (const [name, how] of Object.entries(edits.parts)) {
     const n = name.startsWith(`L${l}N`) ? Number(name.slice(`L${l}N`.length)) : -1;
     if (n >= 0) post[n] = how === "zero" ? 0 : how === "mean" ? W[`mean.${l}.post`][n] : edits.source.layers[l].post[n];
@@ -314,8 +320,58 @@ export function neuronContributions(model, result, weights) {
   return found.sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
 }
 
+// The probabilities at each of some RTGs.
 export function scan(model, input, edits, rtgs) {
-  return rtgs.map((rtg) => run(model, { ...input, rtg }, edits).probs);
+  if (model.cfg.n_layers > 1 || edits.parts.rtg) return rtgs.map((rtg) => run(model, { ...input, rtg }, edits).probs);
+  const seen = seenUnder(edits, input), side = sideOf(model, seen.view, seen.t, edits.steer);
+  const { base, heads } = readOnce(model, side, edits);
+  const mlp = edits.parts["L0 MLP"] ? toLogits(model, mlpOut(model, 0, new Float64Array(model.cfg.d_mlp), edits)) : null;
+  return rtgs.map((rtg) => {
+    const pre = Float64Array.from(base.pre), logits = Float64Array.from(base.logits);
+    for (const { images, scores, pattern } of heads) {
+      const [a, b] = pattern ?? softmax([scores.rtg + rtg * scores.perRtg, scores.state]);
+      [a, a * rtg, b].forEach((share, k) => { add(pre, images[k].pre, share); add(logits, images[k].logits, share); });
+    }
+    return softmax(add(logits, mlp ?? mlpLogits(model, 0, activations(model, 0, pre, edits))));
+  });
+}
+
+// In one layer, RTG does nothing but mix each head's three vectors of values (the RTG token's at RTG 0, what a unit of RTG
+// adds, and the state token's) in other shares. So what a neuron and a logit read of each is worked out once for all RTGs.
+function readOnce(model, side, edits) {
+  const { cfg, W } = model, { source, steer } = edits, scale = 1 / Math.sqrt(cfg.d_head), heads = [];
+  const resid = add(Float64Array.from(side.resid), W["blocks.0.attn.b_O"]);
+  if (steer?.at === "resid_mid") add(resid, steer.vector, steer.amount);
+  const base = image(model, resid);
+  add(base.pre, W["blocks.0.mlp.b_in"]);
+  add(base.logits, W.b_U);
+  if (steer?.at === "resid_post") add(base.logits, toLogits(model, steer.vector), steer.amount);
+  side.heads.forEach(({ Q, K, V }, head) => {
+    const name = `L0H${head}`, { K: rtgK, V: rtgV } = side.rtgHeads[head], unit = model.perRtg[head], from = source?.layers[0];
+    if (edits.parts[name]) {
+      const written = imageOfHead(model, head, headOutput(model, 0, head, V, edits));
+      add(base.pre, written.pre);
+      add(base.logits, written.logits);
+      return;
+    }
+    const patched = edits.parts[`${name} V`] === "patch", values = patched ? [from.V[head][0], new Float64Array(cfg.d_head), from.V[head][1]] : [rtgV, unit.V, V];
+    heads.push({
+      images: values.map((value) => imageOfHead(model, head, value)),
+      pattern: edits.parts[`${name} pattern`] === "patch" ? from.pattern[head] : null,
+      scores: { rtg: dot(Q, rtgK) * scale, perRtg: dot(Q, unit.K) * scale, state: dot(Q, K) * scale },
+    });
+  });
+  return { base, heads };
+}
+
+// What the neurons (before ReLU and bias) and the logits read of a vector in the only layer's residual stream; of a head's z.
+function image(model, vector) {
+  return { pre: addProduct(new Float64Array(model.cfg.d_mlp), vector, model.W["blocks.0.mlp.W_in"], 0, model.cfg.d_mlp), logits: toLogits(model, vector) };
+}
+
+function imageOfHead(model, head, z) {
+  const { d_model: d, d_head: k } = model.cfg;
+  return image(model, addProduct(new Float64Array(d), z, model.W["blocks.0.attn.W_O"], head * k * d, d));
 }
 
 // Directions in the residual stream that one can steer along.

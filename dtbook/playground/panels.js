@@ -3,7 +3,7 @@
 
 import { ACTIONS, CHANNELS, allParts, dot, neuronContributions, stateInput, weightMap } from "./engine.js";
 import { COMPASS, xy } from "./game.js";
-import { h, mapPicture, percent, scanPicture, signed, thingsInView, viewPicture } from "./draw.js";
+import { h, mapPicture, percent, scanPicture, setAttribute, setText, signed, thingsInView, viewPicture } from "./draw.js";
 
 export const panel = (name, title, ...content) => h("section", { class: `dtp-panel dtp-${name}`, "aria-label": title }, h("h3", {}, title), ...content);
 
@@ -14,30 +14,32 @@ function table(label, columns) {
 
 // A row of cells made once; `set(values)` afterwards only changes texts and widths, so a screen reader keeps its place.
 function row(title, hint) {
-  const bar = h("span", { class: "dtp-bar", "aria-hidden": "true" }, h("i", { class: "before" }), h("i", { class: "after" }));
-  const cells = [h("td", { class: "dtp-barcell" }, bar), h("td", { class: "dtp-number" }), h("td", { class: "dtp-number dtp-after" })];
-  return { element: h("tr", {}, h("th", { scope: "row", title: hint }, title), ...cells), bar, cells };
+  const bar = h("span", { class: "dtp-bar", "aria-hidden": "true" });
+  const numbers = [h("span"), h("span")], cells = numbers.map((number, k) => h("td", { class: `dtp-number ${k ? "dtp-after" : ""}` }, number));
+  return { element: h("tr", {}, h("th", { scope: "row", title: hint }, title), h("td", { class: "dtp-barcell" }, bar), cells), bar, numbers };
 }
 
-// Bars from the middle for signed values, from the left for shares; limit is the value of a full bar.
-function setRow({ bar, cells }, before, after, limit, show, isSigned) {
-  [before, after].forEach((value, k) => {
+// Bars from the middle for signed values, from the left for shares; limit is the value of a full bar. They are backgrounds,
+// which move without a new layout: a background as wide as w % of its box begins at left % where its position is left / (1 − w).
+function setRow({ bar, numbers }, before, after, limit, show, isSigned) {
+  const style = [before, after].map((value, k) => {
     const share = value == null || !limit ? 0 : Math.min(Math.abs(value) / limit, 1) * (isSigned ? 50 : 100);
     const left = !isSigned ? 0 : value < 0 ? 50 - share : 50;
-    bar.children[k].style.cssText = `left:${left.toFixed(2)}%;width:${share.toFixed(2)}%`;
-    cells[k + 1].textContent = value == null ? "" : show(value);
+    setText(numbers[k], value == null ? "" : show(value));
+    return `--wide-${k}:${share.toFixed(2)}%;--from-${k}:${share < 100 ? (left / (1 - share / 100)).toFixed(2) : 0}%`;
   });
+  setAttribute(bar, "style", style.join(";"));
   bar.classList.toggle("both", after != null);
   bar.classList.toggle("signed", Boolean(isSigned));
 }
 
 export function viewPanel() {
-  const picture = h("div", { class: "dtp-view" });
+  const picture = viewPicture();
   return {
-    element: panel("seen", "What it sees", picture),
+    element: panel("seen", "What it sees", h("div", { class: "dtp-view" }, picture.element)),
     update({ input }) {
       const { front: ahead, obstacles, goal } = thingsInView(input.view);
-      picture.innerHTML = viewPicture(input.view, `The agent's view: in front ${ahead}; ${obstacles} obstacles in view; the goal is ${goal ? "" : "not "}in view.`);
+      picture.set(input.view, `The agent's view: in front ${ahead}; ${obstacles} obstacles in view; the goal is ${goal ? "" : "not "}in view.`);
     },
   };
 }
@@ -100,15 +102,15 @@ export function contributionPanel(cfg, control) {
 export const RTGS = Array.from({ length: 21 }, (_, k) => Number((-1 + k / 10).toFixed(1)));
 
 export function scanPanel() {
-  const picture = h("div", { class: "dtp-scan" });
+  const picture = scanPicture();
   const key = h("p", { class: "dtp-legend" }, ACTIONS.map((name, k) => h("span", {}, h("span", { class: `dtp-key action-${k}` }), name)), h("span", { class: "dtp-dashed" }, "dashed: after"));
   return {
-    element: panel("rtgscan", "If it were asked for another return", picture, key),
+    element: panel("rtgscan", "If it were asked for another return", h("div", { class: "dtp-scan" }, picture.element), key),
     update({ scene, scans }) {
       const at = (probs, rtg) => percent(probs[RTGS.indexOf(rtg)][2]);
       const words = (probs) => `P(forward) is ${at(probs, -1)} at RTG −1, ${at(probs, 0)} at 0, ${at(probs, 0.9)} at 0.9`;
       const label = `Probabilities of the actions over RTG. ${words(scans.before)}${scans.after ? `; after the intervention, ${words(scans.after)}` : ""}.`;
-      picture.innerHTML = scanPicture(RTGS, scans.before, scans.after, scene.rtg, label);
+      picture.set(RTGS, scans.before, scans.after, scene.rtg, label);
       key.lastChild.hidden = !scans.after;
     },
   };
@@ -132,10 +134,11 @@ export function neuronPanel(shown, toggle, choose) {
       const now = after && new Map(neuronContributions(model, after, weights).map((n) => [n.name, n.effect]));
       rows.forEach((r, k) => {
         const { name, effect, value } = ranked[k];
-        r.name = r.label.textContent = name;
-        r.label.title = `activation ${signed(value)}; show what it reads`;
+        r.name = name;
+        setText(r.label, name);
+        setAttribute(r.label, "title", `activation ${signed(value)}; show what it reads`);
         r.box.checked = name in scene.parts;
-        r.box.setAttribute("aria-label", `ablate ${name}`);
+        setAttribute(r.box, "aria-label", `ablate ${name}`);
         setRow(r, effect, now?.get(name), limit, signed, true);
       });
     },
@@ -143,10 +146,12 @@ export function neuronPanel(shown, toggle, choose) {
 }
 
 export function mapPanel(cfg, choice) {
-  const pictures = CHANNELS.map(() => h("figure", {}, h("div", { class: "dtp-map" }), h("figcaption")));
-  const scale = h("p", { class: "dtp-legend dtp-scale" });
+  const pictures = CHANNELS.map(() => mapPicture()), captions = CHANNELS.map(() => h("figcaption"));
+  const figures = pictures.map((picture, k) => h("figure", {}, h("div", { class: "dtp-map" }, picture.element), captions[k]));
+  const least = h("span"), most = h("span"), unit = h("span");
+  const scale = h("p", { class: "dtp-legend dtp-scale" }, least, h("span", { class: "dtp-gradient", "aria-hidden": "true" }), most, unit);
   return {
-    element: panel("maps", "What is read from each cell", choice.element, h("div", { class: "dtp-maprow" }, pictures), scale),
+    element: panel("maps", "What is read from each cell", choice.element, h("div", { class: "dtp-maprow" }, figures), scale),
     update({ model, input, scene, before, after }) {
       const { what, now } = choice.value(), weight = weightMap(model, what, scene.preference), result = after ?? before;
       const factor = now ? attentionFactor(what, result, input) : 1, maps = CHANNELS.map(() => new Float64Array(49));
@@ -158,12 +163,14 @@ export function mapPanel(cfg, choice) {
           else maps[channel][cell] = weight[49 * channel + cell];
         }
       const limit = Math.max(...maps.flatMap((map) => Array.from(map, Math.abs)));
-      pictures.forEach((figure, channel) => {
+      pictures.forEach((picture, channel) => {
         const sum = maps[channel].reduce((a, b) => a + b, 0), ahead = maps[channel][26];
-        figure.firstChild.innerHTML = mapPicture(maps[channel], limit, `${CHANNELS[channel]} channel: front cell ${signed(ahead, 3)}${now ? `, sum ${signed(sum)}` : ""}.`);
-        figure.lastChild.textContent = `${CHANNELS[channel]}: front ${signed(ahead)}${now ? `, sum ${signed(sum)}` : ""}`;
+        picture.set(maps[channel], limit, `${CHANNELS[channel]} channel: front cell ${signed(ahead, 3)}${now ? `, sum ${signed(sum)}` : ""}.`);
+        setText(captions[channel], `${CHANNELS[channel]}: front ${signed(ahead)}${now ? `, sum ${signed(sum)}` : ""}`);
       });
-      scale.replaceChildren(h("span", {}, `−${limit.toPrecision(2)}`), h("span", { class: "dtp-gradient", "aria-hidden": "true" }), h("span", {}, limit.toPrecision(2)), h("span", {}, choice.unit()));
+      setText(least, `−${limit.toPrecision(2)}`);
+      setText(most, limit.toPrecision(2));
+      setText(unit, choice.unit());
     },
   };
 }

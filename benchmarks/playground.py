@@ -1,0 +1,126 @@
+"""How soon the playground has redrawn after a change: from the reader's input to the painted frame, CPU slowed 4 times."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from browser import HOW_TO_INSTALL, find_chromium, launched, served  # noqa: E402
+
+HTML = ROOT / "book" / "_build" / "html"
+PAGE = "notebooks/13_play.html"
+SLOWDOWN, TIMES, TARGET = 4, 40, 50  # the target, in milliseconds, is that of a slow laptop core
+# From the moment the browser notes the input to the first task after the next frame is laid out and painted: the wait for
+# that frame, up to 17 ms at 60 frames a second, is part of it. `script` is what of it the page's own code takes.
+WATCH = """() => {
+  globalThis.frames = []; globalThis.script = [];
+  const widget = document.querySelector(".dtp-stage").playground, redraw = widget.redraw.bind(widget);
+  widget.redraw = (...said) => { const start = performance.now(); redraw(...said); script.push(performance.now() - start); };
+  const watch = (event) => {
+    if (!event.target.closest?.(".dtp")) return;
+    requestAnimationFrame(() => {
+      const after = new MessageChannel();
+      after.port1.onmessage = () => frames.push(performance.now() - event.timeStamp);
+      after.port2.postMessage(0);
+    });
+  };
+  for (const kind of ["keydown", "mouseup", "change"]) document.addEventListener(kind, watch, true);
+}"""
+
+
+def press(*keys):
+    """On the board, these keys in turn."""
+
+    def act(page, k):
+        page.locator(".dtp-room").focus()
+        page.keyboard.press(keys[k % len(keys)])
+
+    return act
+
+
+def slide(label):
+    """One notch to the right and back."""
+
+    def act(page, k):
+        page.get_by_label(label).focus()
+        page.keyboard.press("ArrowLeft" if k % 2 else "ArrowRight")
+
+    return act
+
+
+def choose(label, *values):
+    """These values of a select in turn."""
+    return lambda page, k: page.get_by_label(label, exact=True).select_option(values[k % len(values)])
+
+
+def edit(page, k):
+    """Place an obstacle in a free cell, or take it away again."""
+    box = page.locator(".dtp-room svg").bounding_box()
+    page.mouse.click(box["x"] + 2.5 * box["width"] / 8, box["y"] + 4.5 * box["height"] / 8)
+
+
+CHANGES = {
+    "RTG": slide("RTG asked for"),
+    "timestep": slide("Timestep"),
+    "a step of the reader's, and its undo": press("ArrowRight", "u"),
+    "a step of the model's, and its undo": press("m", "u"),
+    "an obstacle placed, and taken": edit,
+    "the preference": choose("Preference", "R-L", "F-R"),
+    "the map": choose("Map", "L0H1 QK", "L0H0 OV"),
+    "an ablation of head 1": choose("L0H1", "zero", "mean"),
+}
+
+
+def prepare(page, edited):
+    """A new game; where `edited`, head 0 is patched from a remembered scene and the MLP ablated to its mean."""
+    page.evaluate("document.querySelector('.dtp-stage').playground.handlers().clear()")
+    page.get_by_label("Seed").fill("3")
+    page.get_by_role("button", name="New game").click()
+    if edited:
+        page.get_by_role("button", name="Remember this scene").click()
+        page.get_by_label("L0H0", exact=True).select_option("patch")
+        page.get_by_label("L0 MLP", exact=True).select_option("mean")
+
+
+def measured(page, change):
+    """Milliseconds to the frame, and of them in the widget's own code, of each of `TIMES` changes."""
+    frames, script = [], []
+    for k in range(TIMES):
+        page.evaluate("frames.length = script.length = 0")
+        change(page, k)
+        page.wait_for_function("frames.length > 0")
+        frames.append(page.evaluate("frames[0]"))
+        script.append(page.evaluate("script.reduce((a, b) => a + b, 0)"))
+        page.wait_for_timeout(20)
+    return np.array(frames), np.array(script)
+
+
+def main():
+    program = find_chromium()
+    if program is None or not (HTML / PAGE).exists():
+        sys.exit(HOW_TO_INSTALL if program is None else "there is no built book: `make book` builds it")
+    print(f"{'milliseconds from the input':38} {'intact':>14} {'script':>7} {'intervened':>14} {'script':>7}")
+    print(f"{'':38} {'median, 95 %':>14} {'median':>7} {'median, 95 %':>14} {'median':>7}")
+    within = total = 0
+    with launched(program) as browser, served(HTML) as address:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(address + PAGE)
+        page.wait_for_selector(".dtp-room svg")
+        page.evaluate(WATCH)
+        page.context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": SLOWDOWN})
+        for name, change in CHANGES.items():
+            columns = []
+            for edited in (False, True):
+                prepare(page, edited)
+                frames, script = measured(page, change)
+                columns.append(f"{np.median(frames):.0f}, {np.quantile(frames, 0.95):.0f}")
+                within, total = within + (frames <= TARGET).sum(), total + TIMES
+                columns.append(f"{np.median(script):.0f}")
+            print("{:38} {:>14} {:>7} {:>14} {:>7}".format(name, *columns), flush=True)
+    print(f"{within / total:.1%} of all changes were painted within {TARGET} ms")
+
+
+if __name__ == "__main__":
+    main()
