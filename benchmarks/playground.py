@@ -1,4 +1,4 @@
-"""How soon the playground has redrawn after a change: from the reader's input to the painted frame, CPU slowed 4 times."""
+"""How soon the playground has redrawn after a change: from the input to the painted frame, the CPU slowed 4 times."""
 
 import sys
 from pathlib import Path
@@ -12,12 +12,16 @@ from browser import HOW_TO_INSTALL, find_chromium, launched, served  # noqa: E40
 HTML = ROOT / "book" / "_build" / "html"
 PAGE = "notebooks/13_play.html"
 SLOWDOWN, TIMES, TARGET = 4, 40, 50  # the target, in milliseconds, is that of a slow laptop core
-# From the moment the browser notes the input to the first task after the next frame is laid out and painted: the wait for
-# that frame, up to 17 ms at 60 frames a second, is part of it. `script` is what of it the page's own code takes.
+# From the moment the browser notes the input to the first task after the next frame is laid out and painted: the wait
+# for that frame, up to 17 ms at 60 frames a second, is part of it. `script` is what of it the widget's own code takes.
 WATCH = """() => {
   globalThis.frames = []; globalThis.script = [];
   const widget = document.querySelector(".dtp-stage").playground, redraw = widget.redraw.bind(widget);
-  widget.redraw = (...said) => { const start = performance.now(); redraw(...said); script.push(performance.now() - start); };
+  widget.redraw = (...said) => {
+    const start = performance.now();
+    redraw(...said);
+    script.push(performance.now() - start);
+  };
   const watch = (event) => {
     if (!event.target.closest?.(".dtp")) return;
     requestAnimationFrame(() => {

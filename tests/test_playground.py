@@ -298,10 +298,8 @@ def edits_of(cfg):
         {"direction": "goal", "at": at, "amount": -1.3} for at in ("resid_pre", "resid_mid", "resid_post")
     ]
     kinds += [({}, steer) for steer in steers]
-    return kinds + [
-        ({"L0H0": "mean", "L0 MLP": "patch"}, steers[0]),
-        (dict.fromkeys(components(cfg), "zero"), steers[1]),
-    ]
+    everything = dict.fromkeys(components(cfg), "zero")
+    return [*kinds, ({"L0H0": "mean", "L0 MLP": "patch"}, steers[0]), (everything, steers[1])]
 
 
 def test_the_scan_is_a_run_at_each_rtg_whatever_is_edited(subject):
@@ -312,7 +310,8 @@ def test_the_scan_is_a_run_at_each_rtg_whatever_is_edited(subject):
           const push = steer && { ...steer, vector: pg.direction(model, steer.direction) };
           const edits = { parts, source: pg.run(model, sources[n]), steer: push };
           const runs = rtgs.map((rtg) => pg.run(model, { ...input, rtg }, edits).probs);
-          return Math.max(...pg.scan(model, input, edits, rtgs).flatMap((row, k) => row.map((p, a) => Math.abs(p - runs[k][a]))));
+          const found = pg.scan(model, input, edits, rtgs);
+          return Math.max(...found.flatMap((row, k) => row.map((p, action) => Math.abs(p - runs[k][action]))));
         })))""",
         edits_of(subject.model.cfg),
         [-1, -0.3, 0, 0.9],
