@@ -13,9 +13,9 @@ export NUMBA_NUM_THREADS = 1
 help:  ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-book: venv  ## Execute every notebook and build the book into book/_build/html/
+book: venv  ## Execute every notebook and build the book, with its PDF, into book/_build/html/
 	"$(BIN)/dtbook" run
-	"$(BIN)/dtbook" build
+	"$(BIN)/dtbook" build --pdf
 
 test: lint book  ## Lint, build the book, then test the package, the notebooks and the built pages
 	"$(BIN)/python" -m pytest -n 2 tests

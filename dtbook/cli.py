@@ -97,7 +97,9 @@ def params(names: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.option("--pdf", is_flag=True, help="Print the whole book first, with Chromium; the pages link to it.")
+@click.option(
+    "--pdf", is_flag=True, help="Print the whole book too, if there is a Chromium; the pages link to it."
+)
 def build(pdf: bool) -> None:
     """Build the book from the executed notebooks, clean and without a warning, into book/_build/html/.
 
@@ -109,9 +111,12 @@ def build(pdf: bool) -> None:
     printed = book / "_executed" / "decision-transformer-book.pdf"
     printed.unlink(missing_ok=True)
     if pdf:
-        from dtbook.printing import print_book  # imports Playwright, which only this needs
+        from dtbook.printing import HOW_TO_INSTALL, find_chromium, print_book  # only this needs a browser
 
-        print_book(CHECKOUT, printed)
+        if find_chromium() is None:
+            click.echo(f"The book is built without its PDF: {HOW_TO_INSTALL}", err=True)
+        else:
+            print_book(CHECKOUT, printed)
     program = Path(sys.executable).with_name("jupyter-book")
     options = ["--config", "book/_config.yml", "--toc", "book/_toc.yml", "-W", "--keep-going"]
     with (

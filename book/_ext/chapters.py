@@ -159,10 +159,22 @@ def visit_figure(self: Any, node: nodes.figure) -> None:
     type(self).visit_figure(self, node)
 
 
+def visit_citation(self: Any, node: nodes.citation) -> None:
+    """Open an entry of the bibliography as an item of its list: readers aloud know docutils' own role no more."""
+    type(self).visit_citation(self, node)
+    self.body[-1] = self.body[-1].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
+def depart_citation(self: Any, node: nodes.citation) -> None:
+    """Close an entry as docutils does."""
+    type(self).depart_citation(self, node)
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Connect the additions."""
     app.add_transform(Equations)
     app.add_node(nodes.figure, override=True, html=(visit_figure, depart_figure))
+    app.add_node(nodes.citation, override=True, html=(visit_citation, depart_citation))
     for addition in (mark_verdicts, add_opening, define_terms):
         app.connect("doctree-resolved", addition)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
