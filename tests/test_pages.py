@@ -253,6 +253,23 @@ def test_theme_button_redraws_every_figure(browser, address):
         assert opened.problems() == []
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_first_visit_has_the_systems_theme_before_any_file_of_script_runs(browser, address, theme):
+    context = browser.new_context(color_scheme=theme)
+    context.route("**/*.js*", lambda route: route.abort())
+    page = context.new_page()
+    page.goto(address + NOTEBOOK_PAGES[0])
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    context.close()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_file_of_script_holds_up_the_text(book, page):
+    scripts = BeautifulSoup((book / page).read_text(), "html.parser").select("head script[src]")
+    waits = [script["src"].partition("?")[0] for script in scripts if not script.has_attr("defer")]
+    assert [Path(src).name for src in waits] == ["documentation_options.js"]
+
+
 def test_panels_stand_one_under_the_other_on_a_phone(browser, address):
     page = "notebooks/01_the_task.html"
     tops = {}

@@ -1,4 +1,4 @@
-"""What the site has besides its pages: a map of them for search engines, and the printed book."""
+"""What the site has besides its text: a map for search engines, the printed book, pages whose scripts wait."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,7 @@ from xml.sax.saxutils import escape
 
 from front import pdf_of
 from sphinx.application import Sphinx
+from sphinx.config import Config
 from sphinx.util.typing import ExtensionMetadata
 
 
@@ -30,8 +31,14 @@ def take_pdf(app: Sphinx, exception: Exception | None) -> None:
         shutil.copy(pdf_of(app), app.outdir)
 
 
+def add_templates(app: Sphinx, config: Config) -> None:
+    """Lay this book's templates over the theme's."""
+    config.templates_path = [*config.templates_path, str(Path(__file__).parent / "templates")]
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
-    """Connect both."""
+    """Connect all of it."""
+    app.connect("config-inited", add_templates)
     app.connect("build-finished", write_sitemap)
     app.connect("build-finished", take_pdf)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
