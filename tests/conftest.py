@@ -3,7 +3,6 @@
 import os
 
 import pytest
-from browser import HOW_TO_INSTALL, find_chromium, launched
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
@@ -30,6 +29,8 @@ def pytest_make_collect_report(collector):
 @pytest.fixture(scope="session")
 def browser():
     """The one browser of this process: Playwright allows a second at once in none."""
+    from browser import HOW_TO_INSTALL, find_chromium, launched  # imports Playwright, which few tests need
+
     program = find_chromium()
     if program is None:
         pytest.skip(HOW_TO_INSTALL)
