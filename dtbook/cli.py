@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -219,13 +220,13 @@ def reproduce(seeds: str, workers: int, folder: Path, publish: bool) -> None:
         raise click.ClickException(
             f"seeds {', '.join(map(str, failed))} failed; the same command goes on where they stopped"
         )
-    if 0 in chosen:
-        for control in range(len(pipeline.CONTROLS)):
-            pipeline.train_control(made, control)
-        pipeline.calibrate_post(made)
     names = [name for seed in chosen for name in pipeline.shipped_names(seed)]
     if 0 in chosen:
-        names += long_context.make(made)
+        controls = range(len(pipeline.CONTROLS))
+        jobs = [partial(pipeline.train_control, made, control, progress=False) for control in controls]
+        jobs += [partial(long_context.make, made, progress=False), partial(pipeline.calibrate_post, made)]
+        replicas.in_processes(jobs, workers, "controls, long context, the post's weights")
+        names.append(long_context.NAME)
     if len(chosen) > 1:
         names.append(replicas.TABLE)
         click.echo(replicas.write_summary(made, chosen).round(3).to_string(index=False))

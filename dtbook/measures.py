@@ -6,12 +6,9 @@ Each is keyed by the model's sha256 and the parameters, so it is made anew when 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
 
 from dtbook import anatomy
 from dtbook.artifacts import ArtifactError, ArtifactStore
@@ -32,7 +29,7 @@ from dtbook.pipeline import (
     run_stage,
     table_writer,
 )
-from dtbook.ppo import one_thread
+from dtbook.replicas import in_processes
 from dtbook.rollout import CALIBRATION_RTGS
 from dtbook.scorecard import scorecard
 from dtbook.tables import HOW, RTGS, TIMESTEPS, situation_table
@@ -43,11 +40,7 @@ UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
 """Control models without training, by the seed of their weights."""
 SHUFFLED = tuple(f"controls/shuffled_{seed}" for seed in range(3))
 """Control models trained on shuffled actions, artifacts of the store."""
-POST_SITUATIONS, POST_CLAIMS, CONTROL_CLAIMS = (
-    "post/situations.parquet",
-    "post/claims.parquet",
-    "controls/claims.parquet",
-)
+POST_CLAIMS, CONTROL_CLAIMS = "post/claims.parquet", "controls/claims.parquet"
 EXPERIMENT_CLAIMS = "experiments/claims.parquet"
 SCORECARD = ("scorecard.parquet", "scorecard.csv")
 
@@ -81,10 +74,8 @@ STAGES = ("claims", "situations", "anatomy", "scorecard")
 """Stages whose artifacts hold what was measured of models."""
 
 
-def measure_replication(
-    store: ArtifactStore, seed: int, situations: bool = False, progress: bool = True
-) -> None:
-    """Decide the claims for one replication of the store (`claims.parquet`); with `situations` also its table.
+def measure_replication(store: ArtifactStore, seed: int) -> None:
+    """Decide the claims for one replication of the store (`claims.parquet`).
 
     C01 is decided where the store holds PPO's own history.
     """
@@ -99,14 +90,10 @@ def measure_replication(
 
     sha256 = store.entries()[name_of(seed, "model")]["sha256"]
     _claims(store, name_of(seed, "claims.parquet"), seed, sha256, evidence)
-    if situations:
-        _situations(store, name_of(seed, "situations.parquet"), sha256, lambda: evidence().model, progress)
-        measure_anatomy(store, folder_of(seed), progress)
-        measure_circuit_of(store, folder_of(seed), progress)
 
 
-def measure_post(store: ArtifactStore, progress: bool = True) -> None:
-    """Decide the claims for the post's own weights, and make their situation table.
+def measure_post(store: ArtifactStore) -> None:
+    """Decide the claims for the post's own weights.
 
     They are fetched, or found where DTBOOK_POST_MODEL says, only where something is to be measured.
     """
@@ -116,9 +103,6 @@ def measure_post(store: ArtifactStore, progress: bool = True) -> None:
         return Evidence(DecisionTransformer.from_post_checkpoint(), _observations(Task()), calibration)
 
     _claims(store, POST_CLAIMS, 0, POST_MODEL_SHA256, evidence)
-    _situations(store, POST_SITUATIONS, POST_MODEL_SHA256, DecisionTransformer.from_post_checkpoint, progress)
-    measure_anatomy(store, "post", progress)
-    measure_circuit_of(store, "post", progress)
 
 
 def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) -> None:
@@ -137,6 +121,25 @@ def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) ->
     for name, (table, settings) in ANATOMY.items():
         keep(name, settings, partial(run_it, table, settings))
     keep(PLAY, PLAY_SETTINGS, lambda: anatomy.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
+
+
+def measure_situations(store: ArtifactStore, folder: str, progress: bool = True) -> None:
+    """Make the table behind chapter 6 (`tables.situation_table`) of a model, named as in `measure_anatomy`."""
+    sha256, model = _model_in(store, folder)
+    settings: dict[str, Any] = {
+        "rtgs": RTGS,
+        "timesteps": TIMESTEPS,
+        "how": HOW,
+        "preference": "F-R",
+        "seed": 0,
+    }
+    parameters = {"model": sha256, "task": asdict(Task())} | settings
+
+    def make() -> list[Writer]:
+        table = situation_table(model(), _observations(Task()), progress=progress, **settings)
+        return [table_writer(table)]
+
+    run_stage(store, 0, "situations", ("tables",), parameters, [f"{folder}/situations.parquet"], make)
 
 
 def measure_circuit_of(store: ArtifactStore, folder: str, progress: bool = True) -> None:
@@ -215,23 +218,22 @@ def make_scorecard(store: ArtifactStore, seeds: Sequence[int]) -> None:
 def measure_all(store: ArtifactStore, seeds: Sequence[int], workers: int = 1) -> list[str]:
     """Measure these replications, in `workers` processes; return the names of the artifacts that hold what was found.
 
-    With the reference, seed 0, come the post's weights and the controls, and the scorecard over all of `seeds`.
+    With the reference, seed 0, come the post's weights, the controls, what chapters 5 to 8 show of both models, and the
+    scorecard over all of `seeds`. The longest jobs begin first.
     """
-    with get_context("spawn").Pool(min(workers, len(seeds))) as pool:
-        measured = pool.imap_unordered(partial(_measure_one, store.root), seeds)
-        for _ in tqdm(measured, total=len(seeds), desc="claims"):
-            pass
+    jobs: list[Callable[[], object]] = [partial(measure_replication, store, seed) for seed in seeds]
     if 0 in seeds:
-        with one_thread():
-            measure_post(store)
-            measure_controls(store)
-            make_scorecard(store, seeds)
+        inside = (measure_anatomy, measure_situations, measure_circuit_of)
+        jobs = [
+            partial(measure_controls, store),
+            *(partial(do, store, of, progress=False) for do in inside for of in (folder_of(0), "post")),
+            partial(measure_post, store),
+            *jobs,
+        ]
+    in_processes(jobs, workers, "measures")
+    if 0 in seeds:
+        make_scorecard(store, seeds)
     return [name for name, entry in store.entries().items() if entry["stage"] in STAGES]
-
-
-def _measure_one(root: Path, seed: int) -> None:
-    with one_thread():
-        measure_replication(ArtifactStore(root), seed, situations=seed == 0, progress=False)
 
 
 def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
@@ -252,22 +254,3 @@ def _claims(
 ) -> None:
     parameters = {"model": sha256, "rtgs": RTGS, "timesteps": TIMESTEPS}
     run_stage(store, seed, "claims", ROOMS, parameters, [name], lambda: [table_writer(measure(evidence()))])
-
-
-def _situations(
-    store: ArtifactStore, name: str, sha256: str, model: Callable[[], DecisionTransformer], progress: bool
-) -> None:
-    settings: dict[str, Any] = {
-        "rtgs": RTGS,
-        "timesteps": TIMESTEPS,
-        "how": HOW,
-        "preference": "F-R",
-        "seed": 0,
-    }
-    parameters = {"model": sha256, "task": asdict(Task())} | settings
-
-    def make() -> list[Writer]:
-        table = situation_table(model(), _observations(Task()), progress=progress, **settings)
-        return [table_writer(table)]
-
-    run_stage(store, 0, "situations", ("tables",), parameters, [name], make)

@@ -5,15 +5,17 @@ where it stopped, and so is all of it by the next call.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import connection, get_context
 from multiprocessing.context import SpawnProcess
 
 import pandas as pd
+from tqdm import tqdm
 
 from dtbook.artifacts import ArtifactStore
 from dtbook.model import DecisionTransformer
 from dtbook.pipeline import Recipe, Report, name_of, replicate
+from dtbook.ppo import one_thread
 from dtbook.rollout import calibration_error
 
 ATTEMPTS = 2  # at a replication whose process was killed
@@ -81,6 +83,19 @@ def _start(store: ArtifactStore, seed: int, recipe: Recipe | None, report: Repor
     process = get_context("spawn").Process(target=replicate, args=arguments, daemon=True)
     process.start()
     return process
+
+
+def in_processes(jobs: Sequence[Callable[[], object]], workers: int, label: str) -> None:
+    """Do independent jobs, which must pickle, in `workers` processes of one thread, begun in their order."""
+    with get_context("spawn").Pool(max(1, min(workers, len(jobs)))) as pool:
+        done = pool.imap_unordered(_do, jobs)
+        for _ in tqdm(done, total=len(jobs), desc=label):
+            pass
+
+
+def _do(job: Callable[[], object]) -> None:
+    with one_thread():
+        job()
 
 
 def summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
