@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import date
 from functools import partial
@@ -223,7 +224,9 @@ def reproduce(seeds: str, workers: int, folder: Path, publish: bool) -> None:
     names = [name for seed in chosen for name in pipeline.shipped_names(seed)]
     if 0 in chosen:
         controls = range(len(pipeline.CONTROLS))
-        jobs = [partial(pipeline.train_control, made, control, progress=False) for control in controls]
+        jobs: list[Callable[[], object]] = [
+            partial(pipeline.train_control, made, control, progress=False) for control in controls
+        ]
         jobs += [partial(long_context.make, made, progress=False), partial(pipeline.calibrate_post, made)]
         replicas.in_processes(jobs, workers, "controls, long context, the post's weights")
         names.append(long_context.NAME)
