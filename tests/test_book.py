@@ -14,7 +14,7 @@ import yaml
 from bs4 import BeautifulSoup
 from sphinx.application import Sphinx
 
-from dtbook.notebooks import notebook_digest
+from dtbook.notebooks import declared_parameters, notebook_digest
 
 ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())
@@ -364,3 +364,10 @@ def test_notebook_is_stripped_and_begins_as_all_do(path):
     assert "parameters" in parameters["metadata"]["tags"]
     for line in filter(None, "".join(parameters["source"]).splitlines()):
         assert re.fullmatch(r"\w+ = .+  # .+", line), line
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[:4], ids=lambda path: path.stem)
+def test_numbers_that_one_may_set_have_limits(path):
+    for parameter in declared_parameters(path).values():
+        with pytest.raises(ValueError, match=f"{parameter.name} must be (at least|from)"):
+            parameter.accept(type(parameter.default)(-(10**9)))
