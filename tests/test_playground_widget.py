@@ -11,7 +11,7 @@ from browser import served, visit
 from dtbook import playground
 from dtbook.artifacts import ArtifactStore
 from dtbook.gridworld import GridState, Task, observe, reset
-from dtbook.interventions import ablate, patch
+from dtbook.interventions import ablate, constant, patch
 from dtbook.model import DecisionTransformer, DTConfig
 
 OUTSIDE = "<script data-outside-the-book>"
@@ -147,6 +147,19 @@ def test_each_intervention_is_pytorchs(page, models):
         close(logits_of(page), logits(model))
     page.get_by_role("button", name="Undo all interventions").click()
     close(logits_of(page), logits(model))
+    means = playground.means(model, Task())
+    page.get_by_label("L0H1", exact=True).select_option("mean")
+    page.get_by_label("Neuron", exact=True).fill("L0N7")
+    page.get_by_label("becomes").select_option("mean")
+    with (
+        ablate(model, "L0H1", to=constant(means["mean.0.z"][1])),
+        ablate(model, "L0N7", to=constant(means["mean.0.post"][7])),
+    ):
+        close(logits_of(page), logits(model))
+    page.get_by_label("Neuron", exact=True).fill("L0N256")
+    page.get_by_label("becomes").select_option("zero")
+    assert message(page) == "This model has no neuron “L0N256”: they run from L0N0 to L0N255."
+    page.get_by_role("button", name="Undo all interventions").click()
     page.get_by_role("button", name="Remember this scene").click()
     page.locator(".dtp-room").focus()
     page.keyboard.press("e")
@@ -194,7 +207,7 @@ def test_clicking_edits_the_room(page):
 
 
 def test_presets_models_and_links(page, browser, address, models):
-    page.get_by_label("Scene", exact=True).select_option("No head 1")
+    page.get_by_role("button", name="No head 1").click()
     page.wait_for_function("document.querySelector('.dtp-message').textContent.startsWith('No head 1')")
     with ablate(models["seed 0"], "L0H1"):
         close(logits_of(page), logits(models["seed 0"]))

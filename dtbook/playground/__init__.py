@@ -181,7 +181,11 @@ class Playground:
         contents = {**self.data, "models": inside, "module": base64.b64encode(module().encode()).decode()}
         picture, words = _still(Task(**self.data["task"]))
         page = _PAGE.format(
-            picture=picture, words=html.escape(words), json=_script_safe(contents), boot=_source("boot.js")
+            picture=picture,
+            words=html.escape(words),
+            presets=min(300, 75 * len(self.data["presets"])),
+            json=_script_safe(contents),
+            boot=_source("boot.js"),
         )
         return page + "".join(_OUTSIDE.format(id=e["id"], weights=e["weights"]) for e in others)
 
@@ -213,8 +217,8 @@ def _still(task: Task) -> tuple[str, str]:
 _PAGE = """<div class="dtp-host" id="playground">
 <style>
 .dtp-host {{ container-type: inline-size; }}
-.dtp-stage {{ display: flow-root; min-height: 1880px; }}
-@container (max-width: 659px) {{ .dtp-stage {{ min-height: 3240px; }} }}
+.dtp-stage {{ display: flow-root; min-height: calc(1900px + {presets}px); }}
+@container (max-width: 659px) {{ .dtp-stage {{ min-height: calc(3270px + {presets}px); }} }}
 .dtp-loading {{ margin: 0; }}
 @media (scripting: none) {{ .dtp-stage {{ min-height: 0; }} .dtp-loading {{ display: none; }} }}
 </style>

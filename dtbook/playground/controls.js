@@ -1,6 +1,6 @@
 // What one does: buttons, sliders and selects. Each returns { element, update(frame) } and calls back with what was asked.
 
-import { DIRECTIONS, editable } from "./engine.js";
+import { DIRECTIONS, editable, isNeuron } from "./engine.js";
 import { panel } from "./panels.js";
 import { h, roomPicture, setAttribute, setText, signed } from "./draw.js";
 import { PREFERENCES } from "./scene.js";
@@ -15,11 +15,9 @@ export function select(title, options, onchange, more = {}) {
   return { element: h("div", { class: "dtp-field" }, h("label", { for: id }, title), input), input };
 }
 
-// options: { group: { value: text } } or { value: text }
+// options: { value: text }
 export function fillSelect(input, options) {
-  const entry = ([value, text]) => h("option", { value }, text);
-  input.replaceChildren(...Object.entries(options).map(([key, value]) =>
-    typeof value === "string" ? entry([key, value]) : h("optgroup", { label: key }, Object.entries(value).map(entry))));
+  input.replaceChildren(...Object.entries(options).map(([value, text]) => h("option", { value }, text)));
 }
 
 export function slider(title, { min, max, step }, show, oninput) {
@@ -111,6 +109,14 @@ export function playControls(task, on) {
   };
 }
 
+// The prepared scenes, each one click away, in their groups.
+export function presetButtons(presets, onclick) {
+  const groups = {};
+  for (const preset of presets) (groups[preset.group ?? "Scenes"] ??= []).push(preset);
+  return h("div", { class: "dtp-presets", hidden: !presets.length }, Object.entries(groups).map(([title, scenes]) =>
+    h("div", { role: "group", "aria-label": title }, h("p", { class: "dtp-note" }, title), scenes.map((scene) => button(scene.name, () => onclick(scene))))));
+}
+
 const WAYS = { "": "as it is", zero: "zero", mean: "mean", patch: "from remembered" };
 const TITLES = { rtg: "RTG embedding", state: "state embedding", time: "time embedding" };
 
@@ -125,21 +131,26 @@ export function interventionPanel(cfg, task, on) {
   const steer = select("Steer along", directions, (value) => on.steer({ direction: value }));
   const place = select("at the state token", { resid_pre: "before the heads", resid_mid: "before the MLP", resid_post: "at the end" }, (value) => on.steer({ at: value }));
   const amount = slider("times", { min: -4, max: 4, step: 0.1 }, (value) => signed(value, 1), (value) => on.steer({ amount: value }));
-  const neurons = h("p", { class: "dtp-note" });
+  const name = () => neuron.value.trim().toUpperCase(), neurons = h("p", { class: "dtp-note" });
+  const becomes = select("becomes", WAYS, (way) => (isNeuron(cfg, name()) ? on.part(name(), way) : on.noNeuron(neuron.value)));
+  const neuron = h("input", { type: "text", id: `dtp-${++made}`, value: "L0N0", autocomplete: "off", spellcheck: "false" });
+  neuron.addEventListener("change", () => (isNeuron(cfg, name()) ? on.show() : on.noNeuron(neuron.value)));
   return {
     element: panel("interventions", "Intervene",
-      h("div", { class: "dtp-parts" }, choices.map((c) => c.element)), neurons,
+      h("div", { class: "dtp-parts" }, choices.map((c) => c.element)),
+      h("div", { class: "dtp-neuron" }, h("div", { class: "dtp-field" }, h("label", { for: neuron.id }, "Neuron"), neuron), becomes.element, neurons),
       h("div", { class: "dtp-memory" }, thumb, h("div", {}, h("div", { class: "dtp-buttons" }, remember, swap), words)),
       h("div", { class: "dtp-steer" }, steer.element, place.element, amount.element),
       h("div", { class: "dtp-buttons" }, clear)),
+    neuron(name) { neuron.value = name; },
     update({ scene, steering }) {
-      for (const { name, input } of choices) {
-        input.value = scene.parts[name] ?? "";
-        input.classList.toggle("dtp-on", name in scene.parts);
+      for (const { name: part, input } of [...choices, { name: name(), input: becomes.input }]) {
+        input.value = scene.parts[part] ?? "";
+        input.classList.toggle("dtp-on", part in scene.parts);
         for (const option of input.options) if (option.value === "patch" && option.disabled === Boolean(scene.source)) option.disabled = !scene.source;
       }
-      const ablated = Object.keys(scene.parts).filter((name) => /^L\d+N/.test(name));
-      setText(neurons, ablated.length ? `Neurons ablated to zero: ${ablated.join(", ")}.` : "Neurons are ablated in their table below.");
+      const edited = Object.entries(scene.parts).filter(([part]) => /^L\d+N/.test(part));
+      setText(neurons, edited.map(([part, way]) => `${part}: ${WAYS[way]}`).join(", ") || "The table of neurons below ablates to zero.");
       if (scene.source) memory.set(scene.source.state);
       setText(words, scene.source ? `RTG ${signed(scene.source.rtg)}, t ${scene.source.state.t}. Components can be patched from here.` : "No scene is remembered yet; patching takes components from one.");
       swap.disabled = !scene.source;

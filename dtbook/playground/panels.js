@@ -138,7 +138,7 @@ export function neuronPanel(shown, toggle, choose) {
         setText(r.label, name);
         setAttribute(r.label, "title", `activation ${signed(value)}; show what it reads`);
         r.box.checked = name in scene.parts;
-        setAttribute(r.box, "aria-label", `ablate ${name}`);
+        setAttribute(r.box, "aria-label", `ablate ${name} to zero`);
         setRow(r, effect, now?.get(name), limit, signed, true);
       });
     },

@@ -5,7 +5,7 @@ import { COMPASS, EMPTY, at, contentAt, front, generator, most, observe, reset, 
 import { checkScene, decodeScene, describeScene, encodeScene } from "./scene.js";
 import { h, nameOf } from "./draw.js";
 import { RTGS, attentionPanel, contributionPanel, describeChoice, describePlace, mapPanel, neuronPanel, panel, probabilityPanel, scanPanel, viewPanel } from "./panels.js";
-import { board, button, interventionPanel, mapChoice, playControls, preferenceSelect, select } from "./controls.js";
+import { board, button, interventionPanel, mapChoice, playControls, preferenceSelect, presetButtons, select } from "./controls.js";
 
 const DONE = ["turned left", "turned right", "went forward"];
 const NEURONS = 8, PAUSE = 250; // rows of the table; milliseconds between steps of the running model
@@ -82,21 +82,19 @@ class Widget {
     const cfg = this.configs[this.scene.model], on = this.handlers();
     const models = Object.fromEntries(Object.keys(this.entries).map((name) => [name, name]));
     this.modelSelect = select("Model", models, on.model);
-    const groups = {};
-    this.presets.forEach(({ name, group = "Scenes" }, k) => { (groups[group] ??= {})[k] = name; });
-    const preset = select("Scene", { "": this.presets.length ? "choose one …" : "none prepared", ...groups }, (k) => k !== "" && on.preset(this.presets[k]));
-    this.presetSelect = preset.input;
     this.choice = mapChoice(cfg, () => this.redraw());
     this.board = board(this.task, on);
     this.controls = playControls(this.task, on);
     const preference = preferenceSelect(on.preference);
     const parts = [this.board, this.controls, viewPanel(), probabilityPanel(), attentionPanel(cfg), contributionPanel(cfg, preference.element), preference,
-      interventionPanel(cfg, this.task, on), scanPanel(), neuronPanel(NEURONS, on.neuron, (name) => { this.choice.neuron(name); this.redraw(); }), mapPanel(cfg, this.choice)];
+      interventionPanel(cfg, this.task, on), scanPanel(), neuronPanel(NEURONS, on.neuron, (name) => { this.choice.neuron(name); this.intervene.neuron(name); this.redraw(`${name} is shown in the map and under Intervene.`); }), mapPanel(cfg, this.choice)];
     this.parts = parts;
+    this.intervene = parts[7];
     const [room, controls, seen, probabilities, attention, contributions, , interventions, scans, neurons, maps] = parts.map((part) => part.element);
     const help = h("p", { class: "dtp-note dtp-help" }, "Keys on the board: arrows play, m model step, r run, u undo, e edit.");
     this.root.replaceChildren(
-      h("div", { class: "dtp-top" }, this.modelSelect.element, preset.element, button("Copy link", on.copy)),
+      h("div", { class: "dtp-top" }, this.modelSelect.element, button("Copy link", on.copy)),
+      presetButtons(this.presets, on.preset),
       this.message,
       h("div", { class: "dtp-columns" },
         h("div", { class: "dtp-column" }, panel("game", "The game", room, help, controls)),
@@ -295,6 +293,8 @@ class Widget {
         const { [name]: _, ...parts } = this.scene.parts;
         set({ parts: ablated ? { ...parts, [name]: "zero" } : parts }, "");
       },
+      show: () => this.redraw(),
+      noNeuron: (name) => this.redraw(`This model has no neuron “${name}”: they run from L0N0 to L${this.configs[this.scene.model].n_layers - 1}N${this.configs[this.scene.model].d_mlp - 1}.`),
       remember: () => this.onGoal() || set({ source: { state: this.scene.state, rtg: this.scene.rtg } }, "This scene is remembered."),
       swap: () => this.onGoal() || set({ ...this.scene.source, source: { state: this.scene.state, rtg: this.scene.rtg } }, ""),
       clear: () => set({ parts: {}, steer: null }, ""),
