@@ -183,7 +183,8 @@ class Playground:
         page = _PAGE.format(
             picture=picture,
             words=html.escape(words),
-            presets=min(300, 75 * len(self.data["presets"])),
+            wide=1930 + min(300, 75 * len(self.data["presets"])),
+            narrow=3210 + min(480, 75 * len(self.data["presets"])),
             json=_script_safe(contents),
             boot=_source("boot.js"),
         )
@@ -217,8 +218,8 @@ def _still(task: Task) -> tuple[str, str]:
 _PAGE = """<div class="dtp-host" id="playground">
 <style>
 .dtp-host {{ container-type: inline-size; }}
-.dtp-stage {{ display: flow-root; min-height: calc(1900px + {presets}px); }}
-@container (max-width: 659px) {{ .dtp-stage {{ min-height: calc(3270px + {presets}px); }} }}
+.dtp-stage {{ display: flow-root; min-height: {wide}px; }}
+@container (max-width: 659px) {{ .dtp-stage {{ min-height: {narrow}px; }} }}
 .dtp-loading {{ margin: 0; }}
 @media (scripting: none) {{ .dtp-stage {{ min-height: 0; }} .dtp-loading {{ display: none; }} }}
 </style>
