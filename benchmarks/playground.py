@@ -61,6 +61,7 @@ def choose(label, *values):
 
 def edit(page, k):
     """Place an obstacle in a free cell, or take it away again."""
+    page.evaluate("document.querySelector('.dtp-room').scrollIntoView({ block: 'center' })")
     box = page.locator(".dtp-room svg").bounding_box()
     page.mouse.click(box["x"] + 2.5 * box["width"] / 8, box["y"] + 4.5 * box["height"] / 8)
 

@@ -190,6 +190,7 @@ def test_rtg_timestep_and_preference_change_at_once(page, models):
 
 def test_clicking_edits_the_room(page):
     def click(x, y):
+        page.evaluate("document.querySelector('.dtp-room').scrollIntoView({ block: 'center' })")
         box = page.locator(".dtp-room svg").bounding_box()
         page.mouse.click(box["x"] + (x + 0.5) * box["width"] / 8, box["y"] + (y + 0.5) * box["height"] / 8)
 
