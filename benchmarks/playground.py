@@ -111,6 +111,7 @@ def main():
     within = total = 0
     with launched(program) as browser, served(HTML) as address:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(300_000)
         page.goto(address + PAGE)
         page.wait_for_selector(".dtp-room svg")
         page.evaluate(WATCH)
