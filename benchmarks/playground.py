@@ -48,7 +48,7 @@ def slide(label):
     """One notch to the right and back."""
 
     def act(page, k):
-        page.get_by_label(label).focus()
+        page.get_by_role("slider", name=label).focus()
         page.keyboard.press("ArrowLeft" if k % 2 else "ArrowRight")
 
     return act

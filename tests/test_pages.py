@@ -100,7 +100,7 @@ def test_every_drawn_figure_shows_its_data(browser, address, page):
         figures = opened.page.locator("figure:has(.book-figure)")
         for k in range(figures.count()):
             figures.nth(k).locator("details.figure-data > summary").click()
-            assert figures.nth(k).locator("details tbody tr").count() > 0, figures.nth(k).get_attribute("id")
+            figures.nth(k).locator("details tbody tr").first.wait_for()  # the table is made once it is open
             assert figures.nth(k).locator("a[download]").get_attribute("href").startswith("blob:")
         assert opened.problems() == []
         assert violations(opened.page) == []
@@ -111,6 +111,7 @@ def test_the_data_are_those_of_the_figure(browser, address):
     with visit(browser, address, "notebooks/04_calibration.html") as opened:
         figure = opened.page.locator("#fig-calibration")
         figure.locator("details.figure-data > summary").click()
+        figure.locator("tbody tr").first.wait_for()
         rows = [row.split("\t") for row in figure.locator("tbody").inner_text().splitlines()]
     ours = [
         (float(rtg), float(mean))
@@ -128,7 +129,7 @@ def test_all_code_opens_at_once_and_with_the_keyboard(browser, address):
         page.locator("button.show-code").press("Enter")
         assert page.locator("div.cell details.hide[open]").count() == folded.count() > 0
         page.locator("figure details.figure-data > summary").first.press("Enter")
-        assert page.locator("details.figure-data[open] tbody tr").count() > 0
+        page.locator("details.figure-data[open] tbody tr").first.wait_for()
 
 
 def test_definition_shows_when_the_term_is_reached(browser, address):
