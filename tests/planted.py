@@ -1,9 +1,20 @@
 """Models built by hand, whose circuit is known because it was put there."""
 
+import torch
+
 from dtbook.model import DecisionTransformer, DTConfig
 
 FRONT_OBJECT, FRONT_COLOUR = 26, 75  # rows of W_E_state for the cell in front: 3·7 + 5, and 49 more
 SEEN, TOLD, FORWARD, NEAR, OBSTACLE, GOAL, AT_RTG = range(7)  # directions of the planted models' stream
+
+
+def scattered(cfg):
+    """A model of float64 whose every parameter is drawn at random, biases too, so that nothing in it is zero."""
+    model, generator = DecisionTransformer(cfg).double(), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+    return model.eval()
 
 
 def blank(n_heads=2, n_layers=1, max_steps=20):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from planted import scattered
 
 from dtbook import anatomy
 from dtbook.attribution import contrast, decompose
@@ -26,11 +27,7 @@ def observations():
 
 @pytest.fixture(scope="module")
 def model():
-    model, generator = DecisionTransformer(CFG).double(), torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-    return model.eval()
+    return scattered(CFG)
 
 
 def inputs(observations, rtg, timestep):
