@@ -25,8 +25,8 @@ from dtbook.trajectories import Trajectories
 NAME = "long_context/model"
 CONFIG = DTConfig(d_model=64, d_head=32, d_mlp=128, n_timesteps=9)
 """Half the width of the book's model, nine timesteps instead of one."""
-TRAINING = TrainConfig(steps=4_000, batch_size=64, lr=1e-3, evaluation_episodes=0)
-"""A window has nine actions to predict, so that a batch of 64 has more of them than one of 512 single steps."""
+TRAINING = TrainConfig(steps=4_000, batch_size=64, lr=1e-3, weight_decay=1e-4, evaluation_episodes=0)
+"""A window has nine actions to predict, so that a batch of 64 has more of them than one of 384 single steps."""
 KINDS = ("RTG", "state", "action")
 EXCHANGES = ("RTG", "earlier states", "earlier actions", "last state")
 """Parts of a window that `exchange` takes from another."""

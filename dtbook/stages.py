@@ -76,7 +76,7 @@ def locate(artifact: str) -> Path:
 
 
 def flat_defaults(*parts: str) -> Row:
-    """Return the recipe's settings by dotted name, those of the given parts: {"train.lr": 0.0006, …}."""
+    """Return the recipe's settings by dotted name, those of the given parts: {"train.lr": 0.0008, …}."""
     settings = asdict(Recipe())
     flat = {
         f"{part}.{name}": list(value) if isinstance(value, tuple) else value

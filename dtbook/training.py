@@ -35,17 +35,17 @@ class TrainConfig:
     Raises ValueError naming the field, its value and what is allowed.
     """
 
-    steps: int = 8_000
+    steps: int = 10_000
     """Optimiser steps."""
-    batch_size: int = 512
+    batch_size: int = 384
     """Windows (for a context of one timestep: state–action pairs) a step."""
-    lr: float = 6e-4
+    lr: float = 8e-4
     """Highest learning rate, reached after the warm-up and followed by a cosine to zero."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     optimizer: str = "adam"
     """`adam` adds the weight decay to the gradient (coupled L2), as the post did; `adamw` decouples it."""
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-5
     """Coefficient of the weight decay."""
     last_step_share: float = 0.2
     """Share of the batch replaced by the last step of its episode: the post's over-sampling hack."""
