@@ -204,11 +204,13 @@ class ArtifactStore:
         rooms: Sequence[str],
         parameters: object = None,
         seeds: Sequence[int] = (),
+        seconds: float | None = None,
     ) -> Iterator[Path]:
         """Yield a path to write artifact `name` to; then put it in its place and into the manifest.
 
         `stage` names the step of the pipeline, `rooms` the modules of dtbook that do it; `parameters` is a
-        mapping or a dataclass of plain values. Two processes may write to one folder at once without loss.
+        mapping or a dataclass of plain values; `seconds` is the processor time that the step took, for all its
+        artifacts together. Two processes may write to one folder at once without loss.
         """
         if not _is_inside(name):
             raise ArtifactError(
@@ -219,11 +221,12 @@ class ArtifactStore:
                 f"{self.root} is a cache: write {name!r} to an ArtifactStore in a folder of your own"
             )
         made_by = _made_by(stage, rooms, parameters, seeds)
+        took = {} if seconds is None else {"seconds": round(seconds, 1)}
         with _draft(self.root / name) as draft:
             yield draft
             with FileLock(self.root / ".manifest.lock"):
                 _publish(draft, self.root / name)
-                self._record(name, made_by | describe(self.root / name))
+                self._record(name, made_by | took | describe(self.root / name))
 
     def take(self, name: str, other: "ArtifactStore") -> None:
         """Copy artifact `name` from another store, with what its manifest says of it."""

@@ -155,8 +155,11 @@ def run_stage(
     made_by: dict[str, Any] = {"stage": stage, "rooms": rooms, "parameters": parameters, "seeds": (seed,)}
     if all(store.is_current(name, **made_by) for name in names):
         return
-    for name, write in zip(names, make(), strict=True):
-        with store.write(name, **made_by) as path:
+    start = time.process_time()
+    writers = make()
+    seconds = time.process_time() - start
+    for name, write in zip(names, writers, strict=True):
+        with store.write(name, **made_by, seconds=seconds) as path:
             write(path)
 
 
