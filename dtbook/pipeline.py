@@ -59,7 +59,7 @@ class Recipe:
     quota: QuotaConfig = QuotaConfig()
     model: DTConfig = DTConfig()
     train: TrainConfig = TrainConfig()
-    snapshots: tuple[int, ...] = (0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800, 10000)
+    snapshots: tuple[int, ...] = (0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800, 9000)
     """Training steps after which the weights are kept."""
     calibration: Mapping[str, Any] = field(
         default_factory=lambda: {"rtgs": list(CALIBRATION_RTGS), "episodes": 500, "max_steps": 300}

@@ -35,7 +35,7 @@ class TrainConfig:
     Raises ValueError naming the field, its value and what is allowed.
     """
 
-    steps: int = 10_000
+    steps: int = 9_000
     """Optimiser steps."""
     batch_size: int = 384
     """Windows (for a context of one timestep: state–action pairs) a step."""
