@@ -4,10 +4,13 @@ A replication is made stage by stage, and each stage leaves whole artifacts: one
 where it stopped, and so is all of it by the next call.
 """
 
+import os
 import re
+import threading
 from collections.abc import Callable, Sequence
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -80,9 +83,21 @@ def replicate_all(
 
 def _start(store: ArtifactStore, seed: int, recipe: Recipe | None, report: Report) -> SpawnProcess:
     arguments = (store, seed, recipe, False, report)
-    process = get_context("spawn").Process(target=replicate, args=arguments, daemon=True)
+    process = get_context("spawn").Process(target=_replicate, args=arguments, daemon=True)
     process.start()
     return process
+
+
+def _replicate(*arguments: Any) -> None:
+    """Make a replication, and end with the process that asked for it: nobody else knows that it goes on."""
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    if parent := parent_process():
+        threading.Thread(target=watch, daemon=True).start()
+    replicate(*arguments)
 
 
 def in_processes(jobs: Sequence[Callable[[], object]], workers: int, label: str) -> None:

@@ -4,9 +4,12 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from dtbook import pipeline
@@ -90,6 +93,20 @@ def test_a_killed_worker_loses_nothing(tmp_path, log):
     final = pipeline.DecisionTransformer.from_pretrained(store.path(name_of(1, "model")))
     for name, value in final.state_dict().items():
         assert (models[30].state_dict()[name] - value).abs().max() <= 1e-3 * (1 + value.abs().max())
+
+
+def test_workers_end_with_the_process_that_asked(tmp_path, log):
+    """Killed without a chance to stop them, it leaves no worker that writes where the next call goes on."""
+    arguments = (ArtifactStore(tmp_path / "made"), [0], 1, log_stage, RECIPE)
+    asked = get_context("spawn").Process(target=replicate_all, args=arguments)
+    asked.start()
+    while not log():
+        time.sleep(0.01)
+    worker = int(log()[0][2])
+    asked.kill()
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(worker).wait(60)
+    assert "calibration" not in [stage for _, stage, _ in log()]
 
 
 def test_what_fails_is_told_and_the_rest_is_made(tmp_path, log):
