@@ -23,6 +23,7 @@ PLOTLY = "application/vnd.plotly.v1+json"
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 import chapters  # noqa: E402
+import front  # noqa: E402
 import running_book  # noqa: E402
 
 
@@ -246,6 +247,17 @@ def test_time_to_run_is_said_as_one_says_it():
         "2 min",
         "25 min",
     ]
+
+
+def test_compute_time_counts_a_stage_once_for_all_its_artifacts():
+    def entry(stage, seed, seconds):
+        return {"stage": stage, "seeds": [seed], "seconds": seconds}
+
+    training = {f"seed_0/{name}": entry("training", 0, 60.0) for name in ("model", "training.parquet")}
+    others = {"seed_1/model": entry("training", 1, 70.0), "seed_0/heads": entry("heads", 0, 60.0)}
+    artifacts = training | others | {"replicas.parquet": {"stage": "replicas", "seeds": [0, 1]}}
+    assert front.making_time(artifacts) == "made in 3 min of processor time, training included"
+    assert front.making_time({"replicas.parquet": artifacts["replicas.parquet"]}) == ""
 
 
 def test_components_are_picked_out_in_the_margin(little_book, index):

@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -72,13 +74,15 @@ class OtherForms(FrontPage):
 
 
 class BuildState(FrontPage):
-    """What this build was made from: commit, date, models, and how long its notebooks took."""
+    """What this build was made from: commit, date, models, and how long they and the notebooks took."""
 
     def run(self) -> list[nodes.Node]:
         """A list of facts, of which those that are not known are left out."""
+        artifacts = manifest(Path(self.env.srcdir) / "data")
         facts = [
             ("version", commit(Path(self.env.srcdir))),
-            ("models", models(Path(self.env.srcdir) / "data" / "manifest.json")),
+            ("models", models(artifacts)),
+            ("data", making_time(artifacts)),
             ("notebooks", compute_time(executed_folder(self.env.app))),
         ]
         self.env.note_reread()
@@ -97,13 +101,23 @@ def commit(root: Path) -> str:
     return done.stdout.strip()
 
 
-def models(manifest: Path) -> str:
-    """How many models lie in data/, by its manifest, besides the post's own weights."""
-    if not manifest.exists():
-        return ""
-    names = json.loads(manifest.read_text(encoding="utf-8"))
-    count = sum(1 for name in names if name.endswith("/model"))
-    return f"{count} trained from nothing, and the post's own weights"
+def manifest(data: Path) -> dict[str, Any]:
+    """The manifest of data/: artifact → what made it."""
+    path = data / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def models(artifacts: Mapping[str, Any]) -> str:
+    """How many models lie in data/ besides the post's own weights."""
+    count = sum(name.endswith("/model") for name in artifacts)
+    return f"{count} trained from nothing, and the post's own weights" if count else ""
+
+
+def making_time(artifacts: Mapping[str, Any]) -> str:
+    """The processor time behind data/: of each stage of each replication, which tells it to all its artifacts."""
+    told = [entry for entry in artifacts.values() if "seconds" in entry]
+    stages = {(entry["stage"], *entry["seeds"], entry["seconds"]): entry["seconds"] for entry in told}
+    return f"made in {in_words(sum(stages.values()))} of processor time, training included" if told else ""
 
 
 def compute_time(folder: Path) -> str:
@@ -113,8 +127,10 @@ def compute_time(folder: Path) -> str:
 
 
 def in_words(seconds: float) -> str:
-    """A duration as a reader says it: `40 s`, `3 min`."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    """A duration as a reader says it: `40 s`, `3 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:
