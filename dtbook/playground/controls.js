@@ -12,8 +12,11 @@ export const button = (text, onclick, more = {}) => h("button", { type: "button"
 export function select(title, options, onchange, more = {}) {
   const id = `dtp-${++made}`, input = h("select", { id, onchange: () => onchange(input.value), ...more });
   fillSelect(input, options);
-  return { element: h("div", { class: "dtp-field" }, h("label", { for: id }, title), input), input };
+  return { element: h("div", { class: "dtp-field" }, h("label", { for: id }, title), alone(input)), input };
 }
+
+// A box of its own around what changes by itself: an item of a grid is laid out with the grid, what is in it is not.
+const alone = (...children) => h("div", { class: "dtp-alone" }, children);
 
 // options: { value: text }
 export function fillSelect(input, options) {
@@ -21,14 +24,14 @@ export function fillSelect(input, options) {
 }
 
 export function slider(title, { min, max, step }, show, oninput) {
-  const id = `dtp-${++made}`, output = h("output", { for: id });
+  const id = `dtp-${++made}`, shown = h("span");
   const input = h("input", { id, type: "range", min, max, step, oninput: () => oninput(Number(input.value)) });
-  const element = h("div", { class: "dtp-field dtp-slider" }, h("label", { for: id }, title), input, output);
+  const element = h("div", { class: "dtp-field dtp-slider" }, h("label", { for: id }, title), alone(input), h("output", { for: id }, shown));
   return {
     element, input,
     set(value) {
       if (Number(input.value) !== value) input.value = value;
-      setText(output, show(value));
+      setText(shown, show(value));
       setAttribute(input, "aria-valuetext", show(value));
     },
   };

@@ -111,16 +111,28 @@ export function viewPicture() {
 // A 7×7 map of one channel in the diverging colours, centred on 0; the front cell and the agent's own are outlined.
 export function mapPicture() {
   const unit = 20, side = VIEW * unit, { element, set } = canvas(side, side);
+  const at = (k) => [Math.floor(k / VIEW), k % VIEW];
   const frame = (i, j, more) => `<rect x="${i * unit + 1}" y="${j * unit + 1}" width="${unit - 2}" height="${unit - 2}" class="frame" ${more}/>`;
+  const cell = ([i, j]) => `<rect x="${i * unit}" y="${j * unit}" width="${unit}" height="${unit}"><title></title></rect>`;
   const edge = `<rect x=".5" y=".5" width="${side - 1}" height="${side - 1}" class="edge"/>`;
+  const all = Array.from({ length: VIEW ** 2 }, (_, k) => at(k)), words = (k) => `${all[k].join(", ")}: ${signed(shown[k], 3)}`;
+  const pieces = [all.map(cell).join(""), edge + frame(3, 5, "") + frame(3, 6, 'stroke-dasharray="3 2"')];
+  set(pieces);
+  const cells = [...element.firstChild.children];
+  let shown = [];
+  element.addEventListener("pointerover", ({ target }) => { // a cell's number is written when it is pointed at
+    const k = cells.indexOf(target);
+    if (k >= 0) setText(target.firstChild, words(k));
+  });
   return {
     element,
     set(values, limit, label) {
-      const pieces = Array.from(values, (value, k) => {
-        const [i, j] = [Math.floor(k / VIEW), k % VIEW], share = limit ? Math.min(Math.abs(value) / limit, 1) : 0;
-        return `<rect x="${i * unit}" y="${j * unit}" width="${unit}" height="${unit}" class="${value < 0 ? "neg" : "pos"}" fill-opacity="${share.toFixed(3)}"><title>${i}, ${j}: ${signed(value, 3)}</title></rect>`;
+      shown = values;
+      cells.forEach((rect, k) => {
+        setAttribute(rect, "class", values[k] < 0 ? "neg" : "pos");
+        setAttribute(rect, "fill-opacity", limit ? Math.min(Math.abs(values[k]) / limit, 1).toFixed(2) : "0");
       });
-      set([...pieces, edge + frame(3, 5, "") + frame(3, 6, 'stroke-dasharray="3 2"')], label);
+      set(pieces, label);
     },
   };
 }
