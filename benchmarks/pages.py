@@ -20,7 +20,7 @@ new PerformanceObserver((list) => { for (const e of list.getEntries()) window.se
 
 def weight(path):
     """Bytes of a page and the pictures that are its own."""
-    images = BeautifulSoup(path.read_text(), "html.parser").article.select("img[src]")
+    images = BeautifulSoup(path.read_text(), "html.parser").article.select("img[src]:not([src^='data:'])")
     return sum(file.stat().st_size for file in {path, *(path.parent / image["src"] for image in images)})
 
 
