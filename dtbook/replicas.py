@@ -90,14 +90,14 @@ def _start(store: ArtifactStore, seed: int, recipe: Recipe | None, report: Repor
 
 def _replicate(*arguments: Any) -> None:
     """Make a replication, and end with the process that asked for it: nobody else knows that it goes on."""
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    if parent := parent_process():
-        threading.Thread(target=watch, daemon=True).start()
+    if asked := parent_process():
+        threading.Thread(target=_end_with, args=(asked.sentinel,), daemon=True).start()
     replicate(*arguments)
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
 
 
 def in_processes(jobs: Sequence[Callable[[], object]], workers: int, label: str) -> None:
