@@ -183,8 +183,8 @@ class Playground:
         page = _PAGE.format(
             picture=picture,
             words=html.escape(words),
-            wide=1945 + min(300, 75 * len(self.data["presets"])),
-            narrow=3210 + min(480, 75 * len(self.data["presets"])),
+            wide=1945 + min(350, 75 * len(self.data["presets"])),
+            narrow=3210 + min(540, 75 * len(self.data["presets"])),
             json=_script_safe(contents),
             boot=_source("boot.js"),
         )
