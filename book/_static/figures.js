@@ -38,7 +38,16 @@
   async function drawAttention(box) {
     const { component, props } = JSON.parse(box.querySelector("script").textContent);
     const CircuitsVis = await library("circuitsvis.js", "CircuitsVis");
-    if (!box.dataset.drawn) CircuitsVis.render(box.querySelector("div").id, CircuitsVis[component], props);
+    if (!box.dataset.drawn) {
+      const place = box.querySelector("div");
+      place.style.visibility = "hidden"; // it builds itself up piece by piece, and is shown when nothing moves any more
+      CircuitsVis.render(place.id, CircuitsVis[component], props);
+      for (let still = 0, before = 0; still < 10; before = place.scrollHeight) {
+        await new Promise(requestAnimationFrame);
+        still = place.scrollHeight > 0 && place.scrollHeight === before ? still + 1 : 0;
+      }
+      place.style.visibility = "";
+    }
     box.dataset.drawn = root.dataset.theme;
   }
 
