@@ -1,4 +1,8 @@
-"""How soon the playground has redrawn after a change: from the input to the painted frame, the CPU slowed 4 times."""
+"""How soon the playground has redrawn after a change: from the input to the painted frame, the CPU slowed 4 times.
+
+*In sight* is the frame that shows the change in every panel in the window, of 1280 × 900; what is out of sight is
+redrawn after it, and *all* is when that is painted too.
+"""
 
 import sys
 from pathlib import Path
@@ -13,22 +17,20 @@ HTML = ROOT / "book" / "_build" / "html"
 PAGE = "notebooks/13_play.html"
 SLOWDOWN, TIMES, TARGET = 4, 40, 50  # the target, in milliseconds, is that of a slow laptop core
 # From the moment the browser notes the input to the first task after the next frame is laid out and painted: the wait
-# for that frame, up to 17 ms at 60 frames a second, is part of it. `script` is what of it the widget's own code takes.
+# for that frame, up to 17 ms at 60 frames a second, is part of it.
 WATCH = """() => {
-  globalThis.frames = []; globalThis.script = [];
-  const widget = document.querySelector(".dtp-stage").playground, redraw = widget.redraw.bind(widget);
-  widget.redraw = (...said) => {
-    const start = performance.now();
-    redraw(...said);
-    script.push(performance.now() - start);
-  };
+  globalThis.frames = []; globalThis.whole = [];
+  const widget = document.querySelector(".dtp-stage").playground;
+  const painted = (say) => requestAnimationFrame(() => {
+    const after = new MessageChannel();
+    after.port1.onmessage = say;
+    after.port2.postMessage(0);
+  });
   const watch = (event) => {
     if (!event.target.closest?.(".dtp")) return;
-    requestAnimationFrame(() => {
-      const after = new MessageChannel();
-      after.port1.onmessage = () => frames.push(performance.now() - event.timeStamp);
-      after.port2.postMessage(0);
-    });
+    const passed = () => performance.now() - event.timeStamp;
+    const rest = () => painted(() => (widget.behind.size ? rest() : whole.push(passed())));
+    painted(() => { frames.push(passed()); rest(); });
   };
   for (const kind of ["keydown", "mouseup", "change"]) document.addEventListener(kind, watch, true);
 }"""
@@ -90,24 +92,26 @@ def prepare(page, edited):
 
 
 def measured(page, change):
-    """Milliseconds to the frame, and of them in the widget's own code, of each of `TIMES` changes."""
-    frames, script = [], []
+    """Milliseconds until what is in sight is painted, and until all is, of each of `TIMES` changes."""
+    sight, everything = [], []
     for k in range(TIMES):
-        page.evaluate("frames.length = script.length = 0")
+        page.evaluate("frames.length = whole.length = 0")
         change(page, k)
-        page.wait_for_function("frames.length > 0")
-        frames.append(page.evaluate("frames[0]"))
-        script.append(page.evaluate("script.reduce((a, b) => a + b, 0)"))
+        page.wait_for_function("whole.length > 0")
+        sight.append(page.evaluate("frames[0]"))
+        everything.append(page.evaluate("whole[0]"))
         page.wait_for_timeout(20)
-    return np.array(frames), np.array(script)
+    return np.array(sight), np.array(everything)
 
 
 def main():
     program = find_chromium()
     if program is None or not (HTML / PAGE).exists():
         sys.exit(HOW_TO_INSTALL if program is None else "there is no built book: `make book` builds it")
-    print(f"{'milliseconds from the input':38} {'intact':>14} {'script':>7} {'intervened':>14} {'script':>7}")
-    print(f"{'':38} {'median, 95 %':>14} {'median':>7} {'median, 95 %':>14} {'median':>7}")
+    print(
+        f"{'milliseconds from the input':38} {'intact, in sight':>16} {'all':>7} {'intervened':>16} {'all':>7}"
+    )
+    print(f"{'':38} {'median, 95 %':>16} {'median':>7} {'median, 95 %':>16} {'median':>7}")
     within = total = 0
     with launched(program) as browser, served(HTML) as address:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -120,12 +124,12 @@ def main():
             columns = []
             for edited in (False, True):
                 prepare(page, edited)
-                frames, script = measured(page, change)
+                frames, everything = measured(page, change)
                 columns.append(f"{np.median(frames):.0f}, {np.quantile(frames, 0.95):.0f}")
                 within, total = within + (frames <= TARGET).sum(), total + TIMES
-                columns.append(f"{np.median(script):.0f}")
-            print("{:38} {:>14} {:>7} {:>14} {:>7}".format(name, *columns), flush=True)
-    print(f"{within / total:.1%} of all changes were painted within {TARGET} ms")
+                columns.append(f"{np.median(everything):.0f}")
+            print("{:38} {:>16} {:>7} {:>16} {:>7}".format(name, *columns), flush=True)
+    print(f"{within / total:.1%} of all changes were painted in sight within {TARGET} ms")
 
 
 if __name__ == "__main__":

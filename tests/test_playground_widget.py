@@ -79,6 +79,11 @@ def logits_of(page):
     return page.evaluate("document.querySelector('.dtp-stage').playground.result.logits")
 
 
+def settle(page):
+    """Wait until what is out of sight is redrawn as well."""
+    page.wait_for_function("document.querySelector('.dtp-stage').playground.behind.size === 0")
+
+
 def inputs(state=STATE, rtg=0.9, timestep=10):
     return torch.from_numpy(observe(state))[:, None], torch.tensor([[rtg]]), torch.tensor([[timestep]])
 
@@ -141,6 +146,7 @@ def test_each_intervention_is_pytorchs(page, models):
         with ablate(model, component):
             close(logits_of(page), logits(model))
         page.get_by_label(component, exact=True).select_option("")
+    settle(page)
     name = page.locator(".dtp-neurons .dtp-link").first.inner_text()
     page.get_by_label(f"ablate {name}").check()
     with ablate(model, name):
@@ -186,6 +192,28 @@ def test_rtg_timestep_and_preference_change_at_once(page, models):
     last = page.locator(".dtp-sum .dtp-number").first.inner_text()
     left, right, _ = logits(models["seed 0"], *inputs(rtg=-1.0, timestep=285))
     assert last == f"{right - left:.2f}".replace("-", "−")
+
+
+def test_what_is_in_sight_is_redrawn_first_and_the_rest_follows(page, models):
+    page.set_viewport_size({"width": 1280, "height": 700})
+    page.wait_for_function("document.querySelector('.dtp-stage').playground.away.size > 0")
+    label = page.locator(".dtp-scan svg").get_attribute("aria-label")
+    at_once = page.evaluate(
+        """() => {
+          document.querySelector(".dtp-stage").playground.handlers().t(285);
+          return [".dtp-scan svg", ".dtp-probabilities tr:nth-child(3) .dtp-number"].map((name) => {
+            const shown = document.querySelector(name);
+            return shown.getAttribute("aria-label") ?? shown.textContent;
+          });
+        }"""
+    )
+    asked = [torch.tensor(logits(models["seed 0"], *inputs(rtg=r, timestep=285))) for r in (-1.0, 0.0, 0.9)]
+    forward = [100 * each.softmax(0)[2].item() for each in asked]
+    assert at_once[0] == label
+    assert float(at_once[1].removesuffix(" %")) == pytest.approx(forward[2], abs=0.51)
+    settle(page)
+    found = re.findall(r"([\d.]+) % at", page.locator(".dtp-scan svg").get_attribute("aria-label"))
+    assert [float(number) for number in found] == pytest.approx(forward, abs=0.51)
 
 
 def test_clicking_edits_the_room(page):
@@ -277,6 +305,7 @@ def test_it_is_readable_named_and_still(browser, address, tmp_path, theme, width
         page.get_by_label("L0H1", exact=True).select_option("zero")
         below = page.evaluate("document.querySelector('#below').offsetTop")
         page.get_by_label("Steer along").select_option("F-R")
+        settle(page)
         assert page.evaluate("document.querySelector('#below').offsetTop") == below
         assert page.evaluate(CONTRAST) == []
         assert page.evaluate(UNNAMED) == []
@@ -320,6 +349,53 @@ def test_without_javascript_there_is_a_picture_and_a_sentence(browser, address):
         assert opened.page.locator("noscript img, .dtp-stage img").first.is_visible()
         assert "needs JavaScript" in opened.page.locator(".dtp-stage").inner_text()
         assert not opened.page.locator(".dtp-loading").is_visible()
+
+
+COLAB = """<!doctype html><html lang="en"><title>c</title><link rel="icon" href="data:,">
+<iframe sandbox="allow-scripts allow-same-origin allow-forms allow-popups" src="{outputs}colab_frame.html" width="900"
+height="2400"></iframe>"""
+COLAB_FRAME = """<!doctype html><html lang="en" theme="dark"><title>f</title><link rel="icon" href="data:,">
+<body><div id="output-area"></div><script type="module">
+const area = document.querySelector("#output-area");
+area.innerHTML = await (await fetch("colab_output.html")).text(); // which runs no script: each is put in again
+for (const old of area.querySelectorAll("script")) {
+  const script = document.createElement("script");
+  for (const { name, value } of old.attributes) script.setAttribute(name, value);
+  script.textContent = old.textContent;
+  old.replaceWith(script);
+}
+</script>"""
+
+
+def test_it_plays_in_a_frame_as_colabs(browser, pages, address, models):
+    """Colab shows an output in a sandboxed frame of another origin, whose page puts it in with its scripts."""
+    (pages / "colab_output.html").write_text(
+        playground.show({"mine": models["another"]}, scene=SCENE)._repr_html_()
+    )
+    (pages / "colab_frame.html").write_text(COLAB_FRAME)
+    with served(pages) as outputs:  # another port: another origin
+        (pages / "colab.html").write_text(COLAB.format(outputs=outputs))
+        context = browser.new_context(viewport={"width": 1000, "height": 800})
+        page, errors = context.new_page(), []
+        page.on("pageerror", lambda error: errors.append(error))
+        page.goto(address + "colab.html")
+        frame = page.frames[1]
+        frame.wait_for_selector(".dtp-room svg")
+        close(logits_of(frame), logits(models["another"]))
+        assert (
+            frame.evaluate("getComputedStyle(document.querySelector('.dtp')).color") == "rgb(206, 214, 221)"
+        )
+        frame.get_by_label("L0H1", exact=True).select_option("zero")
+        with ablate(models["another"], "L0H1"):
+            close(logits_of(frame), logits(models["another"]))
+        frame.locator(".dtp-room").focus()
+        page.keyboard.press("ArrowRight")
+        assert message(frame).startswith("You turned right. Step 11.")
+        frame.get_by_role("button", name="Copy link").click()
+        frame.wait_for_function("document.querySelector('.dtp-stage').playground.copied")
+        assert re.match("(This scene is copied as text|Copying is not allowed here)", message(frame))
+        assert errors == []
+        context.close()
 
 
 def test_it_opens_from_a_file(browser, pages):

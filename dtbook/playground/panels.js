@@ -1,7 +1,8 @@
 // What one watches: each panel is { element, update(frame) }. A frame holds the scene's run before any intervention, and
-// after it (null without one): { scene, task, model, input, before, after, weights, scans, maps }.
+// after it (null without one): { scene, task, model, input, edits, before, after, weights, … }; what else a panel shows it
+// computes itself.
 
-import { ACTIONS, CHANNELS, allParts, dot, neuronContributions, stateInput, weightMap } from "./engine.js";
+import { ACTIONS, CHANNELS, INTACT, allParts, dot, neuronContributions, scan, stateInput, weightMap } from "./engine.js";
 import { COMPASS, xy } from "./game.js";
 import { h, mapPicture, percent, scanPicture, setAttribute, setText, signed, thingsInView, viewPicture } from "./draw.js";
 
@@ -99,14 +100,15 @@ export function contributionPanel(cfg, control) {
   };
 }
 
-export const RTGS = Array.from({ length: 21 }, (_, k) => Number((-1 + k / 10).toFixed(1)));
+const RTGS = Array.from({ length: 21 }, (_, k) => Number((-1 + k / 10).toFixed(1)));
 
 export function scanPanel() {
   const picture = scanPicture();
   const key = h("p", { class: "dtp-legend" }, ACTIONS.map((name, k) => h("span", {}, h("span", { class: `dtp-key action-${k}` }), name)), h("span", { class: "dtp-dashed" }, "dashed: after"));
   return {
     element: panel("rtgscan", "If it were asked for another return", h("div", { class: "dtp-scan" }, picture.element), key),
-    update({ scene, scans }) {
+    update({ scene, model, input, edits, after }) {
+      const scans = { before: scan(model, input, INTACT, RTGS), after: after && scan(model, input, edits, RTGS) };
       const at = (probs, rtg) => percent(probs[RTGS.indexOf(rtg)][2]);
       const words = (probs) => `P(forward) is ${at(probs, -1)} at RTG −1, ${at(probs, 0)} at 0, ${at(probs, 0.9)} at 0.9`;
       const label = `Probabilities of the actions over RTG. ${words(scans.before)}${scans.after ? `; after the intervention, ${words(scans.after)}` : ""}.`;

@@ -1,10 +1,10 @@
 // The widget: what is played, what is changed, and one redraw of everything that follows from it.
 
-import { INTACT, PlaygroundError, contrast, direction, loadModel, run, scan } from "./engine.js";
+import { INTACT, PlaygroundError, contrast, direction, loadModel, run } from "./engine.js";
 import { COMPASS, EMPTY, at, contentAt, front, generator, most, observe, reset, roomAt, step, xy } from "./game.js";
 import { checkScene, decodeScene, describeScene, encodeScene } from "./scene.js";
 import { h, nameOf } from "./draw.js";
-import { RTGS, attentionPanel, contributionPanel, describeChoice, describePlace, mapPanel, neuronPanel, panel, probabilityPanel, scanPanel, viewPanel } from "./panels.js";
+import { attentionPanel, contributionPanel, describeChoice, describePlace, mapPanel, neuronPanel, panel, probabilityPanel, scanPanel, viewPanel } from "./panels.js";
 import { board, button, interventionPanel, mapChoice, playControls, preferenceSelect, presetButtons, select } from "./controls.js";
 
 const DONE = ["turned left", "turned right", "went forward"];
@@ -89,6 +89,7 @@ class Widget {
     const parts = [this.board, this.controls, viewPanel(), probabilityPanel(), attentionPanel(cfg), contributionPanel(cfg, preference.element), preference,
       interventionPanel(cfg, this.task, on), scanPanel(), neuronPanel(NEURONS, on.neuron, (name) => { this.choice.neuron(name); this.intervene.neuron(name); this.redraw(`${name} is shown in the map and under Intervene.`); }), mapPanel(cfg, this.choice)];
     this.parts = parts;
+    this.watch();
     this.intervene = parts[7];
     const [room, controls, seen, probabilities, attention, contributions, , interventions, scans, neurons, maps] = parts.map((part) => part.element);
     const help = h("p", { class: "dtp-note dtp-help" }, "Keys on the board: arrows play, m model step, r run, u undo, e edit.");
@@ -104,19 +105,42 @@ class Widget {
       maps);
   }
 
+  // Which parts are out of sight, and which of them are behind the scene.
+  watch() {
+    const away = this.away = new Set(), parts = new Map(this.parts.map((part) => [part.element, part]));
+    this.behind = new Set();
+    this.watcher?.disconnect();
+    this.watcher = new IntersectionObserver((seen) => seen.forEach(({ target, isIntersecting }) => away[isIntersecting ? "delete" : "add"](parts.get(target))));
+    for (const element of parts.keys()) this.watcher.observe(element);
+  }
+
+  // What is in sight is drawn at once; the rest, its own computations included, as soon as a browser has painted that.
+  draw(frame) {
+    this.frame = frame;
+    const waits = this.behind.size > 0;
+    for (const part of this.parts) {
+      this.behind[this.away.has(part) ? "add" : "delete"](part);
+      if (!this.away.has(part)) part.update(frame);
+    }
+    if (waits || !this.behind.size) return;
+    requestAnimationFrame(() => setTimeout(() => {
+      for (const part of this.behind) part.update(this.frame);
+      this.behind.clear();
+    }));
+  }
+
   // Everything that follows from the scene, drawn; `say` goes to the status line.
   redraw(say, lead = "") {
     const { scene, ui, task } = this, model = this.loaded.get(scene.model);
     const input = { view: observe(task, scene.state), rtg: scene.rtg, t: Math.min(scene.state.t, model.cfg.max_steps) };
     const before = run(model, input), edits = this.edits(model);
     const after = edits === INTACT ? null : run(model, input, edits), last = after ?? before;
-    const scans = { before: scan(model, input, INTACT, RTGS), after: after && scan(model, input, edits, RTGS) };
     this.result = last;
     this.root.classList.toggle("dtp-edited", Boolean(after));
     const place = `${describePlace(task, scene.state, input.view)} ${describeChoice(last.probs)}`;
-    const frame = { scene, task, model, input, before, after, scans, weights: contrast(scene.preference), place,
+    const frame = { scene, task, model, input, edits, before, after, weights: contrast(scene.preference), place,
       cursor: ui.editing ? ui.cursor : null, editing: ui.editing, over: ui.over, running: Boolean(ui.running), canUndo: ui.history.length > 0, steering: ui.steering };
-    for (const part of this.parts) part.update(frame);
+    this.draw(frame);
     this.modelSelect.input.value = scene.model;
     if (say !== undefined) this.message.textContent = say || `${lead}Step ${scene.state.t}. ${place}`;
   }
