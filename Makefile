@@ -26,8 +26,10 @@ lint: venv  ## Check style and types
 	"$(BIN)/ruff" check .
 	"$(BIN)/mypy"
 
-reproduce: venv  ## Make every artifact of data/ again from nothing, and compare
+reproduce: venv  ## Make every artifact of data/ again from nothing, execute every notebook twice, and compare
 	"$(BIN)/dtbook" reproduce
+	"$(BIN)/dtbook" run
+	"$(BIN)/dtbook" run --again
 
 bench: venv  ## Measure speed, with EnvPool beside it where that runs (Linux), for the chapter Speed
 	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable ".[bench]"

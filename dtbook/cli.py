@@ -48,12 +48,18 @@ def main() -> None:
 @main.command()
 @click.argument("names", nargs=-1, metavar="[NN]...")
 @click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Set a parameter; repeatable.")
-def run(names: tuple[str, ...], assignments: tuple[str, ...]) -> None:
+@click.option("--again", is_flag=True, help="Execute once more, and compare with the book's copies.")
+def run(names: tuple[str, ...], assignments: tuple[str, ...], again: bool) -> None:
     """Execute notebooks in order: those numbered NN, or all of them.
 
-    A copy that is up to date is not made again. With -p the copies go to runs/ and never reach the book.
+    A copy that is up to date is not made again. With -p the copies go to runs/ and never reach the book. With --again
+    they go to runs/again/, and have to be those of the book byte for byte.
     """
+    if again and assignments:
+        raise click.UsageError("--again compares with the book's copies, which know no -p")
     paths = find_notebooks(CHECKOUT / "notebooks", names)
+    if again:
+        return _run_again(paths)
     folder = CHECKOUT / "runs" if assignments else CHECKOUT / "book" / "_executed"
     given = dict(_assignment(text) for text in assignments)
     parameters = {path: check_parameters(path, given) for path in paths}
@@ -78,6 +84,27 @@ def _run(path: Path, target: Path, parameters: dict[str, object], line: str) -> 
         start = time.perf_counter()
         run_notebook(path, target, parameters, inputs, progress=line if sys.stderr.isatty() else "")
     return f"done in {time.perf_counter() - start:.1f} s"
+
+
+def _run_again(paths: list[Path]) -> None:
+    store, copies, different = ArtifactStore(), CHECKOUT / "book" / "_executed", []
+    inputs = {path: inputs_digest(path, {}, store) for path in paths}
+    if stale := [path.stem for path in paths if not is_current(copies / path.name, inputs[path])]:
+        raise click.ClickException(
+            f"the book's copies of {', '.join(stale)} are not current: first `dtbook run`"
+        )
+    for position, path in enumerate(paths, start=1):
+        line, target = f"[{position}/{len(paths)}] {path.stem}", CHECKOUT / "runs" / "again" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run_notebook(path, target, {}, inputs[path], progress=line if sys.stderr.isatty() else "")
+        same = target.read_bytes() == (copies / path.name).read_bytes()
+        click.echo(f"{line}: {'identical' if same else 'differs'}")
+        if not same:
+            different.append(path.stem)
+    if different:
+        raise click.ClickException(
+            f"run again, {', '.join(different)} came out otherwise: see {target.parent}"
+        )
 
 
 def _assignment(text: str) -> tuple[str, str]:

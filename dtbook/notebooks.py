@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,26 @@ def notebook_digest(notebook: Mapping[str, Any]) -> str:
 def inputs_digest(path: Path, parameters: Mapping[str, object], store: ArtifactStore) -> str:
     """Return the sha256 of all that a notebook's outputs follow from.
 
-    Those are its cells, its parameters, the rooms of dtbook and libraries that it imports, and the manifest.
+    Those are its cells, its parameters, the rooms of dtbook and libraries that it imports, the manifest, and the
+    post's checkpoint where the notebook asks for it and it can be had.
     """
     notebook = nbformat.read(path, as_version=4)
     manifest = describe(store.manifest) if store.manifest.exists() else None
     made_from = [notebook_digest(notebook), parameters, code_behind(_imports(notebook)), manifest]
-    return digest(made_from + list(filter(None, [_packages_behind(_imports(notebook))])))
+    asked = any("from_post_checkpoint" in cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return digest(
+        made_from + list(filter(None, [_packages_behind(_imports(notebook)), asked and _post_sha256()]))
+    )
+
+
+@cache
+def _post_sha256() -> str | None:
+    """Return the sha256 of the post's checkpoint, fetched if need be; None where a notebook has to do without it."""
+    from dtbook.checkpoints import fetch_post_checkpoint  # imports torch
+
+    with suppress(OSError, ValueError):
+        return str(describe(fetch_post_checkpoint())["sha256"])
+    return None
 
 
 def imported_rooms(path: Path) -> list[str]:

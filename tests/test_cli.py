@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
-from dtbook import cli, provenance
+from dtbook import cli, notebooks, provenance
 from dtbook.artifacts import ArtifactStore
 from dtbook.notebooks import KERNEL_ENVIRONMENT, Parameter, inputs_digest, notebook_digest
 
@@ -104,6 +104,21 @@ def test_two_runs_write_the_same_bytes(checkout):
     assert copies[0] == copies[1]
 
 
+def test_what_is_run_again_is_compared_with_the_books_copies(checkout):
+    write_notebook(checkout / "notebooks/02_time.ipynb", "import time; time.time_ns()")
+    early = dtbook("run", "--again")
+    assert early.exit_code == 1
+    assert "the book's copies of 01_task, 02_time are not current: first `dtbook run`" in early.output
+    dtbook("run")
+    before = (checkout / "book/_executed/02_time.ipynb").read_bytes()
+    result = dtbook("run", "--again")
+    assert result.output.splitlines()[:2] == ["[1/2] 01_task: identical", "[2/2] 02_time: differs"]
+    assert result.exit_code == 1
+    assert "run again, 02_time came out otherwise" in result.output
+    assert (checkout / "book/_executed/02_time.ipynb").read_bytes() == before
+    assert dtbook("run", "--again", "-p", "episodes=2").exit_code == 2
+
+
 def test_the_kernel_is_this_python_with_one_thread_and_no_progress_bars(checkout, tmp_path, monkeypatch):
     spec = tmp_path / "jupyter/kernels/python3/kernel.json"
     spec.parent.mkdir(parents=True)
@@ -153,6 +168,19 @@ def test_inputs_are_cells_parameters_code_and_artifacts(tmp_path, monkeypatch):
         write_artifact,
     ]
     assert len({before, *map(digests_after, changes)}) == 4
+
+
+def test_the_posts_weights_are_an_input_of_the_notebooks_that_ask_for_them(checkout, tmp_path, monkeypatch):
+    """A copy made without them says so on its pages: it is made again once they are there."""
+    weights = tmp_path / "post.pt"
+    write_notebook(checkout / "notebooks/02_post.ipynb", "'DecisionTransformer.from_post_checkpoint'")
+    monkeypatch.setenv("DTBOOK_POST_MODEL", str(weights))
+    for lines in (["done", "done"], ["up t", "up t"], ["up t", "done"]):
+        notebooks._post_sha256.cache_clear()  # as a new process
+        assert [line.partition(": ")[2][:4] for line in dtbook("run").output.splitlines()[:2]] == lines
+        if lines[0] == "up t":
+            weights.write_bytes(b"weights")
+    notebooks._post_sha256.cache_clear()
 
 
 def test_a_digest_ignores_what_running_a_notebook_leaves():
