@@ -57,8 +57,14 @@ def slide(label):
 
 
 def choose(label, *values):
-    """These values of a select in turn."""
-    return lambda page, k: page.get_by_label(label, exact=True).select_option(values[k % len(values)])
+    """These values of a select in turn, in sight with what they change."""
+
+    def act(page, k):
+        select = page.get_by_label(label, exact=True)
+        select.evaluate("element => element.scrollIntoView({ block: 'center' })")
+        select.select_option(values[k % len(values)])
+
+    return act
 
 
 def edit(page, k):
