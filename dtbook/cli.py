@@ -230,7 +230,8 @@ def reproduce(seeds: str, workers: int, folder: Path, publish: bool) -> None:
     """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration, claims.
 
     Seed 0 is the reference: with it come the controls and the post's weights. An interrupted call goes on where it
-    stopped. Bytes are the same on the same machine with the same libraries.
+    stopped. Bytes are the same on the same machine with the same libraries; on another, sums are rounded otherwise, and
+    what is equal up to that is called "rounding".
     """
     from dtbook import (  # import torch and TransformerLens: other commands do without
         long_context,
@@ -296,15 +297,16 @@ def _say_stage(seed: int, stage: str, seconds: float) -> None:
 
 
 def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool) -> None:
-    from dtbook import pipeline
+    from dtbook.comparison import compare
 
-    verdicts = pipeline.compare(made, shipped, names)
+    verdicts = compare(made, shipped, names)
     for name, verdict in verdicts.items():
         click.echo(f"{verdict:12} {name}")
         if publish:
             shipped.take(name, made)
-    if not publish and "differs" in verdicts.values():
-        raise click.ClickException(f"what was made in {made.root} is not what data/ ships")
+    different = [name for name, verdict in verdicts.items() if verdict == "differs"]
+    if different and not publish:
+        raise click.ClickException(f"{', '.join(different)} in {made.root} is not what data/ ships")
 
 
 @main.command()

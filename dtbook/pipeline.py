@@ -122,18 +122,6 @@ def shipped_names(seed: int = 0) -> list[str]:
     return [name_of(0, file) for file in (*SHIPPED, *REFERENCE_ONLY)] + [POST_CALIBRATION, *CONTROLS]
 
 
-def compare(made: ArtifactStore, shipped: ArtifactStore, names: Sequence[str]) -> dict[str, str]:
-    """For each name: "identical", "differs" or "not shipped", by the sha256 in the two manifests."""
-    ours, theirs = made.entries(), shipped.entries()
-    verdicts = {}
-    for name in names:
-        if name not in theirs:
-            verdicts[name] = "not shipped"
-        else:
-            verdicts[name] = "identical" if ours[name]["sha256"] == theirs[name]["sha256"] else "differs"
-    return verdicts
-
-
 Writer = Callable[[Path], Any]
 
 
