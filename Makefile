@@ -26,10 +26,10 @@ lint: venv  ## Check style and types
 	"$(BIN)/ruff" check .
 	"$(BIN)/mypy"
 
-reproduce: venv  ## Make every artifact of data/ again from nothing, execute every notebook twice, and compare
-	"$(BIN)/dtbook" reproduce
+reproduce: venv  ## Execute every notebook twice, make every artifact of data/ again from nothing, and compare
 	"$(BIN)/dtbook" run
 	"$(BIN)/dtbook" run --again
+	"$(BIN)/dtbook" reproduce
 
 bench: venv  ## Measure speed, with EnvPool beside it where that runs (Linux), for the chapter Speed
 	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
