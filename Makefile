@@ -29,7 +29,7 @@ lint: venv  ## Check style and types
 reproduce: venv  ## Execute every notebook twice, make every artifact of data/ again from nothing, and compare
 	"$(BIN)/dtbook" run
 	"$(BIN)/dtbook" run --again
-	"$(BIN)/dtbook" reproduce
+	"$(BIN)/dtbook" reproduce --everything
 
 bench: venv  ## Measure speed, with EnvPool beside it where that runs (Linux), for the chapter Speed
 	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable ".[bench]"

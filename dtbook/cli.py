@@ -6,10 +6,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -137,6 +135,15 @@ def build(pdf: bool) -> None:
     book = CHECKOUT / "book"
     if not book.is_dir():
         raise NotebookError(f"{CHECKOUT} has no book/: `dtbook build` needs a checkout of the repository")
+    lock = book / "_executed" / ".build.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with FileLock(lock):  # of two builds at once the second waits
+        code = _build(book, pdf)
+    sys.exit(code)
+
+
+def _build(book: Path, pdf: bool) -> int:
+    """Return what jupyter-book returned."""
     printed = book / "_executed" / "decision-transformer-book.pdf"
     printed.unlink(missing_ok=True)
     if pdf:
@@ -156,7 +163,7 @@ def build(pdf: bool) -> None:
         code = subprocess.run(command, cwd=CHECKOUT).returncode
         if not (draft / "html" / "searchindex.js").exists():  # what Sphinx writes last
             raise _Unfinished
-    sys.exit(code)
+    return code
 
 
 class _Unfinished(Exception):
@@ -226,44 +233,29 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
     "--folder", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "reproduce", show_default=True
 )
 @click.option("--publish", is_flag=True, help="Put what was made into data/, for the next commit.")
-def reproduce(seeds: str, workers: int, folder: Path, publish: bool) -> None:
+@click.option(
+    "--everything",
+    is_flag=True,
+    help="Also what chapters 9, 11, 12 and 15 start from.",
+)
+def reproduce(seeds: str, workers: int, folder: Path, publish: bool, everything: bool) -> None:
     """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration, claims.
 
     Seed 0 is the reference: with it come the controls and the post's weights. An interrupted call goes on where it
     stopped. Bytes are the same on the same machine with the same libraries; on another, sums are rounded otherwise, and
     what is equal up to that is called "rounding".
     """
-    from dtbook import (  # import torch and TransformerLens: other commands do without
-        long_context,
-        measures,
-        pipeline,
-        replicas,
-    )
+    from dtbook import measures, replicas, reproduction  # import torch and TransformerLens
 
     try:
         chosen = replicas.parse_seeds(seeds)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--seeds") from error
     made, shipped = ArtifactStore(folder.absolute()), ArtifactStore()
-    if failed := replicas.replicate_all(made, chosen, workers, _say_stage):
-        raise click.ClickException(
-            f"seeds {', '.join(map(str, failed))} failed; the same command goes on where they stopped"
-        )
-    names = [name for seed in chosen for name in pipeline.shipped_names(seed)]
-    if 0 in chosen:
-        controls = range(len(pipeline.CONTROLS))
-        jobs: list[Callable[[], object]] = [
-            partial(pipeline.train_control, made, control, progress=False) for control in controls
-        ]
-        jobs += [partial(long_context.make, made, progress=False), partial(pipeline.calibrate_post, made)]
-        replicas.in_processes(jobs, workers, "controls, long context, the post's weights")
-        names.append(long_context.NAME)
-    if len(chosen) > 1:
-        names.append(replicas.TABLE)
-        click.echo(replicas.write_summary(made, chosen).round(3).to_string(index=False))
-    if measures.EXPERIMENT_CLAIMS in shipped.entries():  # the sweeps behind it are run by `dtbook sweep`
-        made.take(measures.EXPERIMENT_CLAIMS, shipped)
-    names += measures.measure_all(made, chosen, workers)
+    made.root.mkdir(parents=True, exist_ok=True)
+    # of two at once the second waits, and finds what the first made
+    with FileLock(made.root / ".reproduce.lock"):
+        names = reproduction.reproduce(made, shipped, chosen, workers, everything, click.echo)
     card = shipped.entries().get(measures.SCORECARD[0], {"parameters": {"seeds": chosen}})
     if not publish and card["parameters"]["seeds"] != chosen:
         click.echo("The scorecard of data/ is over other seeds: it is not compared")
@@ -288,12 +280,6 @@ def causes(seeds: str, workers: int) -> None:
     store = ArtifactStore()
     for name in causal_tables.make_all(store, chosen, workers):
         click.echo(store.root / name)
-
-
-def _say_stage(seed: int, stage: str, seconds: float) -> None:
-    click.echo(
-        f"seed {seed}: {stage} done in {seconds:.0f} s" if seconds > 1 else f"seed {seed}: {stage} is there"
-    )
 
 
 def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool) -> None:

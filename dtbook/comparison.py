@@ -14,12 +14,12 @@ ROUNDING = 1e-5
 
 
 def compare(made: ArtifactStore, shipped: ArtifactStore, names: Sequence[str]) -> dict[str, str]:
-    """For each name: "identical", by the sha256 in the two manifests, "rounding", "differs" or "not shipped"."""
+    """For each name: "identical" (by the manifests' sha256), "rounding", "differs", "not made" or "not shipped"."""
     ours, theirs = made.entries(), shipped.entries()
     verdicts = {}
     for name in names:
-        if name not in theirs:
-            verdicts[name] = "not shipped"
+        if name not in theirs or name not in ours:
+            verdicts[name] = "not made" if name in theirs else "not shipped"
         elif ours[name]["sha256"] == theirs[name]["sha256"]:
             verdicts[name] = "identical"
         else:

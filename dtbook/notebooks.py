@@ -226,7 +226,8 @@ def run_notebook(
             )
         except (papermill.PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
             draft.replace(failed)
-            raise NotebookError(f"{path.stem} failed{_where(error)}; {failed} is the run so far") from error
+            where = _where(error, nbformat.read(failed, as_version=4))
+            raise NotebookError(f"{path.stem} failed{where}; {failed} is the run so far") from error
         _forget_the_run(executed)
         made_from = {"digest": source_digest, "inputs": inputs, "parameters": dict(parameters)}
         executed.metadata["dtbook"] = made_from
@@ -234,11 +235,16 @@ def run_notebook(
     seconds.write_text(f"{time.perf_counter() - start:.1f}\n")
 
 
-def _where(error: Exception) -> str:
+def _where(error: Exception, run: nbformat.NotebookNode) -> str:
     if isinstance(error, papermill.PapermillExecutionError):
         cause = f"{error.ename}: {error.evalue}".splitlines()[0]
         return f" in cell [{error.exec_count}], `{error.source.splitlines()[0]}`: {cause}"
-    return f": {str(error).strip().splitlines()[0]}"
+    code = [cell for cell in run.cells if cell.cell_type == "code" and cell.source]
+    begun = [
+        cell for cell in code if cell.metadata.get("papermill", {}).get("status", "pending") != "pending"
+    ]
+    cell = f" in cell [{len(begun)}], `{begun[-1].source.splitlines()[0]}`" if begun else ""
+    return f"{cell}: {str(error).strip().splitlines()[0]}"
 
 
 def _forget_the_run(executed: nbformat.NotebookNode) -> None:

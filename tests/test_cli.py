@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from dtbook import cli, notebooks, provenance
 from dtbook.artifacts import ArtifactStore
-from dtbook.notebooks import KERNEL_ENVIRONMENT, Parameter, inputs_digest, notebook_digest
+from dtbook.notebooks import KERNEL_ENVIRONMENT, Parameter, inputs_digest, notebook_digest, run_notebook
 
 PARAMETERS = """episodes = 3  # episodes, at least 1
 temperature = 1.0  # of the softmax
@@ -81,6 +81,16 @@ def test_notebooks_run_in_order_with_a_line_each_and_then_are_up_to_date(checkou
         "done",
         "up t",
     ]
+
+
+def test_a_bar_counts_the_cells(checkout, capfd):
+    notebook = checkout / "notebooks/01_task.ipynb"
+    write_notebook(notebook, "1", "2", "3")
+    run_notebook(notebook, checkout / "copy.ipynb", {}, "inputs", progress="[1/1] 01_task")
+    shown = capfd.readouterr().err
+    assert "[1/1] 01_task" in shown
+    assert "0/3" in shown
+    assert "1/3" in shown
 
 
 def test_an_executed_copy_is_the_source_with_its_outputs_and_the_digest(checkout):
@@ -321,9 +331,9 @@ def test_an_unknown_notebook_is_answered_with_the_known_ones(checkout):
     [
         (
             "x = -1\nraise ValueError(f'episodes must be positive, not {x}')",
-            "ValueError: episodes must be positive, not -1",
+            " in cell [2], `x = -1`: ValueError: episodes must be positive, not -1",
         ),
-        ("import os; os._exit(1)", "Kernel died"),
+        ("import os; os._exit(1)", " in cell [2], `import os; os._exit(1)`: Kernel died"),
     ],
 )
 def test_a_failure_names_the_cell_keeps_the_run_and_stops(checkout, cell, sentence):
@@ -333,8 +343,7 @@ def test_a_failure_names_the_cell_keeps_the_run_and_stops(checkout, cell, senten
     result = dtbook("run")
     assert result.exit_code == 1
     error = result.output.splitlines()[-1]
-    assert error.startswith("Error: 01_task failed")
-    assert sentence in error
+    assert error.startswith(f"Error: 01_task failed{sentence}")
     assert "[2/2]" not in result.output
     assert printed(executed(checkout, "01_task.failed"))[0] == "so far\n"
     assert not (checkout / "book/_executed/01_task.ipynb").exists(), (

@@ -26,8 +26,10 @@ def test_artifacts_are_identical_rounded_different_or_not_shipped(tmp_path):
         stored(made, f"{name}.parquet", TABLE)
         stored(shipped, f"{name}.parquet", other)
     stored(made, "new.parquet", TABLE)
-    verdicts = compare(made, shipped, [f"{name}.parquet" for name in ("same", "rounded", "other", "new")])
-    assert list(verdicts.values()) == ["identical", "rounding", "differs", "not shipped"]
+    stored(shipped, "old.parquet", TABLE)
+    names = [f"{name}.parquet" for name in ("same", "rounded", "other", "new", "old")]
+    verdicts = ["identical", "rounding", "differs", "not shipped", "not made"]
+    assert compare(made, shipped, names) == dict(zip(names, verdicts, strict=True))
 
 
 @pytest.mark.parametrize(

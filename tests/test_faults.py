@@ -225,6 +225,23 @@ def test_two_runs_at_once_execute_each_notebook_once(checkout, tmp_path):
     assert dtbook("run").output.count("up to date") == 2
 
 
+def test_of_two_builds_at_once_the_second_waits(checkout):
+    (checkout / "book/_toc.yml").write_text("format: jb-book\nroot: book/intro\n")
+    (checkout / "book/_config.yml").write_text(
+        "title: A book\nonly_build_toc_files: true\nexclude_patterns: ['.*']\n"
+    )
+    (checkout / "book/intro.md").write_text("# A book\n")
+    builds = [start(checkout, "build") for _ in range(2)]
+    drafts = 0
+    while any(process.poll() is None for process in builds):
+        drafts = max(drafts, len(list((checkout / "book").glob("._build.*.tmp"))))
+        time.sleep(0.01)
+    assert [process.returncode for process in builds] == [0, 0]
+    assert drafts == 1
+    assert (checkout / "book/_build/html/book/intro.html").exists()
+    assert [path.name for path in (checkout / "book").glob(".*")] == []
+
+
 # Closed doors
 
 

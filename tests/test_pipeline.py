@@ -32,6 +32,19 @@ recipe = pipeline.Recipe(
 )
 pipeline.replicate(ArtifactStore(sys.argv[1]), 3, recipe, progress=False)
 """
+DYING = SMALL.replace(
+    "pipeline.replicate(",
+    """
+import os, signal
+run_stage, dies = pipeline.run_stage, sys.argv[2]
+def dying(store, seed, stage, rooms, parameters, names, make):
+    def half(path):
+        path.write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    run_stage(store, seed, stage, rooms, parameters, names, lambda: [*make()[:-1], half] if stage == dies else make())
+pipeline.run_stage = dying
+pipeline.replicate(""",
+)
 NOT_SHIPPED = ("trained", "checkpoints.safetensors")
 FILES = shipped_names(3) + [name_of(3, file) for file in (*REFERENCE_ONLY, *NOT_SHIPPED)]
 
@@ -84,6 +97,21 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(whole, tmp_path):
     subprocess.run([sys.executable, "-c", SMALL, str(tmp_path)], check=True)
     assert compare(ArtifactStore(tmp_path), whole, FILES) == dict.fromkeys(FILES, "identical")
     assert ArtifactStore(tmp_path).verify() == []
+
+
+def test_killed_while_each_stage_writes_it_keeps_what_is_whole(whole, tmp_path):
+    had = -1
+    for stage in ("ppo", "collection", "training", "heads", "calibration"):
+        command = [sys.executable, "-c", DYING, str(tmp_path), stage]
+        assert subprocess.run(command).returncode == -signal.SIGKILL
+        store = ArtifactStore(tmp_path)
+        entries = set(store.entries())
+        assert store.verify() == []
+        assert len(entries) > had, "what the stages before made is there"
+        assert not entries >= set(FILES)
+        had = len(entries)
+    subprocess.run([sys.executable, "-c", SMALL, str(tmp_path)], check=True)
+    assert compare(ArtifactStore(tmp_path), whole, FILES) == dict.fromkeys(FILES, "identical")
 
 
 def test_a_second_call_makes_nothing_again(whole):
