@@ -1,20 +1,26 @@
 """A notebook away from its repository: as Colab runs it, as plain papermill runs it; the same bytes each time."""
 
+import importlib.metadata
 import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from dtbook.notebooks import run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOTEBOOK = ROOT / "notebooks/04_calibration.ipynb"
 COLAB = (
     "import sys, types\nfor name in ('google', 'google.colab'): sys.modules[name] = types.ModuleType(name)\n"
@@ -25,7 +31,7 @@ def small_parameters(path):
     """What the notebook gives nbmake."""
     cells = nbformat.read(path, as_version=4).cells
     tagged = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    return dict(tagged.metadata["nbmake"]["mock"])
+    return dict(tagged.metadata.get("nbmake", {}).get("mock", {}))
 
 
 def clean_environment(home):
@@ -46,18 +52,43 @@ def elsewhere(tmp_path):
     return folder
 
 
+def distributions(names):
+    """Names of the installed distributions that these need, themselves included; extras aside."""
+    found, queue = set(), [canonicalize_name(name) for name in names]
+    while queue:
+        name = queue.pop()
+        if name in found:
+            continue
+        with suppress(
+            importlib.metadata.PackageNotFoundError
+        ):  # CUDA's, which torch asks for in its other builds
+            lines = importlib.metadata.requires(name) or []
+            wanted = [
+                r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})
+            ]
+            queue += [canonicalize_name(requirement.name) for requirement in wanted]
+            found.add(name)
+    return found
+
+
 @pytest.fixture
 def colab_python(tmp_path):
-    """A clean environment that has the libraries of this one, as Colab has its own, but not the package itself."""
+    """A clean environment that has pip and the libraries that the package asks for, but not the package itself.
+
+    They are linked from this environment. What only the book's build and the tests need is not there.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"
-    site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    # the path of the libraries; what makes an editable package importable is in .pth files, which are not read there
-    Path(site, "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    asked = [Requirement(line).name for line in project["project"]["dependencies"]]
+    builder = [Requirement(line).name for line in project["build-system"]["requires"]]
+    for name in distributions([*asked, *builder, "pip"]):
+        files = importlib.metadata.distribution(name).files or []
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(sysconfig.get_path("purelib"), top))
     return python
 
 
@@ -116,7 +147,8 @@ def test_plain_papermill_runs_a_chapter_from_any_folder(elsewhere):
     assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
 
 
-def test_two_runs_of_a_chapter_write_the_same_bytes_and_touch_nothing_else(tmp_path):
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_two_runs_of_a_chapter_write_the_same_bytes_and_touch_nothing_else(notebook, tmp_path):
     def state():
         folders = [ROOT / name for name in ("data", "notebooks", "book")]
         files = [path for folder in folders for path in folder.rglob("*") if "_build" not in path.parts]
@@ -125,8 +157,8 @@ def test_two_runs_of_a_chapter_write_the_same_bytes_and_touch_nothing_else(tmp_p
     before = state()
     copies = []
     for name in ("one", "two"):
-        run_notebook(NOTEBOOK, tmp_path / name / NOTEBOOK.name, small_parameters(NOTEBOOK), "inputs")
-        copies.append((tmp_path / name / NOTEBOOK.name).read_bytes())
+        run_notebook(notebook, tmp_path / name / notebook.name, small_parameters(notebook), "inputs")
+        copies.append((tmp_path / name / notebook.name).read_bytes())
     assert copies[0] == copies[1]
     assert state() == before
     json.loads(copies[0])

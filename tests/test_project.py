@@ -13,13 +13,14 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from dtbook.notebooks import declared_parameters
-from dtbook.provenance import imported_names
+from dtbook.provenance import imported_names, package_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -71,13 +72,29 @@ def test_everything_installed_for_the_book_is_pinned():
     assert packages - pins().keys() == set()
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_needs_the_package_s_own_dependencies_alone(path):
+    """As on Colab, where its first cell installs the package without extras."""
+    installed = {}
+    for requirement in requirements():
+        needed(canonicalize_name(requirement.name), requirement.extras, installed)
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    names = imported_names("\n".join(TransformerManager().transform_cell(cell) for cell in cells))
+    names = names.union(*map(imported_names, package_sources(names).values()))
+    modules = {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "dtbook"}
+    providers = importlib.metadata.packages_distributions()
+    extra = {m for m in modules if not {canonicalize_name(d) for d in providers.get(m, [m])} & set(installed)}
+    assert extra <= {"minari", "distributed"}, "which are looked for where they are used"
+
+
 def test_the_conda_environment_asks_for_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["channels"] == ["conda-forge"]
-    *conda, pip = environment["dependencies"]
+    python, *conda, pip = environment["dependencies"]
+    version = re.fullmatch(r"python=(3\.\d+)", python)  # as repo2docker reads it
+    assert version[1] in SpecifierSet(PROJECT["requires-python"])
     asked = {requirement.name: requirement.specifier for requirement in map(Requirement, conda)}
     torch = next(requirement for requirement in requirements() if requirement.name == "torch")
-    assert asked.pop("python") == SpecifierSet(PROJECT["requires-python"])
     assert asked.pop("pytorch-cpu") == torch.specifier
     assert asked == {"pip": SpecifierSet(), "jupyterlab": SpecifierSet()}
     assert pip == {"pip": ["-e ."]}, "all else is asked for by pyproject.toml alone"

@@ -152,3 +152,17 @@ def test_measures_of_curves_written_out():
 def test_no_worker_is_refused(tmp_path):
     with pytest.raises(ValueError, match="workers must be at least 1, not 0"):
         replicate_all(ArtifactStore(tmp_path), [0], 0, log_stage)
+
+
+def test_the_shipped_reference_does_what_it_is_asked_for():
+    """Worked out from the table itself, 500 episodes a point; the error bar is closer than that of a replication."""
+    curves = pd.read_parquet(ArtifactStore().path("seed_0/calibration.parquet"))
+    assert (curves["episodes"] == 500).all()
+    greedy, sampled = (curves[curves["acting"] == how].set_index("rtg") for how in ("greedy", "sampled"))
+    assert greedy["mean"][0.9] >= 0.93
+    assert greedy["mean"][-1.0] <= -0.95
+    assert abs(sampled["mean"][0.0]) <= 0.05
+    assert sampled["survived"][0.0] >= 0.85
+    asked = sampled.loc[0.0:0.9, "mean"]
+    assert len(asked) == 10
+    assert (asked - asked.index).abs().mean() <= 0.09
