@@ -43,18 +43,25 @@ class Parameter:
         """Return `value`, or what a text says, if it has the default's type and the meaning's limits.
 
         Limits are words of the meaning: "at least 1", "at most 9", "above 0", "below 1", "from 0 to 1",
-        "one of greedy, sampled" (to the end or a semicolon). Of a list they hold for each item. Raises ValueError.
+        "one of greedy, sampled" (to the end or a semicolon). Of a list they hold for each item; its items are of the type
+        of the default's, and where that has some it is not empty. Raises ValueError.
         """
         kind = type(self.default)
         if isinstance(value, str) and kind is not str:
             value = _literal(value)
         if kind is float and type(value) is int:
             value = float(value)
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if not finite or (self.default is not None and type(value) is not kind):
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and isinstance(self.default, list) and self.default:
+            inside = type(self.default[0])
+            value = items = [float(x) if inside is float and type(x) is int else x for x in value]
+            alike = bool(items) and all(type(item) is inside for item in items)
+        else:
+            alike = self.default is None or type(value) is kind
+        if not alike or not all(math.isfinite(item) for item in items if isinstance(item, float)):
             wanted = f"{kind.__name__}, like {self.default!r}"
             raise ValueError(f"{self.name} must be of type {wanted}, not {value!r}")
-        for item in value if isinstance(value, list) else [value]:
+        for item in items:
             self._check_limits(item)
         return value
 

@@ -378,8 +378,38 @@ def test_notebook_is_stripped_and_begins_as_all_do(path):
         assert re.fullmatch(r"\w+ = .+  # .+", line), line
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS[:4], ids=lambda path: path.stem)
-def test_numbers_that_one_may_set_have_limits(path):
-    for parameter in declared_parameters(path).values():
-        with pytest.raises(ValueError, match=f"{parameter.name} must be (at least|from)"):
-            parameter.accept(type(parameter.default)(-(10**9)))
+# What has two ends by nature: returns, shares, timesteps of an episode, numbers of what data/ or a model holds.
+TWO_SIDED = re.compile(
+    "replications?|rtgs?|asked_for|slow_return|bar|timesteps?|last_timestep|late|noise|certified_to|size|"
+    "n_obstacles|state|exported|few|every|control_every"
+)
+N_REPLICATIONS = len(list((ROOT / "data").glob("seed_*/model")))
+
+
+def refuses(parameter, value):
+    given = [value] if isinstance(parameter.default, list) else value
+    with pytest.raises(ValueError, match=f"^{parameter.name} must be (at least|from|one of) .*, not "):
+        parameter.accept(given)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_one_may_set_has_limits(path):
+    for name, parameter in declared_parameters(path).items():
+        value = parameter.default[0] if isinstance(parameter.default, list) else parameter.default
+        if isinstance(value, str):
+            if not parameter.meaning.startswith("folder of"):
+                refuses(parameter, "no such thing")
+        elif not isinstance(value, bool):
+            refuses(parameter, type(value)(-(10**9)))
+            if TWO_SIDED.fullmatch(name):
+                refuses(parameter, type(value)(10**6))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_replications_are_those_of_data(path):
+    declared = declared_parameters(path)
+    if "replication" in declared:
+        refuses(declared["replication"], N_REPLICATIONS)
+    if "replications" in declared:
+        assert declared["replications"].accept(N_REPLICATIONS) == N_REPLICATIONS
+        refuses(declared["replications"], N_REPLICATIONS + 1)
