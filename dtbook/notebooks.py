@@ -43,8 +43,8 @@ class Parameter:
         """Return `value`, or what a text says, if it has the default's type and the meaning's limits.
 
         Limits are words of the meaning: "at least 1", "at most 9", "above 0", "below 1", "from 0 to 1",
-        "one of greedy, sampled" (to the end or a semicolon). Of a list they hold for each item; its items are of the type
-        of the default's, and where that has some it is not empty. Raises ValueError.
+        "one of greedy, sampled" (to the end or a semicolon). Of a list they hold for each item; items are of the type
+        of the default's, and a list whose default has some has one. Raises ValueError.
         """
         kind = type(self.default)
         if isinstance(value, str) and kind is not str:
