@@ -255,7 +255,7 @@ def reproduce(seeds: str, workers: int, folder: Path, publish: bool, everything:
     made.root.mkdir(parents=True, exist_ok=True)
     # of two at once the second waits, and finds what the first made
     with FileLock(made.root / ".reproduce.lock"):
-        names = reproduction.reproduce(made, shipped, chosen, workers, everything, click.echo)
+        names = reproduction.reproduce(made, shipped, chosen, workers, everything, click.echo, _say_stage)
     card = shipped.entries().get(measures.SCORECARD[0], {"parameters": {"seeds": chosen}})
     if not publish and card["parameters"]["seeds"] != chosen:
         click.echo("The scorecard of data/ is over other seeds: it is not compared")
@@ -280,6 +280,12 @@ def causes(seeds: str, workers: int) -> None:
     store = ArtifactStore()
     for name in causal_tables.make_all(store, chosen, workers):
         click.echo(store.root / name)
+
+
+def _say_stage(seed: int, stage: str, seconds: float) -> None:
+    click.echo(
+        f"seed {seed}: {stage} done in {seconds:.0f} s" if seconds > 1 else f"seed {seed}: {stage} is there"
+    )
 
 
 def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool) -> None:

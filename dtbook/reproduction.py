@@ -16,21 +16,19 @@ def reproduce(
     shipped: ArtifactStore,
     seeds: Sequence[int],
     workers: int,
-    everything: bool = False,
-    say: Say = print,
+    everything: bool,
+    say: Say,
+    report: pipeline.Report,
 ) -> list[str]:
     """Make what `data/` holds of these replications in another store; return the names of what is to be compared.
 
     Seed 0 is the reference: with it come the controls, the nine-timestep model and the post's weights. With
     `everything` also the sweeps and traces of chapters 11 and 12 and the causal tables of chapters 9 and 15; without
-    it what the sweeps said of claims is taken from `shipped`. What is there and current is not made again. Raises
-    ArtifactError naming replications or points that failed.
+    it what the sweeps said of claims is taken from `shipped`. What is there and current is not made again. `say` hears
+    of what is done; `report`, of the stages of replications, in their processes. Raises ArtifactError naming
+    replications or points that failed.
     """
-
-    def stage_done(seed: int, stage: str, seconds: float) -> None:
-        say(f"seed {seed}: {stage} " + (f"done in {seconds:.0f} s" if seconds > 1 else "is there"))
-
-    if failed := replicas.replicate_all(made, seeds, workers, stage_done):
+    if failed := replicas.replicate_all(made, seeds, workers, report):
         sentence = f"seeds {', '.join(map(str, failed))} failed; the same command goes on where they stopped"
         raise ArtifactError(sentence)
     names = [name for seed in seeds for name in pipeline.shipped_names(seed)]
