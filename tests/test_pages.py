@@ -169,6 +169,33 @@ def test_page_is_light(book, page):
     assert sum(path.stat().st_size for path in own) < 1.5e6
 
 
+def test_the_playground_is_light_and_every_model_and_preset_can_be_chosen(browser, book, address):
+    with visit(browser, address, "notebooks/13_play.html") as opened:
+        page = opened.page
+        page.wait_for_selector(".dtp-room svg")
+        loaded = page.evaluate("performance.getEntriesByType('resource').map((entry) => entry.name)")
+        weights = [Path(urlparse(url).path).name for url in loaded if "/playground-" in url]
+        sizes = [(book / "_static" / name).stat().st_size for name in weights]
+        assert sum(sizes) + (book / "notebooks/13_play.html").stat().st_size <= 2e6
+
+        def says(start):
+            script = "(start) => document.querySelector('.dtp-message').textContent.startsWith(start)"
+            page.wait_for_function(script, arg=start)
+
+        models = page.get_by_label("Model", exact=True)
+        names = models.locator("option").all_inner_texts()
+        for name in reversed(names):  # the first, which is chosen already, last
+            models.select_option(name)
+            says(f"This is {name}. ")
+            assert models.input_value() == name
+        presets = page.locator(".dtp-presets button")
+        assert (len(names), presets.count()) > (1, 3)
+        for k in range(presets.count()):
+            presets.nth(k).click()
+            says(f"{presets.nth(k).inner_text()}. ")
+        assert opened.problems() == []
+
+
 def test_every_page_is_on_the_map_and_has_a_picture_to_share(book):
     sitemap = ElementTree.parse(book / "sitemap.xml").getroot()
     base = CONFIG["html"]["baseurl"]

@@ -9,6 +9,8 @@ import pytest
 import torch
 from browser import served
 from scipy.stats import chisquare
+from test_gridworld import CASES as DRAWN
+from test_gridworld import drawn
 
 from dtbook import playground
 from dtbook.artifacts import ArtifactStore
@@ -16,6 +18,7 @@ from dtbook.attribution import contrast, decompose, preference_direction
 from dtbook.gridworld import GOAL, WALL, GridState, Task, observe, reset, step
 from dtbook.interventions import STATE_TOKENS, Site, ablate, constant, edited, patch
 from dtbook.model import DecisionTransformer, DTConfig, fetch_post_checkpoint
+from dtbook.playground.scenes import check_scene
 from dtbook.weights import CELLS, ov_circuit, qk_circuit, state_maps
 
 TASK = Task(random_start=True)
@@ -438,13 +441,21 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_transitions_are_those_of_gridworld(page, case, action):
     agent, direction, obstacles, at = CASES[case]
-    task, draws = Task(), 4_000
-    state = GridState(
-        np.full(draws, agent, np.uint8),
-        np.full(draws, direction, np.uint8),
-        np.tile(np.array(obstacles, np.uint8), (draws, 1)),
-        np.full(draws, at, np.int32),
-    )
+    state = columns([{"agent": agent, "direction": direction, "obstacles": obstacles, "t": at}])
+    assert_same_steps(page, Task(), state, action)
+
+
+@pytest.mark.parametrize("at", [7, 49], ids=["", "last step"])
+@pytest.mark.parametrize("case", DRAWN)
+def test_drawn_transitions_are_those_of_gridworld(page, case, at):
+    """The cases in which `gridworld` is held to minigrid, in a room so small that every outcome is drawn often."""
+    action, *rows = DRAWN[case]
+    ours, theirs = assert_same_steps(page, *drawn(rows, at), action)
+    assert_same_distribution(ours, theirs)
+
+
+def assert_same_steps(page, task, state, action, draws=4_000):
+    """Steps from a state in the page and here have one distribution; returns all outcomes of both."""
     found = ask(
         page,
         """(task, state, action, draws) => {
@@ -458,16 +469,17 @@ def test_transitions_are_those_of_gridworld(page, case, action):
         action,
         draws,
     )
-    ours = [[row[key] for row in found] for key in ("reward", "terminated", "truncated")]
-    after = step(task, state, np.full(draws, action), np.random.default_rng(3))
-    # Each obstacle's way and what the agent got; all four obstacles at once have more outcomes than draws.
-    fixed = [after.reward, after.terminated, after.truncated]
+    got = [[row[key] for row in found] for key in ("reward", "terminated", "truncated")]
+    many = GridState(*(np.repeat(value, draws, axis=0) for value in state))
+    after, *fixed = step(task, many, np.full(draws, action), np.random.default_rng(3))
     mine = columns([row["state"] for row in found])
-    for k in range(4):
+    # Each obstacle's way and what the agent got; four obstacles at once have more outcomes than draws.
+    for k in range(task.n_obstacles):
         one = mine._replace(obstacles=mine.obstacles[:, [k]])
-        other = after.state._replace(obstacles=after.state.obstacles[:, [k]])
-        assert_same_distribution(signature(one, *ours), signature(other, *fixed))
-    assert_same_distribution(mine.obstacles[:, :2].astype(float), after.state.obstacles[:, :2].astype(float))
+        other = after._replace(obstacles=after.obstacles[:, [k]])
+        assert_same_distribution(signature(one, *got), signature(other, *fixed))
+    assert_same_distribution(mine.obstacles[:, :2].astype(float), after.obstacles[:, :2].astype(float))
+    return signature(mine, *got), signature(after, *fixed)
 
 
 def test_every_transition_case_is_among_them():
@@ -569,8 +581,10 @@ def test_scenes_come_back_from_their_links(page):
             [given, vars(task), vars(DTConfig())],
         )
         assert back == given
+        check_scene("scene", given, task, {"a": DTConfig()})
 
 
+RIGHT_SCENE = {"agent": [3, 3], "direction": "east", "obstacles": [[1, 1]], "t": 0, "rtg": 0.9}
 WRONG_SCENES = {
     "agent": ({"agent": [0, 3]}, "agent is [0,3]; it must be a free cell"),
     "agent on the goal": ({"agent": [6, 6]}, "the goal aside"),
@@ -579,7 +593,26 @@ WRONG_SCENES = {
     "six obstacles": ({"obstacles": [[1, k] for k in range(1, 7)]}, "at most 5"),
     "direction": ({"direction": "up"}, 'direction is "up"; it must be one of east'),
     "rtg": ({"rtg": 2}, "rtg is 2; it must be a number from −1 to 1"),
-    "rtg that is none": ({"rtg": "0.9"}, 'rtg is "0.9"'),
+    "rtg that is text": ({"rtg": "0.9"}, 'rtg is "0.9"'),
+    "rtg that is none": ({"rtg": None}, "rtg is null; it must be a number from −1 to 1"),
+    "rtg that is true": ({"rtg": True}, "rtg is true"),
+    "no timestep": ({"t": None}, "timestep t is null"),
+    "half a timestep": ({"t": 1.5}, "timestep t is 1.5"),
+    "random numbers": ({"random": None}, "random is null"),
+    "no acting": ({"acting": None}, "acting is null"),
+    "a list of acting": ({"acting": ["greedy"]}, 'acting is ["greedy"]'),
+    "no preference": ({"preference": None}, "preference is null"),
+    "no model": ({"model": None}, "model is null"),
+    "no parts": ({"parts": None}, "parts is null"),
+    "parts that are a list": ({"parts": ["L0H1"]}, "parts is"),
+    "a part that objects have": ({"parts": {"constructor": "zero"}}, "components of this model"),
+    "no amount": ({"steer": {"direction": "F-R", "at": "resid_pre"}}, "amount of steering is"),
+    "steering by name": ({"steer": "F-R"}, 'steer is "F-R"'),
+    "a source that is false": ({"source": False}, "is false"),
+    "a source without rtg": (
+        {"source": {"agent": [1, 2], "direction": "east", "obstacles": [], "rtg": None}},
+        "rtg is null",
+    ),
     "timestep": ({"t": 300}, "whole number from 0 to 299"),
     "model": ({"model": "b"}, 'model is "b"'),
     "component": ({"parts": {"L0H2": "zero"}}, "L0H2"),
@@ -593,7 +626,7 @@ WRONG_SCENES = {
 @pytest.mark.parametrize("wrong", WRONG_SCENES)
 def test_wrong_scenes_get_a_sentence(page, wrong):
     changes, words = WRONG_SCENES[wrong]
-    scene = {"agent": [3, 3], "direction": "east", "obstacles": [[1, 1]], "t": 0, "rtg": 0.9} | changes
+    scene = RIGHT_SCENE | changes
     said = page.evaluate(
         """([scene, task, cfg]) => { try { pg.checkScene(scene, task, { a: cfg }, "a"); } catch (error) {
           return error instanceof pg.PlaygroundError ? error.message : "not ours: " + error.message; } }""",
@@ -602,6 +635,39 @@ def test_wrong_scenes_get_a_sentence(page, wrong):
     assert said
     assert words in said
     assert said.startswith("This scene cannot be shown: ")
+    in_python = said.removeprefix("This scene cannot be shown: ").partition(" is ")[0]
+    with pytest.raises(ValueError, match=f"preset 'x'.* cannot be shown: {in_python} is "):
+        playground.data({"a": DecisionTransformer(DTConfig())}, presets=[{"name": "x", "scene": scene}])
+
+
+NOT_FOR_JSON = {
+    "rtg": ({"rtg": float("nan")}, "its rtg is nan; it must be a number from −1 to 1."),
+    "timestep": ({"t": float("inf")}, "its timestep t is inf; it must be a whole number from 0 to 299."),
+    "number of NumPy": ({"rtg": np.float32(0.5)}, "its rtg is "),
+    "cell of NumPy": ({"agent": np.array([3, 3])}, "its agent is array"),
+    "cells": ({"obstacles": [[1, float("nan")]]}, r"its obstacle is \[1, nan\]"),
+    "amount": (
+        {"steer": {"direction": "F-R", "at": "resid_pre", "amount": float("nan")}},
+        "its amount of steering is nan; it must be a number from −4 to 4.",
+    ),
+    "unknown": ({"rtgs": float("nan")}, "its description's key is 'rtgs'; it must be one of model, agent, "),
+}
+
+
+@pytest.mark.parametrize("wrong", NOT_FOR_JSON)
+def test_python_names_the_preset_or_scene_that_no_page_can_hold(wrong):
+    changes, words = NOT_FOR_JSON[wrong]
+    model, scene = DecisionTransformer(DTConfig()), RIGHT_SCENE | changes
+    for named, given in (
+        ("preset 'x'", {"presets": [{"name": "x", "scene": scene}]}),
+        ("scene", {"scene": scene}),
+        ("scene, in its source,", {"scene": RIGHT_SCENE | {"source": scene}}),
+    ):
+        with pytest.raises(ValueError, match=f"^{named} cannot be shown: {words}"):
+            playground.show(model, **given)
+    with pytest.raises(ValueError, match="preset 'x' must have a note of text, not nan"):
+        playground.show(model, presets=[{"name": "x", "note": float("nan"), "scene": RIGHT_SCENE}])
+    playground.show(model, presets=[{"name": "x", "scene": RIGHT_SCENE}], scene=RIGHT_SCENE)
 
 
 def test_a_link_that_was_tampered_with_gets_a_sentence(page):

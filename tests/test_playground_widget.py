@@ -10,9 +10,11 @@ from browser import served, visit
 
 from dtbook import playground
 from dtbook.artifacts import ArtifactStore
+from dtbook.attribution import contrast
 from dtbook.gridworld import GridState, Task, observe, reset
 from dtbook.interventions import ablate, constant, patch
 from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.weights import ov_circuit
 
 OUTSIDE = "<script data-outside-the-book>"
 STATE = GridState(  # at (3, 3) facing east, an obstacle in front
@@ -23,8 +25,8 @@ STATE = GridState(  # at (3, 3) facing east, an obstacle in front
 )
 SCENE = playground.scene(STATE, rtg=0.9, timestep=10)
 PRESET = {"name": "No head 1", "note": "As in Fig. 9.", "scene": SCENE | {"parts": {"L0H1": "zero"}}}
-PAGE = """<!doctype html><html lang="en" data-theme="{theme}" data-content_root="./"><title>p</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+PAGE = """<!doctype html><html lang="en" data-theme="{theme}" data-content_root="./"><meta charset="utf-8">
+<title>p</title><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
 <body style="margin: 16px; background: {paper}">{html}<p id="below">What follows.</p>"""
 
 
@@ -181,6 +183,7 @@ def test_each_intervention_is_pytorchs(page, models):
     page.get_by_role("button", name="Undo all interventions").click()
     page.get_by_label("Steer along").select_option("obstacle")  # once: as if the obstacle were back
     close(logits_of(page), logits(model))
+    settle(page)
     assert page.locator(".dtp-contributions tr", has_text="steering").is_visible()
 
 
@@ -216,11 +219,16 @@ def test_what_is_in_sight_is_redrawn_first_and_the_rest_follows(page, models):
     assert [float(number) for number in found] == pytest.approx(forward, abs=0.51)
 
 
+def middle_of(page, x, y):
+    """Where cell (x, y) of the board is, once that has been scrolled into sight."""
+    page.evaluate("document.querySelector('.dtp-room').scrollIntoView({ block: 'center' })")
+    box = page.locator(".dtp-room svg").bounding_box()
+    return box["x"] + (x + 0.5) * box["width"] / 8, box["y"] + (y + 0.5) * box["height"] / 8
+
+
 def test_clicking_edits_the_room(page):
     def click(x, y):
-        page.evaluate("document.querySelector('.dtp-room').scrollIntoView({ block: 'center' })")
-        box = page.locator(".dtp-room svg").bounding_box()
-        page.mouse.click(box["x"] + (x + 0.5) * box["width"] / 8, box["y"] + (y + 0.5) * box["height"] / 8)
+        page.mouse.click(*middle_of(page, x, y))
 
     click(3, 3)
     assert scene_of(page)["state"]["direction"] == 1
@@ -233,6 +241,202 @@ def test_clicking_edits_the_room(page):
     assert scene_of(page)["state"]["agent"] == 45
     click(0, 3)
     assert "stay where they are" in message(page)
+
+
+def press(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def slide(page, name, *keys):
+    page.get_by_role("slider", name=name, exact=True).focus()
+    for key in keys:
+        page.keyboard.press(key)
+
+
+def begins(page, words):
+    page.wait_for_function(
+        "(words) => document.querySelector('.dtp-message').textContent.startsWith(words)", arg=words
+    )
+
+
+def choose(page, label, value):
+    page.get_by_label(label, exact=True).select_option(value)
+
+
+def choose_another(page):
+    choose(page, "Model", "another")
+    begins(page, "This is another")
+
+
+CHANGES = {
+    "a step": lambda page: press(page, "Turn left"),
+    "a step of the model": lambda page: press(page, "Model step"),
+    "an edit": lambda page: page.mouse.click(*middle_of(page, 1, 1)),
+    "RTG, in three moves": lambda page: slide(page, "RTG asked for", *3 * ["ArrowLeft"]),
+    "the timestep, in two moves": lambda page: slide(page, "Timestep", "ArrowRight", "End"),
+    "how it acts": lambda page: page.get_by_text("a sampled action").click(),
+    "the preference": lambda page: choose(page, "Preference", "R-L"),
+    "a new game": lambda page: press(page, "New game"),
+    "the remembered scene": lambda page: press(page, "Remember this scene"),
+    "an ablation": lambda page: choose(page, "L0H0", "zero"),
+    "steering": lambda page: choose(page, "Steer along", "goal"),
+    "how far, in two moves": lambda page: slide(page, "times", "ArrowRight", "ArrowRight"),
+    "the model": choose_another,
+    "a preset": lambda page: press(page, PRESET["name"]) or begins(page, PRESET["name"]),
+    "the end": lambda page: press(page, "↑ Forward"),
+}
+
+
+def test_undo_brings_back_the_scene_before_each_change(page):
+    before = []
+    for change in CHANGES.values():
+        before.append((scene_of(page), logits_of(page)))
+        change(page)
+        assert scene_of(page) != before[-1][0]
+    assert "It walked into obstacle" in scene_of(page)["over"]
+    for name, (scene, logits) in zip(reversed(CHANGES), reversed(before), strict=True):
+        press(page, "Undo")
+        assert scene_of(page) == scene, name
+        assert logits_of(page) == logits, name
+    assert page.get_by_role("button", name="Undo", exact=True).is_disabled()
+    assert page.get_by_label("Model", exact=True).input_value() == "seed 0"
+    for _ in range(2):  # after an undo, a slider's next move is a change of its own
+        slide(page, "RTG asked for", "ArrowLeft")
+        press(page, "Undo")
+    assert scene_of(page) == before[0][0]
+
+
+def test_on_the_goal_the_episode_stays_over(page):
+    page.evaluate(
+        """() => { const w = document.querySelector(".dtp-stage").playground;
+          w.change({ state: { agent: 53, direction: 0, obstacles: [9], t: 10 } }); }"""
+    )
+    press(page, "↑ Forward")
+    assert "The goal is reached at step 11" in message(page)
+    ended = scene_of(page)
+    for change in (
+        lambda: slide(page, "Timestep", "ArrowRight"),
+        lambda: page.mouse.click(*middle_of(page, 6, 6)),
+        lambda: page.mouse.click(*middle_of(page, 1, 1)),
+        lambda: press(page, "Remember this scene"),
+    ):
+        page.evaluate("document.querySelector('.dtp-stage').playground.say('')")
+        change()
+        assert message(page) == ("The agent is on the goal, where no scene begins: undo the last step first.")
+        assert scene_of(page) == ended
+    assert page.get_by_role("slider", name="Timestep").input_value() == "11"
+    assert page.get_by_role("button", name="Forward").is_disabled()
+    page.get_by_text("moves the agent").click()
+    page.mouse.click(*middle_of(page, 2, 2))
+    assert page.get_by_role("button", name="Forward").is_enabled()
+
+
+def test_sliders_and_choices_are_announced_when_they_rest(page):
+    page.evaluate(
+        """() => {
+          globalThis.said = [];
+          const line = document.querySelector("[role=status]");
+          new MutationObserver(() => said.push(line.textContent)).observe(line, { childList: true });
+        }"""
+    )
+
+    def said(words):
+        page.wait_for_function("said.length > 0")
+        page.wait_for_timeout(600)
+        probabilities = page.locator(".dtp-probabilities tbody tr .dtp-number:nth-child(3)").all_inner_texts()
+        left, right, forward = probabilities[:3]
+        assert page.evaluate("said.splice(0)") == [
+            f"{words} The model: left {left}, right {right}, forward {forward}."
+        ]
+
+    drag = """(input) => { for (const value of [0.5, 0.2, -0.1, -0.4]) {
+      input.value = value; input.dispatchEvent(new Event("input")); } }"""
+    page.get_by_role("slider", name="RTG asked for").evaluate(drag)
+    said("RTG −0.40.")
+    slide(page, "Timestep", "ArrowRight")
+    said("Timestep 11.")
+    page.get_by_text("a sampled action").click()
+    said("It now takes a sampled action.")
+
+
+def test_the_mean_says_what_it_is_of(page):
+    ways = page.get_by_label("L0H1", exact=True).locator("option").all_inner_texts()
+    assert ways == ["as it is", "zero", "data-set mean", "from remembered"]
+    note = "The data-set mean is that over 2,048 random states at timestep 10, each at RTG −1, 0 and 0.9."
+    assert page.get_by_text(note).is_visible()
+
+
+def captions(page):
+    settle(page)
+    return page.locator(".dtp-maps figcaption:visible").all_inner_texts()
+
+
+@torch.no_grad()
+def test_maps_of_this_scene_stand_side_by_side_before_and_after(page, models):
+    model = models["seed 0"]
+    towards = (model.W_U @ contrast("F-R"))[:, None]
+    weight = ov_circuit(model, 0, 1, model.W_E_state, towards).weight[:, 0].reshape(3, 49)
+    cleared = STATE._replace(obstacles=STATE.obstacles[:, 1:])
+
+    def expected(name, channel, rtg, state=STATE, seen=STATE):
+        """The caption of a channel: what head 1, as it looks in one scene, would bring of the cells of another."""
+        share = model.run_with_cache(*inputs(state, rtg))[1]["pattern", 0][0, 1, 1, 1].item()
+        cells = torch.from_numpy(observe(seen)).reshape(49, 3)[:, channel] * weight[channel] * share
+        return f"{name}: front {cells[26]:.2f}, sum {cells.sum():.2f}".replace("-", "−").replace(
+            "−0.00", "0.00"
+        )
+
+    def pair(before, after):
+        return [
+            expected(name if where is before else "after", k, **where)
+            for k, name in enumerate(("object", "colour", "state"))
+            for where in (before, after)
+        ]
+
+    press(page, "Remember this scene")  # at RTG 0.9
+    page.get_by_label("RTG asked for").fill("-0.2")
+    choose(page, "Map", "L0H1 OV")
+    page.get_by_text("weights × what is there").click()
+    now = {"rtg": -0.2}
+    assert captions(page) == pair(now, now)[::2]
+    choose(page, "L0H1 pattern", "patch")
+    assert captions(page) == pair(now, {"rtg": 0.9})
+    label = page.locator(".dtp-maps svg:visible").nth(1).get_attribute("aria-label")
+    assert label.startswith("object channel, after: front cell ")
+    choose(page, "L0H1", "zero")
+    assert captions(page)[1::2] == 3 * ["after: front 0.00, sum 0.00"]
+    assert captions(page)[::2] == pair(now, now)[::2]
+    page.get_by_text("weights", exact=True).click()
+    assert len(captions(page)) == 3
+    page.get_by_text("weights × what is there").click()
+    press(page, "Undo all interventions")
+    page.mouse.click(*middle_of(page, 4, 3))  # the obstacle in front goes, and stands in the remembered scene
+    away = now | {"state": cleared, "seen": cleared}
+    choose(page, "state embedding", "patch")
+    assert captions(page) == pair(away, now)
+    choose(page, "state embedding", "")
+    choose(page, "L0H1", "patch")
+    assert captions(page) == pair(away, {"rtg": 0.9})
+    choose(page, "L0H1", "")
+    choose(page, "L0H1 values", "patch")
+    assert captions(page) == pair(away, away | {"seen": STATE})
+
+
+def test_fingers_play_and_edit(browser, address):
+    context = browser.new_context(has_touch=True, viewport={"width": 360, "height": 740})
+    page = context.new_page()
+    page.goto(address + "light.html")
+    page.wait_for_selector(".dtp-room svg")
+    page.get_by_role("button", name="Forward").tap()
+    assert message(page).startswith("You went forward. It walked into obstacle")
+    page.get_by_role("button", name="Undo", exact=True).tap()
+    page.get_by_role("button", name="Edit with keys").tap()
+    page.touchscreen.tap(*middle_of(page, 4, 3))
+    assert message(page) == "The obstacle at column 4, row 3 is gone."
+    assert scene_of(page)["state"]["obstacles"] == [42, 22, 49]
+    page.touchscreen.tap(*middle_of(page, 3, 3))
+    assert scene_of(page)["state"]["direction"] == 1
+    context.close()
 
 
 def test_presets_models_and_links(page, browser, address, models):
@@ -309,28 +513,31 @@ def test_it_is_readable_named_and_still(browser, address, tmp_path, theme, width
         assert page.evaluate("document.querySelector('#below').offsetTop") == below
         assert page.evaluate(CONTRAST) == []
         assert page.evaluate(UNNAMED) == []
-        assert page.evaluate(
-            "document.querySelector('.dtp').offsetHeight <= document.querySelector('.dtp-stage').offsetHeight"
+        page.get_by_text("weights × what is there").click()
+        settle(page)
+        assert page.locator(".dtp-maps figure:visible").count() == 6
+        height, reserved = page.evaluate(
+            """() => [document.querySelector(".dtp").offsetHeight,
+              parseFloat(getComputedStyle(document.querySelector(".dtp-stage")).minHeight)]"""
         )
+        assert 0.9 * reserved < height <= reserved
+        assert page.evaluate("document.querySelector('#below').offsetTop") == below
         assert len(page.screenshot(path=tmp_path / f"{theme}-{width}.png", full_page=True)) > 50_000
         assert opened.problems() == []
 
 
-def test_every_control_is_reached_by_the_tab_key(page):
-    wanted = page.evaluate(
-        """[...document.querySelectorAll(".dtp :is(button, input, select, [tabindex='0'])")]
-          .filter((e) => !e.disabled && e.type !== "radio").length"""
-    )
+CONTROLS = """[...document.querySelectorAll(".dtp :is(button, input, select, [tabindex='0'])")]
+  .filter((e) => !e.disabled && (e.type !== "radio" || e.checked))"""  # of radio buttons, the tab key stops at one
+
+
+def test_every_control_is_reached_by_the_tab_key_in_its_order(page):
+    wanted = page.evaluate(f"{CONTROLS}.length")
     page.evaluate("scrollTo(0, 0); document.activeElement.blur()")
-    reached = set()
-    for _ in range(wanted + 12):
+    reached = []
+    for _ in range(wanted + 3):  # what scrolls is reached too
         page.keyboard.press("Tab")
-        reached.add(
-            page.evaluate(
-                "[...document.querySelectorAll('.dtp :is(button, input, select, div)')].indexOf(document.activeElement)"
-            )
-        )
-    assert len(reached - {-1}) >= wanted
+        reached.append(page.evaluate(f"{CONTROLS}.indexOf(document.activeElement)"))
+    assert [k for k in reached if k >= 0][:wanted] == list(range(wanted))
 
 
 def test_reduced_motion_is_honoured(browser, address):
@@ -340,7 +547,11 @@ def test_reduced_motion_is_honoured(browser, address):
     page.wait_for_selector(".dtp-room svg")
     moving = """[...document.querySelectorAll(".dtp *")]
       .filter((e) => parseFloat(getComputedStyle(e).transitionDuration) > 0).length"""
+    page.locator(".dtp-room").focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_label("L0H1", exact=True).select_option("zero")
     assert page.evaluate(moving) == 0
+    assert page.evaluate("document.getAnimations().length") == 0
     context.close()
 
 

@@ -2,8 +2,8 @@
 
 `show(model)` at the end of a cell is all a notebook needs. What it shows is plain HTML: the data, the weights
 (float32, base64) and one ES module in anywidget's shape, `export default { render({ model, el }) }`, bundled from the
-scripts in this folder. The module alone is `module()`; it asks its host for `model.get("models")`, "task", "presets"
-and "scene", which is what `data(...)` returns.
+scripts in this folder. The module alone is `module()`; it asks its host for `model.get("models")`, "task", "mean",
+"presets" and "scene", which is what `data(...)` returns.
 
 The scripts compute what `DecisionTransformer`, `attribution.decompose` and `interventions` compute and play by the
 rules of `gridrules`; tests/test_playground.py holds them to it in a real browser.
@@ -24,12 +24,12 @@ import torch
 
 from dtbook.gridworld import GridState, ObservationSet, Task, check_state, observe, reset, to_minigrid
 from dtbook.interventions import STATE_TOKENS, Site, mean_output
-from dtbook.model import DecisionTransformer
+from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.playground.scenes import COMPASS, check_scene
 
 __all__ = ["Playground", "data", "module", "scene", "show"]
 
 SCRIPTS = ("engine.js", "game.js", "scene.js", "draw.js", "panels.js", "controls.js", "widget.js")
-COMPASS = ("east", "south", "west", "north")
 MEAN_RTGS, MEAN_TIMESTEP, MEAN_STATES = (-1.0, 0.0, 0.9), 10, 2048
 
 Models = DecisionTransformer | Mapping[str, DecisionTransformer]
@@ -83,13 +83,30 @@ def data(
     task = task or Task(max_steps=first.cfg.max_steps)
     for name, model in named.items():
         _check_model(name, model, task)
+    configs = {name: model.cfg for name, model in named.items()}
     for preset in presets:
-        if not {"name", "scene"} <= preset.keys() <= {"name", "scene", "group", "note"}:
-            raise ValueError(
-                f"a preset must have name and scene, may have group and note, but has {list(preset)}."
-            )
+        _check_preset(preset, task, configs)
+    if scene is not None and not isinstance(scene, str):
+        check_scene("scene", scene, task, configs)
     entries = [_entry(name, model, task) for name, model in named.items()]
-    return {"models": entries, "task": asdict(task), "presets": list(presets), "scene": scene}
+    return {
+        "models": entries,
+        "task": asdict(task),
+        "mean": _of_the_mean(task),
+        "presets": [dict(preset) for preset in presets],
+        "scene": scene,
+    }
+
+
+def _check_preset(preset: Mapping[str, Any], task: Task, configs: Mapping[str, DTConfig]) -> None:
+    if not {"name", "scene"} <= set(preset) <= {"name", "scene", "group", "note"}:
+        raise ValueError(
+            f"a preset must have name and scene, may have group and note, but has {list(preset)}."
+        )
+    for key in ("name", "group", "note"):
+        if not isinstance(preset.get(key, ""), str):
+            raise ValueError(f"preset {preset['name']!r} must have a {key} of text, not {preset[key]!r}.")
+    check_scene(f"preset {preset['name']!r}", preset["scene"], task, configs)
 
 
 def _check_model(name: str, model: DecisionTransformer, task: Task) -> None:
@@ -149,6 +166,13 @@ def means(model: DecisionTransformer, task: Task) -> dict[str, torch.Tensor]:
     return found
 
 
+def _of_the_mean(task: Task) -> str:
+    """What `means` are taken over, for the note beside the controls."""
+    *rtgs, last = (f"{rtg:g}".replace("-", "−") for rtg in MEAN_RTGS)
+    timestep = min(MEAN_TIMESTEP, task.max_steps - 1)
+    return f"{MEAN_STATES:,} random states at timestep {timestep}, each at RTG {', '.join(rtgs)} and {last}"
+
+
 def show(
     models: Models,
     *,
@@ -163,7 +187,7 @@ def show(
     `scene` is what it begins with: a scene, or the text that the playground's copy button gives outside the book.
 
     Raises ValueError or TypeError in one sentence for a model of another shape (context of more than one timestep, no
-    layer), weights that are not finite, and a task that outlasts a model.
+    layer), weights that are not finite, a task that outlasts a model, and a preset or scene that cannot be shown.
     """
     return Playground(data(models, presets=presets, task=task, scene=scene))
 
@@ -183,8 +207,8 @@ class Playground:
         page = _PAGE.format(
             picture=picture,
             words=html.escape(words),
-            wide=1945 + min(350, 75 * len(self.data["presets"])),
-            narrow=3210 + min(540, 75 * len(self.data["presets"])),
+            wide=2080 + min(350, 75 * len(self.data["presets"])),
+            narrow=3460 + min(540, 75 * len(self.data["presets"])),
             json=_script_safe(contents),
             boot=_source("boot.js"),
         )

@@ -5,6 +5,7 @@ import { panel } from "./panels.js";
 import { h, roomPicture, setAttribute, setText, signed } from "./draw.js";
 import { PREFERENCES } from "./scene.js";
 
+export const ACTS = { greedy: "the likeliest action", sampled: "a sampled action" };
 let made = 0; // ids of labels, unique in a page
 
 export const button = (text, onclick, more = {}) => h("button", { type: "button", onclick, ...more }, text);
@@ -88,7 +89,7 @@ export function playControls(task, on) {
   const seedField = h("div", { class: "dtp-field dtp-seed" }, h("label", { for: seed.id }, "Seed"), seed);
   const tool = radios("A click on a free cell", { obstacle: "places an obstacle", agent: "moves the agent" }, on.tool);
   tool.set("obstacle");
-  const acting = radios("The model takes", { greedy: "the likeliest action", sampled: "a sampled action" }, on.acting);
+  const acting = radios("The model takes", ACTS, on.acting);
   const rtg = slider("RTG asked for", { min: -1, max: 1, step: 0.05 }, (value) => signed(value), on.rtg);
   const t = slider("Timestep", { min: 0, max: task.max_steps - 1, step: 1 }, String, on.t);
   return {
@@ -98,8 +99,8 @@ export function playControls(task, on) {
       h("div", { class: "dtp-buttons", role: "group", "aria-label": "Set up the room" }, edit, reset, seedField),
       rtg.element, t.element, acting.element, tool.element),
     seed: () => seed.value,
-    update({ scene, over, running, editing, canUndo }) {
-      [...act, step, run].forEach((b) => { b.disabled = Boolean(over); });
+    update({ scene, running, editing, canUndo }) {
+      [...act, step, run].forEach((b) => { b.disabled = Boolean(scene.over); });
       setText(run, running ? "Pause" : "Run model");
       setAttribute(run, "aria-pressed", String(running));
       undo.disabled = !canUndo;
@@ -120,10 +121,10 @@ export function presetButtons(presets, onclick) {
     h("div", { role: "group", "aria-label": title }, h("p", { class: "dtp-note" }, title), scenes.map((scene) => button(scene.name, () => onclick(scene))))));
 }
 
-const WAYS = { "": "as it is", zero: "zero", mean: "mean", patch: "from remembered" };
+const WAYS = { "": "as it is", zero: "zero", mean: "data-set mean", patch: "from remembered" };
 const TITLES = { rtg: "RTG embedding", state: "state embedding", time: "time embedding" };
 
-export function interventionPanel(cfg, task, on) {
+export function interventionPanel(cfg, task, mean, on) {
   const choices = Object.entries(editable(cfg)).map(([name, ways]) => {
     const options = Object.fromEntries(["", ...ways].map((way) => [way, WAYS[way]]));
     return { name, ...select(TITLES[name] ?? name.replace(" V", " values"), options, (way) => on.part(name, way)) };
@@ -142,11 +143,12 @@ export function interventionPanel(cfg, task, on) {
     element: panel("interventions", "Intervene",
       h("div", { class: "dtp-parts" }, choices.map((c) => c.element)),
       h("div", { class: "dtp-neuron" }, h("div", { class: "dtp-field" }, h("label", { for: neuron.id }, "Neuron"), neuron), becomes.element, neurons),
+      h("p", { class: "dtp-note" }, `The data-set mean is that over ${mean}.`),
       h("div", { class: "dtp-memory" }, thumb, h("div", {}, h("div", { class: "dtp-buttons" }, remember, swap), words)),
       h("div", { class: "dtp-steer" }, steer.element, place.element, amount.element),
       h("div", { class: "dtp-buttons" }, clear)),
     neuron(name) { neuron.value = name; },
-    update({ scene, steering }) {
+    update({ scene }) {
       for (const { name: part, input } of [...choices, { name: name(), input: becomes.input }]) {
         input.value = scene.parts[part] ?? "";
         input.classList.toggle("dtp-on", part in scene.parts);
@@ -158,9 +160,9 @@ export function interventionPanel(cfg, task, on) {
       setText(words, scene.source ? `RTG ${signed(scene.source.rtg)}, t ${scene.source.state.t}. Components can be patched from here.` : "No scene is remembered yet; patching takes components from one.");
       swap.disabled = !scene.source;
       clear.disabled = !Object.keys(scene.parts).length && !scene.steer;
-      steer.input.value = scene.steer ? steering.direction : "";
-      place.input.value = steering.at;
-      amount.set(steering.amount);
+      steer.input.value = scene.steer ? scene.steer.direction : "";
+      place.input.value = scene.steering.at;
+      amount.set(scene.steering.amount);
     },
   };
 }

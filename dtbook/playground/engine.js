@@ -210,7 +210,7 @@ export function run(model, input, edits = INTACT) {
 }
 
 // The input with what is patched of it.
-function seenUnder({ parts, source }, input) {
+export function seenUnder({ parts, source }, input) {
   if (!source && Object.values(parts).includes("patch")) throw new PlaygroundError("There is no remembered scene to patch from.");
   const of = (name) => (parts[name] === "patch" ? source.input : input);
   return { rtg: of("rtg").rtg, view: of("state").view, t: of("time").t };

@@ -2,7 +2,7 @@
 // after it (null without one): { scene, task, model, input, edits, before, after, weights, … }; what else a panel shows it
 // computes itself.
 
-import { ACTIONS, CHANNELS, INTACT, allParts, dot, neuronContributions, scan, stateInput, weightMap } from "./engine.js";
+import { ACTIONS, CHANNELS, INTACT, allParts, dot, neuronContributions, scan, seenUnder, stateInput, weightMap } from "./engine.js";
 import { COMPASS, xy } from "./game.js";
 import { h, mapPicture, percent, scanPicture, setAttribute, setText, signed, thingsInView, viewPicture } from "./draw.js";
 
@@ -147,29 +147,28 @@ export function neuronPanel(shown, toggle, choose) {
   };
 }
 
+// What a cell of the view has to do with it, of each channel: the weights, or what they make of this scene before and after.
 export function mapPanel(cfg, choice) {
-  const pictures = CHANNELS.map(() => mapPicture()), captions = CHANNELS.map(() => h("figcaption"));
-  const figures = pictures.map((picture, k) => h("figure", {}, h("div", { class: "dtp-map" }, picture.element), captions[k]));
-  const least = h("span"), most = h("span"), unit = h("span");
+  const pairs = CHANNELS.map(() => ["", "dtp-after"].map((when) => {
+    const picture = mapPicture(), caption = h("figcaption");
+    return { picture, caption, element: h("figure", { class: when }, h("div", { class: "dtp-map" }, picture.element), caption) };
+  }));
+  const least = h("span"), most = h("span"), unit = h("span"), row = h("div", { class: "dtp-maprow" }, pairs.flat().map((one) => one.element));
   const scale = h("p", { class: "dtp-legend dtp-scale" }, least, h("span", { class: "dtp-gradient", "aria-hidden": "true" }), most, unit);
   return {
-    element: panel("maps", "What is read from each cell", choice.element, h("div", { class: "dtp-maprow" }, figures), scale),
-    update({ model, input, scene, before, after }) {
-      const { what, now } = choice.value(), weight = weightMap(model, what, scene.preference), result = after ?? before;
-      const factor = now ? attentionFactor(what, result, input) : 1, maps = CHANNELS.map(() => new Float64Array(49));
-      const lit = new Map(stateInput(cfg, input.view).map((entry) => [3 * entry.cell + entry.channel, entry]));
-      for (let cell = 0; cell < 49; cell++)
-        for (let channel = 0; channel < 3; channel++) {
-          const entry = lit.get(3 * cell + channel);
-          if (now || cfg.encoding === "one-hot") maps[channel][cell] = entry ? factor * weight[entry.row] * (now ? entry.value : 1) : 0;
-          else maps[channel][cell] = weight[49 * channel + cell];
-        }
-      const limit = Math.max(...maps.flatMap((map) => Array.from(map, Math.abs)));
-      pictures.forEach((picture, channel) => {
-        const sum = maps[channel].reduce((a, b) => a + b, 0), ahead = maps[channel][26];
-        picture.set(maps[channel], limit, `${CHANNELS[channel]} channel: front cell ${signed(ahead, 3)}${now ? `, sum ${signed(sum)}` : ""}.`);
-        setText(captions[channel], `${CHANNELS[channel]}: front ${signed(ahead)}${now ? `, sum ${signed(sum)}` : ""}`);
-      });
+    element: panel("maps", "What is read from each cell", choice.element, scale, row),
+    update({ model, input, scene, edits, before, after }) {
+      const { what, now } = choice.value(), weight = weightMap(model, what, scene.preference), both = Boolean(now && after);
+      const results = both ? [[before, INTACT], [after, edits]] : [[before, INTACT]];
+      const shown = results.map(([result, edits]) => mapsOf(cfg, weight, now, through(what, result, edits, input)));
+      const limit = Math.max(...shown.flat().flatMap((map) => Array.from(map, Math.abs)));
+      row.classList.toggle("both", both);
+      shown.forEach((maps, k) => maps.forEach((map, channel) => {
+        const { picture, caption } = pairs[channel][k], name = CHANNELS[channel], when = k ? ", after" : both ? ", before" : "";
+        const sum = now ? `, sum ${signed(map.reduce((a, b) => a + b, 0))}` : "";
+        picture.set(map, limit, `${name} channel${when}: front cell ${signed(map[26], 3)}${sum}.`);
+        setText(caption, `${k ? "after" : name}: front ${signed(map[26])}${sum}`);
+      }));
       setText(least, `−${limit.toPrecision(2)}`);
       setText(most, limit.toPrecision(2));
       setText(unit, choice.unit());
@@ -177,11 +176,23 @@ export function mapPanel(cfg, choice) {
   };
 }
 
-// In this scene, what a cell adds is its weight times what is there, times how far the head lets it through.
-function attentionFactor(what, result, { rtg }) {
-  const [, l, head] = /^L(\d+)H(\d+)/.exec(what) ?? [];
-  if (head == null) return 1;
-  return what.endsWith("QK") ? rtg : result.layers[l].pattern[head][1];
+function mapsOf(cfg, weight, now, { view, factor }) {
+  const maps = CHANNELS.map(() => new Float64Array(49));
+  if (now || cfg.encoding === "one-hot")
+    for (const { row, value, channel, cell } of stateInput(cfg, view)) maps[channel][cell] = now ? factor * value * weight[row] : weight[row];
+  else maps.forEach((map, channel) => map.set(weight.subarray(49 * channel, 49 * channel + 49)));
+  return maps;
+}
+
+// In a scene, what a cell adds is its weight times what is there, times how far the head lets it through: not at all where
+// the head is ablated; where it is patched, it reads the remembered scene.
+function through(what, result, edits, input) {
+  const seen = seenUnder(edits, input), [name, l, head] = /^L(\d+)H(\d+)/.exec(what) ?? [], how = edits.parts[name];
+  if (head == null) return { view: seen.view, factor: 1 };
+  if (what.endsWith("QK")) return { view: seen.view, factor: seen.rtg };
+  const { input: read } = how === "patch" || edits.parts[`${name} V`] === "patch" ? edits.source : { input: seen };
+  const share = (how === "patch" ? edits.source : result).layers[l].pattern[head][1];
+  return { view: read.view, factor: how === "zero" || how === "mean" ? 0 : share };
 }
 
 // The scene in words, for the board's label and the status line.

@@ -2,7 +2,7 @@
 //
 // { model, agent: [x, y], direction: "east", obstacles: [[x, y], …], t, rtg, random, acting, preference,
 //   parts: { "L0H1": "zero", … }, steer: { direction, at, amount }, source: { agent, direction, obstacles, t, rtg } }
-// Only agent, direction and obstacles must be there.
+// Only agent, direction and obstacles must be there; steer and source may be null. scenes.py holds what Python is given to the same.
 
 import { DIRECTIONS, PlaygroundError, SITES, editable, isNeuron } from "./engine.js";
 import { COMPASS, EMPTY, at, most, roomAt, xy } from "./game.js";
@@ -37,19 +37,20 @@ function oneOf(name, value, allowed) {
 // The game's part of a scene: { agent, direction, obstacles, t }, and the RTG.
 function checkPlay(raw, task) {
   if (!isObject(raw)) refuse("description", raw, "an object with agent, direction and obstacles");
+  const { t = 0, rtg = 0.9 } = raw;
   if (!Array.isArray(raw.obstacles) || raw.obstacles.length > most(task)) refuse("obstacles", raw.obstacles, `a list of at most ${most(task)} cells`);
   const agent = cell(task, "agent", raw.agent), obstacles = raw.obstacles.map((value) => cell(task, "obstacle", value));
   if (new Set([agent, ...obstacles]).size !== obstacles.length + 1) refuse("obstacles", raw.obstacles, "on cells that differ from each other and from the agent's");
   const direction = COMPASS.indexOf(oneOf("direction", raw.direction, COMPASS));
-  const t = number("timestep t", raw.t ?? 0, 0, task.max_steps - 1, true);
-  return { state: { agent, direction, obstacles, t }, rtg: number("rtg", raw.rtg ?? 0.9, -1, 1) };
+  number("timestep t", t, 0, task.max_steps - 1, true);
+  return { state: { agent, direction, obstacles, t }, rtg: number("rtg", rtg, -1, 1) };
 }
 
 function checkParts(raw, cfg, hasSource) {
   if (!isObject(raw)) refuse("parts", raw, "an object from components to what they are replaced by");
   const ways = editable(cfg);
   for (const [name, how] of Object.entries(raw)) {
-    const allowed = ways[name] ?? (isNeuron(cfg, name) ? ["zero", "mean", "patch"] : null);
+    const allowed = Object.hasOwn(ways, name) ? ways[name] : (isNeuron(cfg, name) ? ["zero", "mean", "patch"] : null);
     if (!allowed) refuse("parts", name, "components of this model, such as L0H1, L0 MLP or L0N17");
     oneOf(`edit of ${name}`, how, allowed);
     if (how === "patch" && !hasSource) refuse("source", null, "a remembered scene, since something is patched from it");
@@ -68,15 +69,16 @@ function checkSteer(raw) {
 // A scene's data, checked against the task and the models on offer ({ name → cfg }), with what it leaves out filled in.
 export function checkScene(raw, task, models, fallback) {
   const play = checkPlay(raw, task);
-  const model = oneOf("model", raw.model ?? fallback, Object.keys(models));
-  const source = raw.source ? checkPlay(raw.source, task) : null;
+  const { model = fallback, random = 0, acting = "greedy", preference = "F-R", parts = {}, steer = null, source = null } = raw;
+  oneOf("model", model, Object.keys(models));
   return {
-    ...play, model, source,
-    random: number("random", raw.random ?? 0, 0, 2 ** 32 - 1, true),
-    acting: oneOf("acting", raw.acting ?? "greedy", ACTING),
-    preference: oneOf("preference", raw.preference ?? "F-R", Object.keys(PREFERENCES)),
-    parts: checkParts(raw.parts ?? {}, models[model], Boolean(source)),
-    steer: checkSteer(raw.steer ?? null),
+    ...play, model,
+    source: source === null ? null : checkPlay(source, task),
+    random: number("random", random, 0, 2 ** 32 - 1, true),
+    acting: oneOf("acting", acting, ACTING),
+    preference: oneOf("preference", preference, Object.keys(PREFERENCES)),
+    parts: checkParts(parts, models[model], source !== null),
+    steer: checkSteer(steer),
   };
 }
 

@@ -3,12 +3,13 @@
 import { INTACT, PlaygroundError, contrast, direction, loadModel, run } from "./engine.js";
 import { COMPASS, EMPTY, at, contentAt, front, generator, most, observe, reset, roomAt, step, xy } from "./game.js";
 import { checkScene, decodeScene, describeScene, encodeScene } from "./scene.js";
-import { h, nameOf } from "./draw.js";
+import { h, nameOf, signed } from "./draw.js";
 import { attentionPanel, contributionPanel, describeChoice, describePlace, mapPanel, neuronPanel, panel, probabilityPanel, scanPanel, viewPanel } from "./panels.js";
-import { board, button, interventionPanel, mapChoice, playControls, preferenceSelect, presetButtons, select } from "./controls.js";
+import { ACTS, board, button, interventionPanel, mapChoice, playControls, preferenceSelect, presetButtons, select } from "./controls.js";
 
 const DONE = ["turned left", "turned right", "went forward"];
-const NEURONS = 8, PAUSE = 250; // rows of the table; milliseconds between steps of the running model
+const NEURONS = 8, PAUSE = 250, REST = 400; // rows of the table; milliseconds between steps of the running model, and until a slider rests
+const STEERING = { direction: "F-R", at: "resid_pre", amount: 1 }; // what the controls show while nothing is steered
 
 // The weights of an entry: its own, or those of the book's file named after their hash, which is loaded once.
 async function weightsOf(entry) {
@@ -31,7 +32,7 @@ class Widget {
     this.configs = Object.fromEntries(Object.values(this.entries).map(({ name, cfg }) => [name, cfg]));
     this.presets = host.get("presets") ?? [];
     this.loaded = new Map();
-    this.ui = { editing: false, cursor: null, running: null, over: null, history: [], tool: "obstacle", steering: { direction: "F-R", at: "resid_pre", amount: 1 } };
+    this.ui = { editing: false, cursor: null, running: null, history: [], tool: "obstacle" };
     this.message = h("p", { class: "dtp-message", role: "status" });
     this.root = h("div", { class: "dtp", id: "dtp-root" });
     el.append(h("style", {}, CSS), this.root);
@@ -43,15 +44,15 @@ class Widget {
     const check = (raw) => checkScene(raw, this.task, this.configs, first);
     try {
       const given = new URLSearchParams(location.search).get("scene") ?? this.host.get("scene");
-      if (given) scene = check(typeof given === "string" ? decodeScene(given) : given);
+      if (given != null) scene = check(typeof given === "string" ? decodeScene(given) : given);
       if (scene && scene.model !== first) await this.load(scene.model);
     } catch (error) {
       complaint = this.sentence(error);
       scene = null;
     }
     this.load1(first);
-    this.scene = scene ?? check(describeScene(this.task, { ...this.newGame(0), model: first, parts: {}, rtg: 0.9, acting: "greedy", preference: "F-R" }));
-    this.ui.start = this.scene;
+    scene ??= check(describeScene(this.task, { ...this.newGame(0), model: first, parts: {}, rtg: 0.9, acting: "greedy", preference: "F-R" }));
+    this.scene = { ...scene, over: null, steering: scene.steer ?? STEERING }; // `over` says how the episode ended, if it has
     this.build();
     this.redraw(complaint);
   }
@@ -87,7 +88,7 @@ class Widget {
     this.controls = playControls(this.task, on);
     const preference = preferenceSelect(on.preference);
     const parts = [this.board, this.controls, viewPanel(), probabilityPanel(), attentionPanel(cfg), contributionPanel(cfg, preference.element), preference,
-      interventionPanel(cfg, this.task, on), scanPanel(), neuronPanel(NEURONS, on.neuron, (name) => { this.choice.neuron(name); this.intervene.neuron(name); this.redraw(`${name} is shown in the map and under Intervene.`); }), mapPanel(cfg, this.choice)];
+      interventionPanel(cfg, this.task, this.host.get("mean"), on), scanPanel(), neuronPanel(NEURONS, on.neuron, (name) => { this.choice.neuron(name); this.intervene.neuron(name); this.redraw(`${name} is shown in the map and under Intervene.`); }), mapPanel(cfg, this.choice)];
     this.parts = parts;
     this.watch();
     this.intervene = parts[7];
@@ -129,7 +130,8 @@ class Widget {
     }));
   }
 
-  // Everything that follows from the scene, drawn; `say` goes to the status line.
+  // Everything that follows from the scene, drawn; `say` goes to the status line: a sentence, a function that makes one of
+  // what the model would do, or "" for the scene in words.
   redraw(say, lead = "") {
     const { scene, ui, task } = this, model = this.loaded.get(scene.model);
     const input = { view: observe(task, scene.state), rtg: scene.rtg, t: Math.min(scene.state.t, model.cfg.max_steps) };
@@ -137,12 +139,23 @@ class Widget {
     const after = edits === INTACT ? null : run(model, input, edits), last = after ?? before;
     this.result = last;
     this.root.classList.toggle("dtp-edited", Boolean(after));
-    const place = `${describePlace(task, scene.state, input.view)} ${describeChoice(last.probs)}`;
+    const choice = describeChoice(last.probs), place = `${describePlace(task, scene.state, input.view)} ${choice}`;
     const frame = { scene, task, model, input, edits, before, after, weights: contrast(scene.preference), place,
-      cursor: ui.editing ? ui.cursor : null, editing: ui.editing, over: ui.over, running: Boolean(ui.running), canUndo: ui.history.length > 0, steering: ui.steering };
+      cursor: ui.editing ? ui.cursor : null, editing: ui.editing, running: Boolean(ui.running), canUndo: ui.history.length > 0 };
     this.draw(frame);
     this.modelSelect.input.value = scene.model;
-    if (say !== undefined) this.message.textContent = say || `${lead}Step ${scene.state.t}. ${place}`;
+    if (say !== undefined) this.say(say instanceof Function ? say(choice) : say || `${lead}Step ${scene.state.t}. ${place}`);
+  }
+
+  say(sentence) {
+    clearTimeout(this.ui.saying);
+    this.message.textContent = sentence;
+  }
+
+  // What a slider says, once it rests: a reader who drags it is not talked to all the way.
+  sayLater(sentence) {
+    clearTimeout(this.ui.saying);
+    this.ui.saying = setTimeout(() => this.say(sentence(describeChoice(this.result.probs))), REST);
   }
 
   edits(model) {
@@ -155,31 +168,39 @@ class Widget {
 
   // Changing
 
-  record() {
-    const { ui, scene } = this;
-    ui.history = [...ui.history.slice(-499), { state: scene.state, random: scene.random, over: ui.over }];
+  // A change that undo takes back, the moves of one slider together. A new state is a new episode, unless `scene` says it is over.
+  change(scene, say, { lead, slider } = {}) {
+    const { ui } = this;
+    if (!slider || slider !== ui.slider) ui.history = [...ui.history.slice(-499), this.scene];
+    ui.slider = slider;
+    this.put({ ...this.scene, ...(scene.state && { over: null }), ...scene }, say, lead);
   }
 
-  change(scene, say, lead) {
-    this.scene = { ...this.scene, ...scene };
+  put(scene, say, lead) {
+    const rebuild = !this.alike(scene.model);
+    this.scene = scene;
+    if (rebuild) this.build();
     this.redraw(say, lead);
     this.host.set("scene", describeScene(this.task, this.scene)); // a live kernel's copy, where there is one
     this.host.save_changes();
   }
 
+  // Whether a model has the components of the one that is shown.
+  alike(name) {
+    return name === this.scene.model || JSON.stringify(this.configs[name]) === JSON.stringify(this.configs[this.scene.model]);
+  }
+
   play(action, random, who) {
-    if (this.ui.over) return this.redraw("The episode is over: undo, edit the room or begin a new game.");
+    if (this.scene.over) return this.redraw("The episode is over: undo, edit the room or begin a new game.");
     const { state, reward, terminated, truncated } = step(this.task, this.scene.state, action, random);
     const over = !(terminated || truncated) ? null
       : reward > 0 ? `The goal is reached at step ${state.t}: return ${reward.toFixed(3)}.`
       : reward < 0 ? `It walked into ${nameOf(contentAt(this.task, this.scene.state, ...front(this.task, this.scene.state)))} at step ${state.t}: return −1.`
       : `Step ${state.t}: the episode is cut off. Return 0.`;
     const next = over && state.t >= this.task.max_steps ? { ...state, t: this.task.max_steps - 1 } : state;
-    this.record();
-    this.ui.over = over;
     if (over) this.stop();
     const quiet = this.ui.running && !over; // a running model would talk without end
-    this.change({ state: next, random: random.state }, quiet ? undefined : over ? `${who} ${DONE[action]}. ${over}` : "", `${who} ${DONE[action]}. `);
+    this.change({ state: next, random: random.state, over }, quiet ? undefined : over ? `${who} ${DONE[action]}. ${over}` : "", { lead: `${who} ${DONE[action]}. ` });
   }
 
   modelStep() {
@@ -200,7 +221,8 @@ class Widget {
   // The room is edited at (x, y): the agent turns, obstacles come and go, and walls and the goal stay.
   edit(x, y) {
     const { task, scene } = this, { state } = scene, cell = at(task, x, y);
-    const place = (changed, say) => { this.stop(); this.record(); this.ui.over = null; this.change({ state: { ...state, ...changed } }, say); };
+    const place = (changed, say) => { this.stop(); this.change({ state: { ...state, ...changed } }, say); };
+    if ((cell === state.agent || this.ui.tool !== "agent") && this.onGoal()) return;
     if (cell === state.agent) return place({ direction: (state.direction + 1) % 4 }, `The agent faces ${COMPASS[(state.direction + 1) % 4]}.`);
     if (roomAt(task, x, y) !== EMPTY) return this.redraw("Walls and the goal stay where they are.");
     if (this.ui.tool === "agent") {
@@ -237,11 +259,8 @@ class Widget {
     this.stop();
     try {
       await this.load(name);
-      if (JSON.stringify(this.configs[name]) !== JSON.stringify(this.configs[this.scene.model])) { // other components to edit
-        this.scene = checkScene({ ...describeScene(this.task, { ...this.scene, parts: {}, model: name }) }, this.task, this.configs, name);
-        this.build();
-      }
-      this.change({ model: name }, `This is ${name}. ${describeChoice(run(this.loaded.get(name), { view: observe(this.task, this.scene.state), rtg: this.scene.rtg, t: this.scene.state.t }).probs)}`);
+      const parts = this.alike(name) ? this.scene.parts : {}; // else there are other components to edit
+      this.change({ model: name, parts }, (choice) => `This is ${name}. ${choice}`);
     } catch (error) {
       this.redraw(this.sentence(error));
     }
@@ -252,10 +271,7 @@ class Widget {
     try {
       const checked = checkScene(scene, this.task, this.configs, this.scene.model);
       await this.load(checked.model);
-      this.record();
-      this.ui.over = null;
-      if (checked.steer) this.ui.steering = checked.steer;
-      this.change(checked, `${name}. ${note}`);
+      this.change({ ...checked, steering: checked.steer ?? this.scene.steering }, `${name}. ${note}`);
     } catch (error) {
       this.redraw(this.sentence(error));
     }
@@ -263,6 +279,7 @@ class Widget {
 
   handlers() {
     const { ui } = this, set = (changes, say) => this.change(changes, say);
+    const slide = (slider, changes, say) => { this.change(changes, undefined, { slider }); this.sayLater((choice) => `${say} ${choice}`); };
     return {
       act: (action) => { this.stop(); this.play(action, generator(this.scene.random), "You"); },
       step: () => { this.stop(); this.modelStep(); },
@@ -275,15 +292,13 @@ class Widget {
         const last = ui.history.pop();
         if (!last) return;
         this.stop();
-        ui.over = last.over;
-        set({ state: last.state, random: last.random }, "");
+        ui.slider = null;
+        this.put(last, "");
       },
       reset: () => {
         this.stop();
         const text = this.controls.seed(), seed = Number(text);
         if (text === "" || !Number.isInteger(seed) || seed < 0 || seed >= 2 ** 32) return this.redraw(`Seed must be a whole number from 0 to ${2 ** 32 - 1}, not “${text}”.`);
-        this.record();
-        ui.over = null;
         set(this.newGame(seed), "");
       },
       editing: () => ui.editing,
@@ -302,9 +317,9 @@ class Widget {
       },
       place: () => this.edit(...xy(this.task, ui.cursor)),
       click: (x, y) => { if (ui.editing) ui.cursor = at(this.task, x, y); this.edit(x, y); },
-      rtg: (rtg) => set({ rtg }),
-      t: (t) => { ui.over = null; set({ state: { ...this.scene.state, t } }); },
-      acting: (acting) => set({ acting }),
+      rtg: (rtg) => slide("rtg", { rtg }, `RTG ${signed(rtg)}.`),
+      t: (t) => this.onGoal() || slide("t", { state: { ...this.scene.state, t } }, `Timestep ${t}.`),
+      acting: (acting) => set({ acting }, (choice) => `It now takes ${ACTS[acting]}. ${choice}`),
       preference: (preference) => set({ preference }, `The contributions are to ${preference}.`),
       model: (name) => this.setModel(name),
       preset: (preset) => this.setPreset(preset),
@@ -323,9 +338,9 @@ class Widget {
       swap: () => this.onGoal() || set({ ...this.scene.source, source: { state: this.scene.state, rtg: this.scene.rtg } }, ""),
       clear: () => set({ parts: {}, steer: null }, ""),
       steer: (changes) => {
-        ui.steering = { ...ui.steering, ...changes };
-        if (changes.direction === "") { ui.steering.direction = "F-R"; return set({ steer: null }, ""); }
-        set({ steer: this.scene.steer || changes.direction ? { ...ui.steering } : null });
+        const steering = { ...this.scene.steering, ...changes }, steer = changes.direction ?? this.scene.steer ? steering : null; // a direction of "" is none
+        if (changes.amount == null) return set({ steering, steer }, "");
+        slide("amount", { steering, steer }, steer ? `Steering by ${signed(steering.amount, 1)}.` : "Steering is off.");
       },
     };
   }
