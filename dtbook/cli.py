@@ -294,9 +294,9 @@ def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publ
     verdicts = compare(made, shipped, names)
     for name, verdict in verdicts.items():
         click.echo(f"{verdict:12} {name}")
-        if publish:
+        if publish and verdict != "not made":
             shipped.take(name, made)
-    different = [name for name, verdict in verdicts.items() if verdict == "differs"]
+    different = [name for name, verdict in verdicts.items() if verdict in ("differs", "not made")]
     if different and not publish:
         raise click.ClickException(f"{', '.join(different)} in {made.root} is not what data/ ships")
 
