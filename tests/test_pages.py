@@ -79,6 +79,8 @@ def test_page_is_clean_drawn_and_accessible(browser, address, page, theme, width
         for other in (width, *(w for w in WIDTHS if w != width)):
             opened.page.set_viewport_size({"width": other, "height": 900})
             draw_all(opened.page)
+            # the theme slides its sidebar in and out
+            opened.page.wait_for_function("document.getAnimations().every((a) => a.playState !== 'running')")
             assert overflow(opened.page) <= 0, other
             name = re.sub(r"\W+", "_", page.partition(".html")[0])
             opened.page.screenshot(path=SCREENSHOTS / f"{name}_{theme}_{other}.png", full_page=True)
