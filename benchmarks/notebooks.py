@@ -10,19 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 
-from dtbook.notebooks import find_notebooks, run_notebook
+from dtbook.notebooks import find_notebooks, run_notebook, small_parameters
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-
-
-def small_parameters(path: Path) -> dict[str, object]:
-    """What the notebook gives under `nbmake`."""
-    cells = nbformat.read(path, as_version=4).cells
-    tagged = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    return dict(tagged.metadata.get("nbmake", {}).get("mock", {}))
 
 
 def seconds(path: Path, parameters: dict[str, object]) -> float:

@@ -126,6 +126,17 @@ def declared_parameters(path: Path) -> dict[str, Parameter]:
     return parameters
 
 
+def small_parameters(path: Path) -> dict[str, Any]:
+    """Return the parameters under which a notebook is tested: what nbmake puts in their place, if anything."""
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return {
+        name: value
+        for cell in tagged
+        for name, value in cell.metadata.get("nbmake", {}).get("mock", {}).items()
+    }
+
+
 def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, object]:
     """Return `given`, values or their texts, in the notebook's types; raise NotebookError for a wrong one."""
     declared = declared_parameters(path)

@@ -14,13 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_elsewhere import small_parameters
 
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.collection import QuotaConfig
 from dtbook.gridworld import Task
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.notebooks import run_notebook
+from dtbook.notebooks import run_notebook, small_parameters
 from dtbook.pipeline import Recipe, load_snapshots, name_of, replicate
 from dtbook.ppo import PPOConfig
 from dtbook.rollout import calibration_curve, rollout

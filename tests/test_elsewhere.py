@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dtbook.notebooks import run_notebook
+from dtbook.notebooks import run_notebook, small_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -25,13 +25,6 @@ NOTEBOOK = ROOT / "notebooks/04_calibration.ipynb"
 COLAB = (
     "import sys, types\nfor name in ('google', 'google.colab'): sys.modules[name] = types.ModuleType(name)\n"
 )
-
-
-def small_parameters(path):
-    """What the notebook gives nbmake."""
-    cells = nbformat.read(path, as_version=4).cells
-    tagged = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    return dict(tagged.metadata.get("nbmake", {}).get("mock", {}))
 
 
 def clean_environment(home):

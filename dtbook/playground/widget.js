@@ -125,8 +125,9 @@ class Widget {
     }
     if (waits || !this.behind.size) return;
     requestAnimationFrame(() => setTimeout(() => {
-      for (const part of this.behind) part.update(this.frame);
-      this.behind.clear();
+      const late = [...this.behind];
+      this.behind.clear(); // first: a part that fails must not keep the others from ever being drawn again
+      for (const part of late) part.update(this.frame);
     }));
   }
 
