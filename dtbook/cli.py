@@ -196,7 +196,7 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
     Leaves an artifact for each point, a manifest, and table.parquet with one row a point. The same command goes on
     with a sweep that was interrupted, or whose points failed: what is there is not run again.
     """
-    from dtbook import sweep as sweeps  # imports pandas, which the other commands do without
+    from dtbook.pipeline import sweep as sweeps  # imports pandas, which the other commands do without
 
     points = sweeps.read_sweep(file, CHECKOUT / "notebooks")
     folder = (folder or CHECKOUT / "runs" / "sweeps" / file.stem).absolute()
@@ -245,7 +245,9 @@ def reproduce(seeds: str, workers: int, folder: Path, publish: bool, everything:
     stopped. Bytes are the same on the same machine with the same libraries; on another, sums are rounded otherwise, and
     what is equal up to that is called "rounding".
     """
-    from dtbook import measures, replicas, reproduction  # import torch and TransformerLens
+    from dtbook.pipeline import measure as measures  # import torch and TransformerLens
+    from dtbook.pipeline import replicas
+    from dtbook.pipeline import reproduce as reproduction
 
     try:
         chosen = replicas.parse_seeds(seeds)
@@ -271,7 +273,7 @@ def causes(seeds: str, workers: int) -> None:
 
     Tables that are there, of the same model and code, are not made again.
     """
-    from dtbook import causal_tables, replicas
+    from dtbook.pipeline import causal_tables, replicas
 
     try:
         chosen = replicas.parse_seeds(seeds)
@@ -313,7 +315,7 @@ def experiments(sweeps: Path, made: Path) -> None:
 
     First `dtbook sweep sweeps/NAME.yml` for each of them and `dtbook reproduce`. What is current is not done again.
     """
-    from dtbook import experiments as rooms  # imports torch and TransformerLens
+    from dtbook.pipeline import experiments as rooms  # imports torch and TransformerLens
 
     parts = rooms.run_all(ArtifactStore(), ArtifactStore(made.absolute()), CHECKOUT, sweeps.absolute())
     for name, outcome in parts:

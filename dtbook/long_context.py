@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dtbook.artifacts import ArtifactStore
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.pipeline import Writer, name_of, run_stage
+from dtbook.pipeline.replication import Writer, name_of, run_stage
 from dtbook.ppo import one_thread
 from dtbook.training import Batch, Sampler, TrainConfig, train
 from dtbook.trajectories import Trajectories

@@ -7,11 +7,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from dtbook import dynamics, experiments, sweep
+from dtbook import dynamics
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.gridworld import FRONT, Task
 from dtbook.heads import obstacle_head_scores
 from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.pipeline import experiments, sweep
 from dtbook.trajectories import play
 
 SMALL = {"d_model": 16, "d_head": 8, "d_mlp": 16, "max_steps": 30}

@@ -4,14 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dtbook import anatomy, measures
+from dtbook import anatomy
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.attribution import preference_direction
 from dtbook.circuit import Circuit, measure_circuit
 from dtbook.claims import CLAIMS, RULES
 from dtbook.gridworld import all_observations
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.pipeline import table_writer
+from dtbook.pipeline import measure as measures
+from dtbook.pipeline.replication import table_writer
 from dtbook.views import Embeddings
 
 

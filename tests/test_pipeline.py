@@ -14,12 +14,12 @@ import pytest
 from dtbook.artifacts import ArtifactStore
 from dtbook.comparison import compare
 from dtbook.model import DecisionTransformer
-from dtbook.pipeline import REFERENCE_ONLY, name_of, shipped_names
+from dtbook.pipeline.replication import REFERENCE_ONLY, name_of, shipped_names
 from dtbook.trajectories import Trajectories
 
 SMALL = """
 import sys
-from dtbook import pipeline
+from dtbook.pipeline import replication as pipeline
 from dtbook.artifacts import ArtifactStore
 recipe = pipeline.Recipe(
     task=pipeline.Task(size=5, n_obstacles=1, max_steps=30),

@@ -12,10 +12,10 @@ import pandas as pd
 import psutil
 import pytest
 
-from dtbook import pipeline
 from dtbook.artifacts import ArtifactStore
 from dtbook.pipeline import name_of
-from dtbook.replicas import BARS, measures, parse_seeds, replicate_all, summary
+from dtbook.pipeline import replication as pipeline
+from dtbook.pipeline.replicas import BARS, measures, parse_seeds, replicate_all, summary
 
 RECIPE = pipeline.Recipe(
     task=pipeline.Task(size=5, n_obstacles=1, max_steps=30),

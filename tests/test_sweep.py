@@ -18,10 +18,11 @@ import yaml
 from click.testing import CliRunner
 from distributed import LocalCluster
 
-from dtbook import cli, sweep
+from dtbook import cli
 from dtbook.artifacts import ArtifactStore
 from dtbook.gridworld import Task
 from dtbook.model import DecisionTransformer
+from dtbook.pipeline import sweep
 from dtbook.trajectories import play
 
 PARAMETERS = """k = 1  # which point
@@ -232,7 +233,7 @@ def test_a_stage_leaves_its_artifacts_and_one_row(tmp_path):
 
 DRIVER = """
 import pickle, sys
-from dtbook import sweep
+from dtbook.pipeline import sweep
 if __name__ == "__main__":
     points, folder, workers, scheduler = pickle.load(open(sys.argv[1], "rb"))
     sweep.run_sweep(points, folder, workers, scheduler)

@@ -4,9 +4,12 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dtbook import causal_tables, experiments, long_context, measures, pipeline, replicas
+from dtbook import long_context
 from dtbook.artifacts import CHECKOUT, ArtifactError, ArtifactStore
-from dtbook.sweep import Outcome, Point, read_sweep, run_sweep
+from dtbook.pipeline import causal_tables, experiments, replicas
+from dtbook.pipeline import measure as measures
+from dtbook.pipeline import replication as pipeline
+from dtbook.pipeline.sweep import Outcome, Point, read_sweep, run_sweep
 
 Say = Callable[[str], object]
 

@@ -20,8 +20,8 @@ from dtbook.checkpoints import POST_MODEL_SHA256
 from dtbook.dynamics import Probe, forward_probability, inspect, make_probe, settles, trace
 from dtbook.gridworld import FRONT, ObservationSet
 from dtbook.model import DecisionTransformer
-from dtbook.pipeline import Writer, load_snapshots, name_of, run_stage, table_writer
-from dtbook.sweep import Point, read_sweep
+from dtbook.pipeline.replication import Writer, load_snapshots, name_of, run_stage, table_writer
+from dtbook.pipeline.sweep import Point, read_sweep
 from dtbook.weights import CELLS, front_cell_table, state_maps
 
 SWEEPS = ("encodings", "weight_decay", "size")

@@ -39,9 +39,9 @@ from dtbook.notebooks import (
     inputs_digest,
     run_notebook,
 )
-from dtbook.provenance import PACKAGE, digest
+from dtbook.provenance import digest
 
-SCHEMA = json.loads((PACKAGE / "sweep.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(Path(__file__).with_name("sweep.schema.json").read_text(encoding="utf-8"))
 PATIENCE = 2  # times that a point may bring its own process down
 CONNECT_SECONDS = 10  # that a scheduler has to answer
 
@@ -115,7 +115,7 @@ class Outcome:
 
 
 def _stage(name: str) -> Any:
-    from dtbook.stages import (
+    from dtbook.pipeline.points import (
         STAGES,
     )  # imports torch and TransformerLens, which notebooks bring for themselves
 
@@ -268,7 +268,7 @@ def run_sweep(
     times = pd.DataFrame({"point": list(seconds), "seconds": list(seconds.values())})
     for name, frame in (("table.parquet", table), ("seconds.parquet", times)):
         parameters = {"target": target, "points": list(by_id)}
-        with store.write(name, stage="sweep", rooms=["sweep"], parameters=parameters) as path:
+        with store.write(name, stage="sweep", rooms=["artifacts"], parameters=parameters) as path:
             frame.to_parquet(path, index=False)
     return table
 

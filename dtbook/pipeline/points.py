@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import save_file
 
-from dtbook import heads, pipeline, ppo, training
+from dtbook import heads, ppo, training
 from dtbook.artifacts import ArtifactStore, describe
 from dtbook.gridworld import DynamicObstaclesVectorEnv, Task, all_observations
 from dtbook.model import DecisionTransformer
 from dtbook.notebooks import Parameter
-from dtbook.pipeline import Recipe
+from dtbook.pipeline import replication as pipeline
+from dtbook.pipeline.replication import Recipe
 from dtbook.rollout import calibration_error
 from dtbook.trajectories import RecordEpisodes, Trajectories
 
@@ -205,7 +206,7 @@ STAGES = {
     ),
     "ppo": Stage(("ppo", "trajectories"), {"seed": 0, **flat_defaults("task", "ppo")}, (), run_ppo),
     "replication": Stage(
-        ("pipeline",),
+        ("ppo", "collection", "heads", "rollout", "training"),
         {"seed": 0, **flat_defaults("task", "ppo", "quota", "model", "train", "calibration")},
         (),
         run_replication,

@@ -17,7 +17,7 @@ from dtbook.artifacts import ArtifactStore
 from dtbook.checkpoints import POST_MODEL_SHA256
 from dtbook.gridworld import Task, all_observations
 from dtbook.model import DecisionTransformer
-from dtbook.pipeline import Writer, folder_of, run_stage, table_writer
+from dtbook.pipeline.replication import Writer, folder_of, run_stage, table_writer
 from dtbook.ppo import one_thread
 
 FILES = {

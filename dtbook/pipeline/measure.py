@@ -19,7 +19,8 @@ from dtbook.evidence import Evidence
 from dtbook.gridworld import Task, all_observations
 from dtbook.heads import obstacle_head_scores, order_heads
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.pipeline import (
+from dtbook.pipeline.replicas import in_processes
+from dtbook.pipeline.replication import (
     POST_CALIBRATION,
     Recipe,
     Writer,
@@ -29,7 +30,6 @@ from dtbook.pipeline import (
     run_stage,
     table_writer,
 )
-from dtbook.replicas import in_processes
 from dtbook.rollout import CALIBRATION_RTGS
 from dtbook.scorecard import scorecard
 from dtbook.tables import HOW, RTGS, TIMESTEPS, situation_table
