@@ -14,15 +14,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dtbook.artifacts import ArtifactError, ArtifactStore
-from dtbook.attribution import channel_slices, preference_direction
-from dtbook.checkpoints import POST_MODEL_SHA256
-from dtbook.dynamics import Probe, forward_probability, inspect, make_probe, settles, trace
-from dtbook.gridworld import FRONT, ObservationSet
-from dtbook.model import DecisionTransformer
+from dtbook.analysis.attribution import channel_slices, preference_direction
+from dtbook.analysis.dynamics import Probe, forward_probability, inspect, make_probe, settles, trace
+from dtbook.analysis.weights import CELLS, front_cell_table, state_maps
+from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.gridworld.env import ObservationSet
+from dtbook.gridworld.rules import FRONT
+from dtbook.model.files import POST_MODEL_SHA256
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import Writer, load_snapshots, name_of, run_stage, table_writer
 from dtbook.sweep import Point, read_sweep
-from dtbook.weights import CELLS, front_cell_table, state_maps
 
 SWEEPS = ("encodings", "weight_decay", "size")
 """The files in `sweeps/`, in the order in which they are run."""

@@ -10,15 +10,20 @@ from typing import Any
 
 import pandas as pd
 
-from dtbook import anatomy
-from dtbook.artifacts import ArtifactError, ArtifactStore
-from dtbook.checkpoints import POST_MODEL_SHA256
-from dtbook.circuit import measure_circuit
-from dtbook.claims import measure
-from dtbook.evidence import Evidence
-from dtbook.gridworld import Task, all_observations
-from dtbook.heads import obstacle_head_scores, order_heads
-from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.analysis import behaviour
+from dtbook.analysis.ablations import HOW, RTGS, TIMESTEPS, situation_table
+from dtbook.analysis.head_circuit import measure_circuit
+from dtbook.analysis.heads import obstacle_head_scores, order_heads
+from dtbook.analysis.views import embeddings
+from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.claims.evidence import Evidence
+from dtbook.claims.rules import measure
+from dtbook.claims.scorecard import scorecard
+from dtbook.gridworld.env import all_observations
+from dtbook.gridworld.rules import Task
+from dtbook.model.config import DTConfig
+from dtbook.model.files import POST_MODEL_SHA256
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import (
     POST_CALIBRATION,
     Recipe,
@@ -31,10 +36,7 @@ from dtbook.pipeline import (
 )
 from dtbook.replicas import in_processes
 from dtbook.rollout import CALIBRATION_RTGS
-from dtbook.scorecard import scorecard
-from dtbook.tables import HOW, RTGS, TIMESTEPS, situation_table
-from dtbook.trajectories import Trajectories
-from dtbook.views import embeddings
+from dtbook.trajectories.recording import Trajectories
 
 UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
 """Control models without training, by the seed of their weights."""
@@ -45,14 +47,17 @@ EXPERIMENT_CLAIMS = "experiments/claims.parquet"
 SCORECARD = ("scorecard.parquet", "scorecard.csv")
 
 ANATOMY: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
-    "distributions": (anatomy.distributions, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
-    "turns": (anatomy.turns, {"rtgs": RTGS, "timestep": 10}),
-    "over_time": (anatomy.over_time, {"rtgs": RTGS, "timesteps": anatomy.EVERY_TIMESTEP}),
-    "exceptions": (anatomy.exceptions, {"rtgs": RTGS, "timesteps": anatomy.CERTIFIED}),
-    "scans": (anatomy.situation_scans, {"rtgs": anatomy.SCAN_RTGS, "timesteps": anatomy.SCAN_TIMESTEPS}),
+    "distributions": (behaviour.distributions, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
+    "turns": (behaviour.turns, {"rtgs": RTGS, "timestep": 10}),
+    "over_time": (behaviour.over_time, {"rtgs": RTGS, "timesteps": behaviour.EVERY_TIMESTEP}),
+    "exceptions": (behaviour.exceptions, {"rtgs": RTGS, "timesteps": behaviour.CERTIFIED}),
+    "scans": (
+        behaviour.situation_scans,
+        {"rtgs": behaviour.SCAN_RTGS, "timesteps": behaviour.SCAN_TIMESTEPS},
+    ),
     "neurons": (
-        anatomy.neurons,
-        {"rtgs": RTGS, "timesteps": TIMESTEPS, "how": anatomy.NEURON_WAYS, "seed": 0},
+        behaviour.neurons,
+        {"rtgs": RTGS, "timesteps": TIMESTEPS, "how": behaviour.NEURON_WAYS, "seed": 0},
     ),
 }
 """Tables of chapters 5 and 6 beside the situations: file name → what makes it of a model and its observations, how."""
@@ -120,7 +125,7 @@ def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) ->
 
     for name, (table, settings) in ANATOMY.items():
         keep(name, settings, partial(run_it, table, settings))
-    keep(PLAY, PLAY_SETTINGS, lambda: anatomy.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
+    keep(PLAY, PLAY_SETTINGS, lambda: behaviour.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
 
 
 def measure_situations(store: ArtifactStore, folder: str, progress: bool = True) -> None:

@@ -16,15 +16,19 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from dtbook import heads, ppo, training
-from dtbook.artifacts import ArtifactStore
-from dtbook.collection import QuotaConfig, collect_by_quota
-from dtbook.gridworld import DynamicObstaclesVectorEnv, Task, all_observations
-from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.ppo import PPOConfig
+from dtbook import training
+from dtbook.analysis import heads
+from dtbook.artifacts.store import ArtifactStore
+from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
+from dtbook.gridworld.rules import Task
+from dtbook.model.config import DTConfig
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.rollout import CALIBRATION_RTGS, calibration_curve
 from dtbook.training import TrainConfig
-from dtbook.trajectories import RecordEpisodes, Trajectories
+from dtbook.trajectories import ppo
+from dtbook.trajectories.collection import QuotaConfig, collect_by_quota
+from dtbook.trajectories.ppo import PPOConfig
+from dtbook.trajectories.recording import RecordEpisodes, Trajectories
 
 SHIPPED = (
     "ppo.parquet",

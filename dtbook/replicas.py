@@ -15,11 +15,11 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from dtbook.artifacts import ArtifactStore
-from dtbook.model import DecisionTransformer
+from dtbook.artifacts.store import ArtifactStore
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import Recipe, Report, name_of, replicate
-from dtbook.ppo import one_thread
 from dtbook.rollout import calibration_error
+from dtbook.trajectories.ppo import one_thread
 
 ATTEMPTS = 2  # at a replication whose process was killed
 TABLE = "replicas.parquet"

@@ -13,14 +13,17 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import save_file
 
-from dtbook import heads, pipeline, ppo, training
-from dtbook.artifacts import ArtifactStore, describe
-from dtbook.gridworld import DynamicObstaclesVectorEnv, Task, all_observations
-from dtbook.model import DecisionTransformer
-from dtbook.notebooks import Parameter
+from dtbook import pipeline, training
+from dtbook.analysis import heads
+from dtbook.artifacts.store import ArtifactStore, describe
+from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
+from dtbook.gridworld.rules import Task
+from dtbook.model.transformer import DecisionTransformer
+from dtbook.pages.notebooks import Parameter
 from dtbook.pipeline import Recipe
 from dtbook.rollout import calibration_error
-from dtbook.trajectories import RecordEpisodes, Trajectories
+from dtbook.trajectories import ppo
+from dtbook.trajectories.recording import RecordEpisodes, Trajectories
 
 Row = dict[str, Any]
 Run = Callable[[Mapping[str, Any], Path, Path], Row]

@@ -28,9 +28,10 @@ import pandas as pd
 import yaml
 from filelock import FileLock
 
-from dtbook.artifacts import ArtifactError, ArtifactStore
-from dtbook.display import GLUE_MIME
-from dtbook.notebooks import (
+from dtbook.artifacts.provenance import PACKAGE, digest
+from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.figures.display import GLUE_MIME
+from dtbook.pages.notebooks import (
     KERNEL_ENVIRONMENT,
     NotebookError,
     check_parameters,
@@ -39,7 +40,6 @@ from dtbook.notebooks import (
     inputs_digest,
     run_notebook,
 )
-from dtbook.provenance import PACKAGE, digest
 
 SCHEMA = json.loads((PACKAGE / "sweep.schema.json").read_text(encoding="utf-8"))
 PATIENCE = 2  # times that a point may bring its own process down

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dtbook import artifacts, provenance
-from dtbook.artifacts import ArtifactError, ArtifactStore, atomic_write
+from dtbook import artifacts
+from dtbook.artifacts import ArtifactError, ArtifactStore, atomic_write, provenance
 
 MADE_BY = {"stage": "test", "rooms": ["provenance"]}
 
@@ -223,7 +223,7 @@ def test_an_artifact_is_current_until_code_parameters_seeds_or_bytes_change(stor
         assert not store.is_current("models/reference", **made_by | change)
     assert not store.is_current("models/other", **made_by)
     with monkeypatch.context() as patch:
-        patch.setattr("dtbook.provenance.platform.python_version", lambda: "3.0")
+        patch.setattr("dtbook.artifacts.provenance.platform.python_version", lambda: "3.0")
         assert not store.is_current("models/reference", **made_by)
     truncate(store.root / "models/reference/config.json")
     assert not store.is_current("models/reference", **made_by)

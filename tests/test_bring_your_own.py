@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from dtbook.artifacts import ArtifactError, ArtifactStore
-from dtbook.collection import QuotaConfig
 from dtbook.gridworld import Task
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.notebooks import run_notebook, small_parameters
+from dtbook.pages.notebooks import run_notebook, small_parameters
 from dtbook.pipeline import Recipe, load_snapshots, name_of, replicate
-from dtbook.ppo import PPOConfig
 from dtbook.rollout import calibration_curve, rollout
 from dtbook.training import Sampler, TrainConfig
 from dtbook.trajectories import Trajectories
+from dtbook.trajectories.collection import QuotaConfig
+from dtbook.trajectories.ppo import PPOConfig
 
 CHAPTER = Path(__file__).resolve().parent.parent / "notebooks/14_bring_your_own.ipynb"
 SEED, MAX_STEPS = 3, 30

@@ -9,9 +9,10 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
-from dtbook import cli, notebooks, provenance
-from dtbook.artifacts import ArtifactStore
-from dtbook.notebooks import KERNEL_ENVIRONMENT, Parameter, inputs_digest, notebook_digest, run_notebook
+from dtbook import cli
+from dtbook.artifacts import ArtifactStore, provenance
+from dtbook.pages import notebooks
+from dtbook.pages.notebooks import KERNEL_ENVIRONMENT, Parameter, inputs_digest, notebook_digest, run_notebook
 
 PARAMETERS = """episodes = 3  # episodes, at least 1
 temperature = 1.0  # of the softmax

@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dtbook.artifacts import ArtifactStore
-from dtbook.comparison import compare, largest_difference
+from dtbook.artifacts.comparison import compare, largest_difference
 
 TABLE = pd.DataFrame({"name": ["a", "b", "c"], "share": [0.25, -4.0, np.nan], "count": [1, 2, 3]})
 

@@ -7,10 +7,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from dtbook import dynamics, experiments, sweep
+from dtbook import experiments, sweep
+from dtbook.analysis import dynamics
+from dtbook.analysis.heads import obstacle_head_scores
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.gridworld import FRONT, Task
-from dtbook.heads import obstacle_head_scores
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.trajectories import play
 

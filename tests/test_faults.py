@@ -17,8 +17,8 @@ import psutil
 import pytest
 from test_cli import PARAMETERS, copies, dtbook, executed, printed, write_notebook
 
-from dtbook import cli, provenance
-from dtbook.artifacts import ArtifactStore
+from dtbook import cli
+from dtbook.artifacts import ArtifactStore, provenance
 
 COMMAND = """
 import sys

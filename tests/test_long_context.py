@@ -8,7 +8,7 @@ import pytest
 import torch
 from planted import scattered
 
-from dtbook import long_context
+from dtbook.analysis import long_context
 from dtbook.artifacts import ArtifactStore
 from dtbook.gridworld import DynamicObstaclesVectorEnv
 from dtbook.model import DecisionTransformer, DTConfig

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from dtbook.artifacts import ArtifactStore
-from dtbook.comparison import compare
+from dtbook.artifacts.comparison import compare
 from dtbook.model import DecisionTransformer
 from dtbook.pipeline import REFERENCE_ONLY, name_of, shipped_names
 from dtbook.trajectories import Trajectories

@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from dtbook.notebooks import declared_parameters
-from dtbook.provenance import imported_names, package_sources
+from dtbook.artifacts.provenance import imported_names, package_sources
+from dtbook.pages.notebooks import declared_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
