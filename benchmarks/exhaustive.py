@@ -19,8 +19,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dtbook.analysis.ablations import RTGS, TIMESTEPS, situation_table
+from dtbook.analysis.ablations import situation_table
 from dtbook.analysis.population import logits
+from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.artifacts import ArtifactStore
 from dtbook.gridworld import ObservationSet, all_observations
 from dtbook.gridworld.situations import batches, sample

@@ -27,6 +27,11 @@ FILES = {
     "program": ("program.parquet", "program_rows.parquet"),
 }
 """Stage → the files it leaves in a model's folder."""
+CODE = {
+    "causal": "dtbook.analysis.counterfactuals",
+    "circuits": "dtbook.analysis.faithfulness",
+    "program": "dtbook.analysis.program",
+}
 ROWS_OF = program.STEPS[4]
 """The step of the program whose rows are kept: RTG band, what is in front, walls, quadrant."""
 EPISODES = 200
@@ -47,7 +52,7 @@ def make_tables(
 
         parameters = {"model": sha256, "task": asdict(task), "seed": seed} | settings
         names = [f"{folder}/{file}" for file in FILES[stage]]
-        run_stage(store, seed, stage, (stage,), parameters, names, write)
+        run_stage(store, seed, stage, (CODE[stage],), parameters, names, write)
 
     run(
         "causal",

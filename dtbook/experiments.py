@@ -68,7 +68,18 @@ def collect(store: ArtifactStore, sweep: str, checkout: Path, folder: Path, prog
         frames = [pd.DataFrame(rows), pd.concat(fronts, ignore_index=True)]
         return [table_writer(frame) for frame in frames[: len(names)]]
 
-    run_stage(store, 0, f"collect {sweep}", ("dynamics", "rollout"), {"points": hashes}, names, make)
+    run_stage(
+        store,
+        0,
+        f"collect {sweep}",
+        (
+            "dtbook.analysis.dynamics",
+            "dtbook.rollout",
+        ),
+        {"points": hashes},
+        names,
+        make,
+    )
 
 
 def measure_point(point: Point, folder: Path, probe: Probe) -> tuple[Row, pd.DataFrame]:
@@ -188,7 +199,15 @@ def measure_post_paths(store: ArtifactStore) -> None:
     def make() -> list[Writer]:
         return [table_writer(front_paths(DecisionTransformer.from_post_checkpoint(), make_probe()))]
 
-    run_stage(store, 0, "front paths", ("dynamics",), {"model": POST_MODEL_SHA256}, [POST_PATHS], make)
+    run_stage(
+        store,
+        0,
+        "front paths",
+        ("dtbook.analysis.dynamics",),
+        {"model": POST_MODEL_SHA256},
+        [POST_PATHS],
+        make,
+    )
 
 
 # ---------------------------------------------------------------------------------------- training, traced
@@ -213,7 +232,7 @@ def measure_dynamics(store: ArtifactStore, seed: int, made: ArtifactStore, progr
         store,
         seed,
         "dynamics",
-        ("dynamics", "rollout"),
+        ("dtbook.analysis.dynamics", "dtbook.rollout"),
         parameters,
         [name_of(seed, "dynamics.parquet")],
         make,
@@ -291,7 +310,7 @@ def decide_claims(store: ArtifactStore) -> None:
         return [table_writer(decide(read(encodings), read(size), traced))]
 
     parameters = {"from": {name: entries[name]["sha256"] for name in sources}}
-    run_stage(store, 0, "experiment claims", ("dynamics",), parameters, [CLAIMS], make)
+    run_stage(store, 0, "experiment claims", ("dtbook.analysis.dynamics",), parameters, [CLAIMS], make)
 
 
 def run_all(

@@ -11,9 +11,10 @@ from typing import Any
 import pandas as pd
 
 from dtbook.analysis import behaviour
-from dtbook.analysis.ablations import HOW, RTGS, TIMESTEPS, situation_table
+from dtbook.analysis.ablations import HOW, situation_table
 from dtbook.analysis.head_circuit import measure_circuit
 from dtbook.analysis.heads import obstacle_head_scores, order_heads
+from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.analysis.views import embeddings
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
 from dtbook.claims.evidence import Evidence
@@ -74,7 +75,10 @@ CIRCUIT_SETTINGS: dict[str, Any] = {
 }
 """How chapter 8's circuit is measured."""
 
-ROOMS = ("evidence", "claims")
+CODE = (
+    "dtbook.claims.evidence",
+    "dtbook.claims.rules",
+)
 STAGES = ("claims", "situations", "anatomy", "scorecard")
 """Stages whose artifacts hold what was measured of models."""
 
@@ -118,7 +122,15 @@ def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) ->
     def keep(name: str, settings: dict[str, Any], make: Callable[[], pd.DataFrame]) -> None:
         parameters = {"model": sha256, "task": asdict(Task())} | settings
         names = [f"{folder}/{name}.parquet"]
-        run_stage(store, 0, "anatomy", ("anatomy",), parameters, names, lambda: [table_writer(make())])
+        run_stage(
+            store,
+            0,
+            "anatomy",
+            ("dtbook.analysis.behaviour",),
+            parameters,
+            names,
+            lambda: [table_writer(make())],
+        )
 
     def run_it(table: Callable[..., pd.DataFrame], settings: dict[str, Any]) -> pd.DataFrame:
         return table(model(), observations(), progress=progress, **settings)
@@ -144,7 +156,15 @@ def measure_situations(store: ArtifactStore, folder: str, progress: bool = True)
         table = situation_table(model(), _observations(Task()), progress=progress, **settings)
         return [table_writer(table)]
 
-    run_stage(store, 0, "situations", ("tables",), parameters, [f"{folder}/situations.parquet"], make)
+    run_stage(
+        store,
+        0,
+        "situations",
+        ("dtbook.analysis.ablations",),
+        parameters,
+        [f"{folder}/situations.parquet"],
+        make,
+    )
 
 
 def measure_circuit_of(store: ArtifactStore, folder: str, progress: bool = True) -> None:
@@ -159,8 +179,10 @@ def measure_circuit_of(store: ArtifactStore, folder: str, progress: bool = True)
         return [embeddings(model()).save]
 
     name = f"{folder}/embeddings.safetensors"
-    run_stage(store, 0, "anatomy", ("views",), {"model": sha256}, [name], embedded)
-    run_stage(store, 0, "anatomy", ("circuit",), parameters, [f"{folder}/circuit"], circuit)
+    run_stage(store, 0, "anatomy", ("dtbook.analysis.views",), {"model": sha256}, [name], embedded)
+    run_stage(
+        store, 0, "anatomy", ("dtbook.analysis.head_circuit",), parameters, [f"{folder}/circuit"], circuit
+    )
 
 
 def _model_in(store: ArtifactStore, folder: str) -> tuple[str, Callable[[], DecisionTransformer]]:
@@ -198,7 +220,7 @@ def measure_controls(store: ArtifactStore) -> None:
         )
     hashes = {name: entries[name]["sha256"] for name in SHUFFLED}
     parameters = {"untrained": UNTRAINED, "models": hashes, "calibration": dict(recipe.calibration)}
-    run_stage(store, 0, "claims", (*ROOMS, "rollout"), parameters, [CONTROL_CLAIMS], make)
+    run_stage(store, 0, "claims", (*CODE, "dtbook.rollout"), parameters, [CONTROL_CLAIMS], make)
 
 
 def make_scorecard(store: ArtifactStore, seeds: Sequence[int]) -> None:
@@ -217,7 +239,15 @@ def make_scorecard(store: ArtifactStore, seeds: Sequence[int]) -> None:
         return [table_writer(card), lambda path: card.to_csv(path, index=False)]
 
     hashes = {name: entries[name]["sha256"] for name in sources}
-    run_stage(store, 0, "scorecard", ("scorecard",), {"seeds": list(seeds), "from": hashes}, SCORECARD, make)
+    run_stage(
+        store,
+        0,
+        "scorecard",
+        ("dtbook.claims.scorecard",),
+        {"seeds": list(seeds), "from": hashes},
+        SCORECARD,
+        make,
+    )
 
 
 def measure_all(store: ArtifactStore, seeds: Sequence[int], workers: int = 1) -> list[str]:
@@ -258,4 +288,4 @@ def _claims(
     store: ArtifactStore, name: str, seed: int, sha256: str, evidence: Callable[[], Evidence]
 ) -> None:
     parameters = {"model": sha256, "rtgs": RTGS, "timesteps": TIMESTEPS}
-    run_stage(store, seed, "claims", ROOMS, parameters, [name], lambda: [table_writer(measure(evidence()))])
+    run_stage(store, seed, "claims", CODE, parameters, [name], lambda: [table_writer(measure(evidence()))])

@@ -133,7 +133,7 @@ def summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
 def write_summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
     """Write `summary` to the store as `TABLE`, and return it."""
     table = summary(store, seeds)
-    with store.write(TABLE, stage="replicas", rooms=["replicas"], seeds=seeds) as path:
+    with store.write(TABLE, stage="replicas", code=["dtbook.replicas"], seeds=seeds) as path:
         table.to_parquet(path, index=False)
     return table
 

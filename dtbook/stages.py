@@ -33,7 +33,7 @@ Run = Callable[[Mapping[str, Any], Path, Path], Row]
 class Stage:
     """A stage: the rooms that do it, its parameters and those of them that name an artifact, and how it is run."""
 
-    rooms: tuple[str, ...]
+    code: tuple[str, ...]
     defaults: Mapping[str, Any]
     inputs: tuple[str, ...]
     run: Run
@@ -193,7 +193,7 @@ def _summary(curves: pd.DataFrame) -> Row:
 _CALIBRATION = {"seed": 0, **flat_defaults("task", "calibration")}
 STAGES = {
     "training": Stage(
-        ("heads", "rollout", "training"),
+        ("dtbook.analysis.heads", "dtbook.rollout", "dtbook.training"),
         {
             "seed": 0,
             "data": "seed_0/trajectories.npz",
@@ -204,11 +204,16 @@ STAGES = {
         run_training,
     ),
     "calibration": Stage(
-        ("rollout",), {"weights": "seed_0/model", **_CALIBRATION}, ("weights",), run_calibration
+        ("dtbook.rollout",), {"weights": "seed_0/model", **_CALIBRATION}, ("weights",), run_calibration
     ),
-    "ppo": Stage(("ppo", "trajectories"), {"seed": 0, **flat_defaults("task", "ppo")}, (), run_ppo),
+    "ppo": Stage(
+        ("dtbook.trajectories.ppo", "dtbook.trajectories.recording"),
+        {"seed": 0, **flat_defaults("task", "ppo")},
+        (),
+        run_ppo,
+    ),
     "replication": Stage(
-        ("pipeline",),
+        ("dtbook.pipeline",),
         {"seed": 0, **flat_defaults("task", "ppo", "quota", "model", "train", "calibration")},
         (),
         run_replication,

@@ -11,10 +11,10 @@ from planted import scattered
 from dtbook.analysis import behaviour
 from dtbook.analysis.attribution import contrast, decompose
 from dtbook.analysis.interventions import ablate
-from dtbook.claims import AVOIDS
 from dtbook.gridworld import Task, all_observations
 from dtbook.gridworld.situations import select, showing, weights
 from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.protocol import AVOIDS
 from dtbook.rollout import calibration_curve
 
 CFG = DTConfig(d_model=12, d_head=5, d_mlp=16, max_steps=20)

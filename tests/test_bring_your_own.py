@@ -221,7 +221,7 @@ def test_push_to_hub_saves_makes_the_repository_and_uploads(hub, model):
 def test_a_store_goes_to_the_hub_as_it_is(hub, model, tmp_path):
     mine = ArtifactStore(tmp_path / "mine")
     for name in ("seed_0/model", "seed_1/model"):
-        with mine.write(name, stage="training", rooms=["training"]) as path:
+        with mine.write(name, stage="training", code=["dtbook.training"]) as path:
             model.save_pretrained(path)
     huggingface_hub.create_repo("you/your-data", repo_type="dataset")
     huggingface_hub.upload_folder(repo_id="you/your-data", folder_path=mine.root, repo_type="dataset")

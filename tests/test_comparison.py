@@ -12,7 +12,7 @@ TABLE = pd.DataFrame({"name": ["a", "b", "c"], "share": [0.25, -4.0, np.nan], "c
 
 
 def stored(store, name, table):
-    with store.write(name, stage="test", rooms=["stats"]) as path:
+    with store.write(name, stage="test", code=["dtbook.analysis.stats"]) as path:
         table.to_parquet(path)
 
 

@@ -17,7 +17,7 @@ from dtbook.pipeline import table_writer
 
 
 def put(store, name, table):
-    with store.write(name, stage="claims", rooms=["claims"], parameters={}, seeds=[0]) as path:
+    with store.write(name, stage="claims", code=["dtbook.claims.rules"], parameters={}, seeds=[0]) as path:
         table_writer(table)(path)
 
 
@@ -72,7 +72,9 @@ def test_tables_of_the_anatomy_are_kept_by_the_models_hash(tmp_path, monkeypatch
     monkeypatch.setattr(measures, "_observations", lambda task: all_observations(5, 2))
     made = []
     for seed in (1, 1, 2):  # the second call makes nothing, the third all
-        with store.write("seed_0/model", stage="training", rooms=["model"], seeds=[seed]) as path:
+        with store.write(
+            "seed_0/model", stage="training", code=["dtbook.model.transformer"], seeds=[seed]
+        ) as path:
             DecisionTransformer(
                 DTConfig(d_model=8, d_head=4, d_mlp=8, max_steps=10), seed=seed
             ).save_pretrained(path)
@@ -98,7 +100,7 @@ def test_the_circuit_is_kept_by_the_models_hash(tmp_path, monkeypatch):
     monkeypatch.setattr(measures, "_observations", lambda task: all_observations(5, 2))
     store, config = ArtifactStore(tmp_path), DTConfig(d_model=8, d_head=4, d_mlp=8, max_steps=10)
     model = DecisionTransformer(config, seed=1).eval()
-    with store.write("seed_0/model", stage="training", rooms=["model"], seeds=[1]) as path:
+    with store.write("seed_0/model", stage="training", code=["dtbook.model.transformer"], seeds=[1]) as path:
         model.save_pretrained(path)
     for _ in range(2):  # the second call finds it made
         measures.measure_circuit_of(store, "seed_0", progress=False)

@@ -18,11 +18,8 @@ from dtbook.analysis.stats import weighted_quantile
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import SITUATIONS, showing, weights
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import RTGS, TIMESTEPS
 
-RTGS = (-1.0, 0.0, 0.9)
-"""The three returns that the post's Table 1 asks for."""
-TIMESTEPS = (0, 5, 10, 20, 40)
-"""The timesteps that P(F | situation, R) is averaged over."""
 HOW = ("zero", "mean", "resample", "feature mean")
 """What an ablated component writes: nothing; its mean over all observations; what it writes on another observation,
 drawn as often as states show it; the post's feature mean (the mean of its vector's own entries, in all of them)."""

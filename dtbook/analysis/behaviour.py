@@ -15,16 +15,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dtbook.analysis.ablations import RTGS, TIMESTEPS
 from dtbook.analysis.attribution import contrast
 from dtbook.analysis.heads import forward_preference
 from dtbook.analysis.interventions import ablate
 from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
-from dtbook.claims.rules import AVOIDS, TABLE_1
+from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
 from dtbook.gridworld.situations import SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import AVOIDS, TABLE_1
 from dtbook.rollout import CALIBRATION_RTGS, OUTCOMES, episode_table, rollout, summarise
 
 FACING = tuple(name for name in SITUATIONS if name != "empty")
@@ -124,8 +124,8 @@ def over_time(
     """Return P(forward) in each situation at each RTG and timestep: mean, extremes, and who has them.
 
     Columns: `situation`, `rtg`, `timestep`; `forward` (mean), `low`, `high`; `over`, the share of the weight with
-    P(forward) above `claims.AVOIDS`, and `n_over`, how many observations that is; `greedy`, the share on which forward
-    is the likeliest action; `worst` and `mildest`, the rows of the observations with the highest and the lowest.
+    P(forward) above `protocol.AVOIDS`, and `n_over`, how many observations that is; `greedy`, the share on which
+    forward is the likeliest action; `worst` and `mildest`, the rows of the observations with the highest and the lowest.
     """
     parts = []
     for situation in situations:
@@ -154,7 +154,7 @@ def exceptions(
     """Return every observation that is not avoided as the post's Table 1 says it is: a row for each, none if "never".
 
     Columns: `situation`, `rtg`; `observation`, its row in `gridworld.all_observations`, and `states`, how many states
-    show it; `n`, at how many of the timesteps P(forward) exceeds `claims.AVOIDS`, the `first` of them, and the
+    show it; `n`, at how many of the timesteps P(forward) exceeds `protocol.AVOIDS`, the `first` of them, and the
     highest `forward` with its `timestep`. RTGs that Table 1 does not have are left out.
     """
     parts = []

@@ -55,7 +55,7 @@ def make(
         "train": asdict(config),
     }
     with one_thread():
-        run_stage(store, seed, "long context", ("training",), parameters, [NAME], make)
+        run_stage(store, seed, "long context", ("dtbook.training",), parameters, [NAME], make)
     shutil.rmtree(folder, ignore_errors=True)
     return [NAME]
 

@@ -24,7 +24,7 @@ import pooch
 import psutil
 from filelock import FileLock
 
-from dtbook.artifacts.provenance import PACKAGE, code_version, digest
+from dtbook.artifacts.provenance import PACKAGE, Code, code_behind, digest
 
 CHECKOUT = PACKAGE.parent
 DATA_URL = "DTBOOK_DATA_URL"
@@ -201,14 +201,14 @@ class ArtifactStore:
         name: str,
         *,
         stage: str,
-        rooms: Sequence[str],
+        code: Sequence[Code],
         parameters: object = None,
         seeds: Sequence[int] = (),
         seconds: float | None = None,
     ) -> Iterator[Path]:
         """Yield a path to write artifact `name` to; then put it in its place and into the manifest.
 
-        `stage` names the step of the pipeline, `rooms` the modules of dtbook that do it; `parameters` is a
+        `stage` names the step of the pipeline, `code` the functions of dtbook that do it; `parameters` is a
         mapping or a dataclass of plain values; `seconds` is the processor time that the step took, for all its
         artifacts together. Two processes may write to one folder at once without loss.
         """
@@ -220,7 +220,7 @@ class ArtifactStore:
             raise ArtifactError(
                 f"{self.root} is a cache: write {name!r} to an ArtifactStore in a folder of your own"
             )
-        made_by = _made_by(stage, rooms, parameters, seeds)
+        made_by = _made_by(stage, code, parameters, seeds)
         took = {} if seconds is None else {"seconds": round(seconds, 1)}
         with _draft(self.root / name) as draft:
             yield draft
@@ -242,7 +242,7 @@ class ArtifactStore:
         name: str,
         *,
         stage: str,
-        rooms: Sequence[str],
+        code: Sequence[Code],
         parameters: object = None,
         seeds: Sequence[int] = (),
     ) -> bool:
@@ -251,7 +251,7 @@ class ArtifactStore:
         if entry is None:
             return False
         _sweep(self.root / name)
-        made_by = _made_by(stage, rooms, parameters, seeds)
+        made_by = _made_by(stage, code, parameters, seeds)
         return made_by.items() <= entry.items() and self._problem(name, entry) is None
 
     def verify(self) -> list[str]:
@@ -344,9 +344,9 @@ def _check_entry(manifest: Path, name: str, entry: object) -> None:
         raise ArtifactError(f"{manifest} is damaged: a file of {name!r} is not inside it")
 
 
-def _made_by(stage: str, rooms: Sequence[str], parameters: object, seeds: Sequence[int]) -> dict[str, Any]:
+def _made_by(stage: str, code: Sequence[Code], parameters: object, seeds: Sequence[int]) -> dict[str, Any]:
     made_by = {"stage": stage, "parameters": _plain(parameters), "seeds": [int(seed) for seed in seeds]}
-    return made_by | code_version(rooms)
+    return made_by | code_behind(code)
 
 
 def _plain(parameters: object) -> dict[str, Any]:

@@ -11,20 +11,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dtbook.analysis.ablations import RTGS, TIMESTEPS, situation_table
+from dtbook.analysis.ablations import situation_table
 from dtbook.analysis.attribution import contrast, preference_direction
 from dtbook.analysis.heads import THRESHOLD, forward_preference, obstacle_head_scores
 from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
+from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.analysis.stats import weighted_correlation
 from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import counterfactual_pairs, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import HIGH
 from dtbook.trajectories.recording import Trajectories
 
-HIGH = 0.9
-"""The return that success is asked for with; 1 cannot be had."""
 AT = 10
 """The timestep at which single runs are compared (the obstacle-head rule's)."""
 FRONT_ROWS = {"object": 26, "colour": 75}

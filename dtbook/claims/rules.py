@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from dtbook.claims.evidence import HIGH, Evidence, curve_of
+from dtbook.claims.evidence import Evidence, curve_of
+from dtbook.protocol import AVOIDS, DOES_NOT, HIGH, TABLE_1
 from dtbook.rollout import calibration_error
 
 TOP, LEFT = "goal from the top", "goal from the left"
@@ -161,14 +162,6 @@ def _is_s_shaped(e: Evidence) -> Finding | None:
     return Finding(error, error >= 0.1)
 
 
-AVOIDS, DOES_NOT = 0.05, 0.2
-"""P(F) up to which a situation is avoided, and from which on it is not; between: unclear."""
-TABLE_1 = {
-    -1.0: {"wall": True, "obstacle": False, "goal": True},
-    0.0: {"wall": True, "obstacle": True, "goal": True},
-    HIGH: {"wall": True, "obstacle": True, "goal": False},
-}
-"""The post's Table 1: what is avoided at which RTG."""
 _A = {"wall": "a wall", "obstacle": "an obstacle", "goal": "the goal"}
 
 

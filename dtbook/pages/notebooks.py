@@ -20,7 +20,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-from dtbook.artifacts.provenance import PACKAGE, code_behind, digest, imported_names, package_sources
+from dtbook.artifacts.provenance import code_behind, digest, imported_names
 from dtbook.artifacts.store import ArtifactStore, atomic_write, describe
 
 # Nobody watches a kernel of the runner, and times in progress bars would make every copy different.
@@ -165,16 +165,14 @@ def notebook_digest(notebook: Mapping[str, Any]) -> str:
 def inputs_digest(path: Path, parameters: Mapping[str, object], store: ArtifactStore) -> str:
     """Return the sha256 of all that a notebook's outputs follow from.
 
-    Those are its cells, its parameters, the rooms of dtbook and libraries that it imports, the manifest, and the
+    Those are its cells, its parameters, the code of dtbook and the libraries behind it, the manifest, and the
     post's checkpoint where the notebook asks for it and it can be had.
     """
     notebook = nbformat.read(path, as_version=4)
     manifest = describe(store.manifest) if store.manifest.exists() else None
-    made_from = [notebook_digest(notebook), parameters, code_behind(_imports(notebook)), manifest]
+    made_from = [notebook_digest(notebook), parameters, code_behind(code_of(path)), manifest]
     asked = any("from_post_checkpoint" in cell.source for cell in notebook.cells if cell.cell_type == "code")
-    return digest(
-        made_from + list(filter(None, [_packages_behind(_imports(notebook)), asked and _post_sha256()]))
-    )
+    return digest(made_from + list(filter(None, [asked and _post_sha256()])))
 
 
 @cache
@@ -187,21 +185,11 @@ def _post_sha256() -> str | None:
     return None
 
 
-def imported_rooms(path: Path) -> list[str]:
-    """Return the rooms of dtbook behind a notebook."""
-    return list(package_sources(_imports(nbformat.read(path, as_version=4))))
-
-
-def _imports(notebook: nbformat.NotebookNode) -> set[str]:
+def code_of(path: Path) -> list[str]:
+    """Return the dotted names that a notebook imports."""
+    notebook = nbformat.read(path, as_version=4)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    return imported_names("\n".join(TransformerManager().transform_cell(cell) for cell in cells))
-
-
-def _packages_behind(imports: set[str]) -> dict[str, str]:
-    """Return the files of the packages inside dtbook that are imported: `code_behind` knows modules only."""
-    folders = {PACKAGE / name.split(".")[1] for name in imports if name.startswith("dtbook.")}
-    files = sorted(file for folder in folders for file in folder.glob("*.*") if file.suffix != ".pyc")
-    return {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    return sorted(imported_names("\n".join(TransformerManager().transform_cell(cell) for cell in cells)))
 
 
 def is_current(target: Path, inputs: str) -> bool:
