@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dtbook import long_context
-from dtbook.artifacts import CHECKOUT, ArtifactError, ArtifactStore
+from dtbook.analysis import long_context
+from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore
 from dtbook.pipeline import causal_tables, experiments, replicas
 from dtbook.pipeline import measure as measures
 from dtbook.pipeline import replication as pipeline
