@@ -1,12 +1,12 @@
 """The `dtbook` command: run the notebooks, build the book, check what it starts from, measure."""
 
-import itertools
 import os
 import platform
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -200,24 +200,15 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
     Leaves an artifact for each point, a manifest, and table.parquet with one row a point. The same command goes on
     with a sweep that was interrupted, or whose points failed: what is there is not run again.
     """
-    from dtbook.pipeline import sweep as sweeps  # imports pandas, which the other commands do without
+    from dtbook.pipeline.sweep import read_sweep, run_sweep  # imports torch and TransformerLens
 
-    points = sweeps.read_sweep(file, CHECKOUT / "notebooks")
+    points = read_sweep(file, CHECKOUT / "notebooks")
     folder = (folder or CHECKOUT / "runs" / "sweeps" / file.stem).absolute()
     if dry_run:
         click.echo("\n".join(f"{point.id}  {point}" for point in points))
         return
-    count = itertools.count(1)
-
-    def report(point: sweeps.Point, outcome: sweeps.Outcome) -> None:
-        done = f"done in {outcome.seconds:.1f} s" if outcome.seconds is not None else "up to date"
-        click.echo(f"[{next(count)}/{len(points)}] {point}: {outcome.error or done}")
-
-    try:
-        table = sweeps.run_sweep(points, folder, workers, scheduler, report)
-    except KeyboardInterrupt:
-        click.echo(f"Interrupted. What is done lies in {folder}; the same command goes on with the rest.")
-        raise
+    with _goes_on(folder):
+        table = run_sweep(points, folder, workers, scheduler, click.echo)
     click.echo(f"The table is {folder / 'table.parquet'}: {len(table)} rows, {len(table.columns)} columns")
     if failed := table["error"].notna().sum():
         raise click.ClickException(
@@ -225,73 +216,124 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
         )
 
 
-@main.command()
-@click.option("--seeds", default="0-9", show_default=True, help="Replications to make, like 0-9 or 0,3,5-7.")
-@click.option(
+@contextmanager
+def _goes_on(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted. What is done lies in {folder}; the same command goes on with the rest.")
+        raise
+
+
+class _Seeds(click.ParamType):
+    name = "seeds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        from dtbook.pipeline.replication import parse_seeds
+
+        try:
+            return parse_seeds(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+_workers = click.option(
     "--workers",
     type=click.IntRange(min=1),
     default=os.cpu_count() or 1,
-    help="Processes [default: one a core].",
+    help="Processes  [default: one a core].",
 )
+_scheduler = click.option(
+    "--scheduler", metavar="ADDRESS", help="A Dask scheduler (tcp://…) in place of local processes."
+)
+
+
+def _run_jobs(jobs: Any, workers: int, scheduler: str | None, folder: Path) -> None:
+    from dtbook.pipeline.engine import failures, run_graph
+
+    with _goes_on(folder):
+        failed = failures(run_graph(jobs, workers, scheduler, click.echo))
+    if failed:
+        raise click.ClickException(f"{', '.join(failed)} failed; the same command tries again")
+
+
+@main.command()
+@click.option(
+    "--seeds", type=_Seeds(), default="0-9", show_default=True, help="Those to make, like 0-9 or 0,3,5-7."
+)
+@_workers
+@_scheduler
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "reproduce", show_default=True
 )
 @click.option("--publish", is_flag=True, help="Put what was made into data/, for the next commit.")
-@click.option(
-    "--everything",
-    is_flag=True,
-    help="Also what chapters 9, 11, 12 and 15 start from.",
-)
-def reproduce(seeds: str, workers: int, folder: Path, publish: bool, everything: bool) -> None:
+@click.option("--everything", is_flag=True, help="Also what chapters 9, 11, 12 and 15 start from.")
+def reproduce(
+    seeds: list[int], workers: int, scheduler: str | None, folder: Path, publish: bool, everything: bool
+) -> None:
     """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration, claims.
 
     Seed 0 is the reference: with it come the controls and the post's weights. An interrupted call goes on where it
     stopped. Bytes are the same on the same machine with the same libraries; on another, sums are rounded otherwise, and
     what is equal up to that is called "rounding".
     """
-    from dtbook.pipeline import measure as measures  # import torch and TransformerLens
-    from dtbook.pipeline import replicas
-    from dtbook.pipeline import reproduce as reproduction
+    from dtbook.pipeline import measure, reproduce  # imports torch and TransformerLens
 
-    try:
-        chosen = replicas.parse_seeds(seeds)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--seeds") from error
     made, shipped = ArtifactStore(folder.absolute()), ArtifactStore()
-    made.root.mkdir(parents=True, exist_ok=True)
-    # of two at once the second waits, and finds what the first made
-    with FileLock(made.root / ".reproduce.lock"):
-        names = reproduction.reproduce(made, shipped, chosen, workers, everything, click.echo, _say_stage)
-    card = shipped.entries().get(measures.SCORECARD[0], {"parameters": {"seeds": chosen}})
-    if not publish and card["parameters"]["seeds"] != chosen:
+    with _goes_on(made.root):
+        names = reproduce.reproduce(made, shipped, seeds, workers, scheduler, everything, say=click.echo)
+    card = shipped.entries().get(measure.SCORECARD[0], {"seeds": seeds})
+    if not publish and card["seeds"] != seeds:
         click.echo("The scorecard of data/ is over other seeds: it is not compared")
-        names = [name for name in names if name not in measures.SCORECARD]
+        names = [name for name in names if name not in measure.SCORECARD]
     _compare(made, shipped, names, publish)
 
 
 @main.command()
-@click.option("--seeds", default="0-9", show_default=True, help="Replications of data/, like 0-9 or 0,3,5-7.")
-@click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Processes.")
-def causes(seeds: str, workers: int) -> None:
+@click.option(
+    "--seeds", type=_Seeds(), default="0-9", show_default=True, help="Those of data/, like 0-9 or 0,3,5-7."
+)
+@_workers
+def causes(seeds: list[int], workers: int) -> None:
     """Make the tables of causal effects, circuits and programs in data/, of its models and the post's.
 
     Tables that are there, of the same model and code, are not made again.
     """
-    from dtbook.pipeline import causal_tables, replicas
+    from dtbook.pipeline import Recipe, measure
 
-    try:
-        chosen = replicas.parse_seeds(seeds)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--seeds") from error
     store = ArtifactStore()
-    for name in causal_tables.make_all(store, chosen, workers):
-        click.echo(store.root / name)
+    _run_jobs(measure.causes(store, seeds, Recipe()), workers, None, store.root)
 
 
-def _say_stage(seed: int, stage: str, seconds: float) -> None:
-    click.echo(
-        f"seed {seed}: {stage} done in {seconds:.0f} s" if seconds > 1 else f"seed {seed}: {stage} is there"
-    )
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where the tables go.  [default: runs/measure/FOLDER]"
+)
+@click.option("--only", multiple=True, metavar="STAGE", help="Only what this stage makes; repeatable.")
+@_workers
+def measure(folder: Path, out: Path | None, only: tuple[str, ...], workers: int) -> None:
+    """Make every table of chapters 4 to 9 and 15 for a model of your own, in a FOLDER that `save_pretrained` wrote.
+
+    What is there already, of the same model, is not made again, so an interrupted call goes on where it stopped.
+    """
+    from dtbook.pipeline import measure as rooms
+
+    out = (out or CHECKOUT / "runs" / "measure" / folder.resolve().name).absolute()
+    try:
+        jobs = rooms.of_folder(folder, ArtifactStore(out), only=only)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    _run_jobs(jobs, workers, None, out)
+    click.echo(f"The tables are in {out / rooms.OWN}")
+
+
+@main.command()
+def stages() -> None:
+    """Say what makes each file of data/, which command that is, and which chapters use it."""
+    from dtbook.pipeline.listing import listing
+
+    click.echo(listing(CHECKOUT / "notebooks").to_string(index=False))
 
 
 def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool) -> None:
@@ -314,16 +356,19 @@ def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publ
 @click.option(
     "--made", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "reproduce", show_default=True
 )
-def experiments(sweeps: Path, made: Path) -> None:
+@_workers
+def experiments(sweeps: Path, made: Path, workers: int) -> None:
     """Measure what the sweeps in sweeps/ and the replications' snapshots have left, put the tables into data/.
 
     First `dtbook sweep sweeps/NAME.yml` for each of them and `dtbook reproduce`. What is current is not done again.
     """
-    from dtbook.pipeline import experiments as rooms  # imports torch and TransformerLens
+    from dtbook.pipeline import Recipe
+    from dtbook.pipeline import experiments as rooms
+    from dtbook.pipeline.replication import seeds_with
 
-    parts = rooms.run_all(ArtifactStore(), ArtifactStore(made.absolute()), CHECKOUT, sweeps.absolute())
-    for name, outcome in parts:
-        click.echo(f"{name}: {outcome}")
+    store, source = ArtifactStore(), ArtifactStore(made.absolute())
+    seeds = seeds_with(source, "snapshots.safetensors")
+    _run_jobs(rooms.graph(store, source, seeds, sweeps.absolute(), Recipe()), workers, None, store.root)
 
 
 @main.command()

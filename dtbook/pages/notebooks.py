@@ -139,15 +139,21 @@ def small_parameters(path: Path) -> dict[str, Any]:
 
 def check_parameters(path: Path, given: Mapping[str, object]) -> dict[str, object]:
     """Return `given`, values or their texts, in the notebook's types; raise NotebookError for a wrong one."""
-    declared = declared_parameters(path)
+    return accept_all(path.stem, declared_parameters(path), given)
+
+
+def accept_all(
+    whose: str, declared: Mapping[str, Parameter], given: Mapping[str, object]
+) -> dict[str, object]:
+    """Return `given`, values or their texts, in the declared types; raise NotebookError for a wrong one."""
     for name in given:
         if name not in declared:
             known = ", ".join(declared) or "none"
-            raise NotebookError(f"{path.stem} has no parameter {name!r}: it declares {known}")
+            raise NotebookError(f"{whose} has no parameter {name!r}: it declares {known}")
     try:
         return {name: declared[name].accept(value) for name, value in given.items()}
     except ValueError as error:
-        raise NotebookError(f"{path.stem}: {error}") from error
+        raise NotebookError(f"{whose}: {error}") from error
 
 
 def notebook_digest(notebook: Mapping[str, Any]) -> str:

@@ -1,274 +1,129 @@
-"""Measuring models and keeping what was found: tables over every observation, findings, the scorecard, as artifacts.
-
-Each is keyed by the model's sha256 and the parameters, so it is made anew when either changes, and read otherwise.
-"""
+"""Measuring subjects and keeping what was found: tables over every observation, findings, the scorecard."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import cache, partial
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dtbook.analysis import behaviour
+from dtbook.analysis import behaviour, counterfactuals, faithfulness, program
 from dtbook.analysis.ablations import HOW, situation_table
 from dtbook.analysis.head_circuit import measure_circuit
-from dtbook.analysis.heads import obstacle_head_scores, order_heads
-from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.analysis.views import embeddings
-from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.artifacts.store import ArtifactStore
 from dtbook.claims.evidence import Evidence
 from dtbook.claims.rules import measure
 from dtbook.claims.scorecard import scorecard
-from dtbook.gridworld.env import all_observations
+from dtbook.gridworld.env import ObservationSet, all_observations
 from dtbook.gridworld.rules import Task
-from dtbook.model.config import DTConfig
-from dtbook.model.files import POST_MODEL_SHA256
+from dtbook.model.subject import Subject
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.pipeline.replicas import in_processes
+from dtbook.pipeline import replication
+from dtbook.pipeline.engine import Job, Stage, Writer, table_writer
 from dtbook.pipeline.replication import (
-    POST_CALIBRATION,
+    CONTROLS,
     Recipe,
-    Writer,
     calibrate,
+    calibration_of,
     folder_of,
+    in_order,
     name_of,
-    run_stage,
-    table_writer,
 )
+from dtbook.protocol import HIGH, RTGS, TIMESTEPS
 from dtbook.rollout import CALIBRATION_RTGS
 from dtbook.trajectories.recording import Trajectories
 
 UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
 """Control models without training, by the seed of their weights."""
-SHUFFLED = tuple(f"controls/shuffled_{seed}" for seed in range(3))
-"""Control models trained on shuffled actions, artifacts of the store."""
 POST_CLAIMS, CONTROL_CLAIMS = "post/claims.parquet", "controls/claims.parquet"
 EXPERIMENT_CLAIMS = "experiments/claims.parquet"
 SCORECARD = ("scorecard.parquet", "scorecard.csv")
-
-ANATOMY: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
-    "distributions": (behaviour.distributions, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
-    "turns": (behaviour.turns, {"rtgs": RTGS, "timestep": 10}),
-    "over_time": (behaviour.over_time, {"rtgs": RTGS, "timesteps": behaviour.EVERY_TIMESTEP}),
-    "exceptions": (behaviour.exceptions, {"rtgs": RTGS, "timesteps": behaviour.CERTIFIED}),
-    "scans": (
-        behaviour.situation_scans,
-        {"rtgs": behaviour.SCAN_RTGS, "timesteps": behaviour.SCAN_TIMESTEPS},
-    ),
-    "neurons": (
-        behaviour.neurons,
-        {"rtgs": RTGS, "timesteps": TIMESTEPS, "how": behaviour.NEURON_WAYS, "seed": 0},
-    ),
-}
-"""Tables of chapters 5 and 6 beside the situations: file name → what makes it of a model and its observations, how."""
-PLAY = "ablated_play"
-PLAY_SETTINGS: dict[str, Any] = {"rtgs": CALIBRATION_RTGS, "episodes": 100, "max_steps": 300, "seed": 0}
-
-CIRCUIT_SETTINGS: dict[str, Any] = {
-    "head": 1,
-    "rtgs": RTGS,
-    "rtg": 0.9,
-    "timesteps": TIMESTEPS,
-    "timestep": 10,
-    "situations": ("obstacle", "wall", "goal"),
-}
-"""How chapter 8's circuit is measured."""
-
-CODE = (
-    "dtbook.claims.evidence",
-    "dtbook.claims.rules",
-)
-STAGES = ("claims", "situations", "anatomy", "scorecard")
-"""Stages whose artifacts hold what was measured of models."""
+OWN = "own"
+"""The folder, in a store of its own, of a reader's model and of what is measured of it."""
+ROWS_OF = program.STEPS[4]
+"""The step of the program whose rows are kept: RTG band, what is in front, walls, quadrant."""
 
 
-def measure_replication(store: ArtifactStore, seed: int) -> None:
-    """Decide the claims for one replication of the store (`claims.parquet`).
-
-    C01 is decided where the store holds PPO's own history.
-    """
-    history = name_of(seed, "history.npz")
-    recipe = Recipe()
-
-    def evidence() -> Evidence:
-        model = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
-        calibration = pd.read_parquet(store.path(name_of(seed, "calibration.parquet")))
-        played = Trajectories.load(store.path(history)) if history in store.entries() else None
-        return Evidence(model, _observations(recipe.task), calibration, played)
-
-    sha256 = store.entries()[name_of(seed, "model")]["sha256"]
-    _claims(store, name_of(seed, "claims.parquet"), seed, sha256, evidence)
+# ------------------------------------------------------------------------------------------- the stages' functions
+@lru_cache(maxsize=1)
+def observations_of(task: Task) -> ObservationSet:
+    """Return every observation of a task; the last ones are kept, which many stages look at."""
+    return all_observations(task.size, task.n_obstacles)
 
 
-def measure_post(store: ArtifactStore) -> None:
-    """Decide the claims for the post's own weights.
-
-    They are fetched, or found where DTBOOK_POST_MODEL says, only where something is to be measured.
-    """
-
-    def evidence() -> Evidence:
-        calibration = pd.read_parquet(store.path(POST_CALIBRATION))
-        return Evidence(DecisionTransformer.from_post_checkpoint(), _observations(Task()), calibration)
-
-    _claims(store, POST_CLAIMS, 0, POST_MODEL_SHA256, evidence)
+def _over_observations(table: Callable[..., pd.DataFrame], job: Job) -> list[Writer]:
+    observations = observations_of(job.recipe.task)
+    return [table_writer(table(job.subject().model, observations, progress=job.progress, **job.settings))]
 
 
-def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) -> None:
-    """Make the tables of chapters 5 and 6 for the model in a folder of the store, or for the post's ("post")."""
-    sha256, model = _model_in(store, folder)
-    observations = cache(lambda: _observations(Task()))
-
-    def keep(name: str, settings: dict[str, Any], make: Callable[[], pd.DataFrame]) -> None:
-        parameters = {"model": sha256, "task": asdict(Task())} | settings
-        names = [f"{folder}/{name}.parquet"]
-        run_stage(
-            store,
-            0,
-            "anatomy",
-            ("dtbook.analysis.behaviour",),
-            parameters,
-            names,
-            lambda: [table_writer(make())],
-        )
-
-    def run_it(table: Callable[..., pd.DataFrame], settings: dict[str, Any]) -> pd.DataFrame:
-        return table(model(), observations(), progress=progress, **settings)
-
-    for name, (table, settings) in ANATOMY.items():
-        keep(name, settings, partial(run_it, table, settings))
-    keep(PLAY, PLAY_SETTINGS, lambda: behaviour.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
+def _over(table: Callable[..., pd.DataFrame]) -> Callable[[Job], list[Writer]]:
+    """Return the stage's function that makes a table of a model and of every observation."""
+    return partial(_over_observations, table)
 
 
-def measure_situations(store: ArtifactStore, folder: str, progress: bool = True) -> None:
-    """Make the table behind chapter 6 (`tables.situation_table`) of a model, named as in `measure_anatomy`."""
-    sha256, model = _model_in(store, folder)
-    settings: dict[str, Any] = {
-        "rtgs": RTGS,
-        "timesteps": TIMESTEPS,
-        "how": HOW,
-        "preference": "F-R",
-        "seed": 0,
-    }
-    parameters = {"model": sha256, "task": asdict(Task())} | settings
-
-    def make() -> list[Writer]:
-        table = situation_table(model(), _observations(Task()), progress=progress, **settings)
-        return [table_writer(table)]
-
-    run_stage(
-        store,
-        0,
-        "situations",
-        ("dtbook.analysis.ablations",),
-        parameters,
-        [f"{folder}/situations.parquet"],
-        make,
-    )
+def _play(job: Job) -> list[Writer]:
+    task = replace(job.recipe.task, max_steps=job.settings["max_steps"])
+    model = job.subject().model
+    return [table_writer(behaviour.ablated_play(model, progress=job.progress, task=task, **job.settings))]
 
 
-def measure_circuit_of(store: ArtifactStore, folder: str, progress: bool = True) -> None:
-    """Make what chapters 7 and 8 show of a model, named as in `measure_anatomy`: embeddings, and head 1's circuit."""
-    sha256, model = _model_in(store, folder)
-    parameters = {"model": sha256, "task": asdict(Task())} | CIRCUIT_SETTINGS
-
-    def circuit() -> list[Writer]:
-        return [measure_circuit(model(), _observations(Task()), progress=progress, **CIRCUIT_SETTINGS).save]
-
-    def embedded() -> list[Writer]:
-        return [embeddings(model()).save]
-
-    name = f"{folder}/embeddings.safetensors"
-    run_stage(store, 0, "anatomy", ("dtbook.analysis.views",), {"model": sha256}, [name], embedded)
-    run_stage(
-        store, 0, "anatomy", ("dtbook.analysis.head_circuit",), parameters, [f"{folder}/circuit"], circuit
-    )
+def _embeddings(job: Job) -> list[Writer]:
+    return [embeddings(job.subject().model).save]
 
 
-def _model_in(store: ArtifactStore, folder: str) -> tuple[str, Callable[[], DecisionTransformer]]:
-    """The sha256 of the model in a folder of the store, or of the post's ("post"), and what loads it once."""
-    if folder == "post":
-        return POST_MODEL_SHA256, cache(DecisionTransformer.from_post_checkpoint)
-    sha256 = store.entries()[f"{folder}/model"]["sha256"]
-    return sha256, cache(lambda: DecisionTransformer.from_pretrained(store.path(f"{folder}/model")))
+def _circuit(job: Job) -> list[Writer]:
+    observations = observations_of(job.recipe.task)
+    return [measure_circuit(job.subject().model, observations, progress=job.progress, **job.settings).save]
 
 
-def measure_controls(store: ArtifactStore) -> None:
+def _causal(job: Job) -> list[Writer]:
+    return [table_writer(counterfactuals.causal_table(job.subject().model, observations_of(job.recipe.task)))]
+
+
+def _circuits(job: Job) -> list[Writer]:
+    model, observations = job.subject().model, observations_of(job.recipe.task)
+    tables = [
+        faithfulness.circuit_tables(model, observations, case, **job.settings) for case in faithfulness.CASES
+    ]
+    return [table_writer(pd.concat(parts, ignore_index=True)) for parts in zip(*tables, strict=True)]
+
+
+def _program(job: Job) -> list[Writer]:
+    summary = program.summarise_model(job.subject().model, observations_of(job.recipe.task))
+    steps = program.program_table(summary, task=job.recipe.task, **job.settings)
+    return [table_writer(steps), table_writer(program.Program(summary, ROWS_OF).table())]
+
+
+def _claims(job: Job) -> list[Writer]:
+    """Decide the claims for one subject; C01 where there is PPO's own history."""
+    calibration, history = job.table("{of}/calibration.parquet"), "{of}/history.npz"
+    played = Trajectories.load(job.path(history)) if job.has(history) else None
+    found = measure(Evidence(job.subject().model, observations_of(job.recipe.task), calibration, played))
+    return [table_writer(found)]
+
+
+def _control_claims(job: Job) -> list[Writer]:
     """Decide the claims for models that learnt nothing: untrained ones, and those trained on shuffled actions."""
-    recipe = Recipe()
-
-    def findings(name: str, model: DecisionTransformer, seed: int) -> pd.DataFrame:
-        observations = _observations(recipe.task)
-        ordered = order_heads(model, obstacle_head_scores(model, observations))
-        curves = calibrate(ordered, recipe.calibration, seed)
-        return measure(Evidence(ordered, observations, curves)).assign(model=name)
-
-    def make() -> list[Writer]:
-        tables = [
-            findings(name, DecisionTransformer(DTConfig(), seed).eval(), seed)
-            for name, seed in UNTRAINED.items()
-        ]
-        for seed, name in enumerate(SHUFFLED):
-            model = DecisionTransformer.from_pretrained(store.path(name))
-            tables.append(findings(name.rpartition("/")[2], model, seed))
-        return [table_writer(pd.concat(tables, ignore_index=True))]
-
-    entries = store.entries()
-    if absent := [name for name in SHUFFLED if name not in entries]:
-        raise ArtifactError(
-            f"{store.root} has no {absent[0]}: the controls are measured when it has been trained"
-        )
-    hashes = {name: entries[name]["sha256"] for name in SHUFFLED}
-    parameters = {"untrained": UNTRAINED, "models": hashes, "calibration": dict(recipe.calibration)}
-    run_stage(store, 0, "claims", (*CODE, "dtbook.rollout"), parameters, [CONTROL_CLAIMS], make)
+    recipe, tables = job.recipe, []
+    untrained = [
+        Subject(name, DecisionTransformer(recipe.model, seed).eval(), "") for name, seed in UNTRAINED.items()
+    ]
+    trained = [Subject.find(name, job.origin) for name in CONTROLS]
+    for seed, subject in [*zip(UNTRAINED.values(), untrained, strict=True), *enumerate(trained)]:
+        ordered, _ = in_order(subject.model, recipe.task)
+        curves = calibrate(ordered, calibration_of(recipe), seed)
+        found = measure(Evidence(ordered, observations_of(recipe.task), curves))
+        tables.append(found.assign(model=Path(subject.name).name))
+    return [table_writer(pd.concat(tables, ignore_index=True))]
 
 
-def make_scorecard(store: ArtifactStore, seeds: Sequence[int]) -> None:
-    """Put the findings of these replications, the post's weights, controls and experiments together, and decide."""
-    entries = store.entries()
-    names = [name_of(seed, "claims.parquet") for seed in seeds]
-    sources = [*names, POST_CLAIMS, CONTROL_CLAIMS]
-    sources += [EXPERIMENT_CLAIMS] if EXPERIMENT_CLAIMS in entries else []
-
-    def read(name: str) -> pd.DataFrame:
-        return pd.read_parquet(store.path(name))
-
-    def make() -> list[Writer]:
-        experiments = read(EXPERIMENT_CLAIMS) if EXPERIMENT_CLAIMS in sources else None
-        card = scorecard(findings(store, seeds), read(POST_CLAIMS), read(CONTROL_CLAIMS), experiments)
-        return [table_writer(card), lambda path: card.to_csv(path, index=False)]
-
-    hashes = {name: entries[name]["sha256"] for name in sources}
-    run_stage(
-        store,
-        0,
-        "scorecard",
-        ("dtbook.claims.scorecard",),
-        {"seeds": list(seeds), "from": hashes},
-        SCORECARD,
-        make,
-    )
-
-
-def measure_all(store: ArtifactStore, seeds: Sequence[int], workers: int = 1) -> list[str]:
-    """Measure these replications, in `workers` processes; return the names of the artifacts that hold what was found.
-
-    With the reference, seed 0, come the post's weights, the controls, what chapters 5 to 8 show of both models, and the
-    scorecard over all of `seeds`. The longest jobs begin first.
-    """
-    jobs: list[Callable[[], object]] = [partial(measure_replication, store, seed) for seed in seeds]
-    if 0 in seeds:
-        inside = (measure_anatomy, measure_situations, measure_circuit_of)
-        jobs = [
-            partial(measure_controls, store),
-            *(partial(do, store, of, progress=False) for do in inside for of in (folder_of(0), "post")),
-            partial(measure_post, store),
-            *jobs,
-        ]
-    in_processes(jobs, workers, "measures")
-    if 0 in seeds:
-        make_scorecard(store, seeds)
-    return [name for name, entry in store.entries().items() if entry["stage"] in STAGES]
+def _scorecard(job: Job) -> list[Writer]:
+    experiments = job.table(EXPERIMENT_CLAIMS) if job.has(EXPERIMENT_CLAIMS) else None
+    ours = findings(job.origin, job.seeds)
+    card = scorecard(ours, job.table(POST_CLAIMS), job.table(CONTROL_CLAIMS), experiments)
+    return [table_writer(card), lambda path: card.to_csv(path, index=False)]
 
 
 def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
@@ -280,12 +135,154 @@ def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _observations(task: Task) -> Any:
-    return all_observations(task.size, task.n_obstacles)
+def _own_model(job: Job) -> list[Writer]:
+    """Take a reader's model over, its heads in order."""
+    model = DecisionTransformer.from_pretrained(job.given)
+    return [in_order(model, job.recipe.task)[0].save_pretrained]
 
 
-def _claims(
-    store: ArtifactStore, name: str, seed: int, sha256: str, evidence: Callable[[], Evidence]
-) -> None:
-    parameters = {"model": sha256, "rtgs": RTGS, "timesteps": TIMESTEPS}
-    run_stage(store, seed, "claims", CODE, parameters, [name], lambda: [table_writer(measure(evidence()))])
+# ------------------------------------------------------------------------------------------- the table, and its graphs
+def _row(
+    name: str,
+    function: Callable[[Job], Sequence[Writer]],
+    makes: Sequence[str] = (),
+    needs: Sequence[str] = (),
+    uses: Sequence[str] = (),
+    recipe: Sequence[str] = ("task",),
+    **settings: Any,
+) -> Stage:
+    """Return a row of what is measured of a subject; without `makes` it is a table of the row's name."""
+    made = tuple(f"{{of}}/{file}" for file in makes or [f"{name}.parquet"])
+    return Stage(name, made, function, ("{of}/model", *needs), tuple(uses), tuple(recipe), settings)
+
+
+BEHAVIOUR = (
+    _row("distributions", _over(behaviour.distributions), rtgs=RTGS, timesteps=TIMESTEPS),
+    _row("turns", _over(behaviour.turns), rtgs=RTGS, timestep=10),
+    _row("over_time", _over(behaviour.over_time), rtgs=RTGS, timesteps=behaviour.EVERY_TIMESTEP),
+    _row("exceptions", _over(behaviour.exceptions), rtgs=RTGS, timesteps=behaviour.CERTIFIED),
+    _row(
+        "scans",
+        _over(behaviour.situation_scans),
+        rtgs=behaviour.SCAN_RTGS,
+        timesteps=behaviour.SCAN_TIMESTEPS,
+    ),
+    _row(
+        "neurons",
+        _over(behaviour.neurons),
+        rtgs=RTGS,
+        timesteps=TIMESTEPS,
+        how=behaviour.NEURON_WAYS,
+        seed=0,
+    ),
+    _row("ablated_play", _play, rtgs=CALIBRATION_RTGS, episodes=100, max_steps=300, seed=0),
+    _row(
+        "situations",
+        _over(situation_table),
+        rtgs=RTGS,
+        timesteps=TIMESTEPS,
+        how=HOW,
+        preference="F-R",
+        seed=0,
+    ),
+    _row("embeddings", _embeddings, ["embeddings.safetensors"], recipe=()),
+    _row(
+        "circuit",
+        _circuit,
+        ["circuit"],
+        head=1,
+        rtgs=RTGS,
+        rtg=HIGH,
+        timesteps=TIMESTEPS,
+        timestep=10,
+        situations=("obstacle", "wall", "goal"),
+    ),
+)
+"""What chapters 5 to 8 show of a subject."""
+CAUSES = (
+    _row("causal", _causal),
+    _row("circuits", _circuits, ["units.parquet", "circuits.parquet"], seed=0),
+    _row("program", _program, ["program.parquet", "program_rows.parquet"], episodes=200, seed=0),
+)
+"""What chapters 9 and 15 show of a subject."""
+CLAIMS = _row("claims", _claims, needs=["{of}/calibration.parquet"], uses=["{of}/history.npz"])
+STAGES = (
+    *BEHAVIOUR,
+    *CAUSES,
+    CLAIMS,
+    Stage(
+        "control claims",
+        (CONTROL_CLAIMS,),
+        _control_claims,
+        CONTROLS,
+        recipe=("task", "model", "calibration"),
+    ),
+    Stage(
+        "scorecard",
+        SCORECARD,
+        _scorecard,
+        ("seed_{seed}/claims.parquet", POST_CLAIMS, CONTROL_CLAIMS),
+        (EXPERIMENT_CLAIMS,),
+    ),
+    Stage("own model", (f"{OWN}/model",), _own_model, recipe=("task",)),
+)
+ROWS = {stage.name: stage for stage in STAGES}
+
+
+def of_subject(
+    store: ArtifactStore, of: str, recipe: Recipe, stages: Sequence[Stage], seeds: tuple[int, ...] = (0,)
+) -> list[Job]:
+    """Return jobs that measure a subject of a store, or the post's weights ("post")."""
+    return [Job(stage, store, of, recipe, seeds) for stage in stages]
+
+
+def measured(
+    store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: bool, everything: bool
+) -> list[Job]:
+    """Return the jobs that measure these replications, the longest ones first.
+
+    With the reference, seed 0, come the controls, what chapters 5 to 8 show of it and, where there are any, of the
+    post's weights, and the scorecard over all of `seeds`.
+    """
+    jobs, looked_at = [], [folder_of(0), *(["post"] if post else [])]
+    if 0 in seeds:
+        jobs = [Job(ROWS["control claims"], store, recipe=recipe)]
+        jobs += [Job(stage, store, of, recipe) for stage in BEHAVIOUR for of in looked_at]
+    if everything:
+        jobs += causes(store, seeds, recipe, post)
+    if post and 0 in seeds:
+        calibration = replication.ROWS["calibration"]
+        jobs += of_subject(store, "post", recipe, (calibration, CLAIMS))
+    for seed in seeds:
+        jobs += of_subject(store, folder_of(seed), recipe, (CLAIMS,), (seed,))
+    return jobs + ([Job(ROWS["scorecard"], store, seeds=tuple(seeds))] if 0 in seeds else [])
+
+
+def causes(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: bool = True) -> list[Job]:
+    """Return the jobs of chapters 9 and 15: for these replications, and for the post's weights."""
+    subjects = [*map(folder_of, seeds), *(["post"] if post else [])]
+    return [job for of in subjects for job in of_subject(store, of, recipe, CAUSES)]
+
+
+def of_folder(
+    folder: Path, store: ArtifactStore, recipe: Recipe | None = None, only: Sequence[str] = ()
+) -> list[Job]:
+    """Return the jobs that make every table, or only those of some stages, of a model of the reader's own.
+
+    Raises FileNotFoundError or ValueError, one sentence, for a folder that holds no model, a damaged one, or one of
+    another shape; ValueError for an unknown stage.
+    """
+    recipe, rows = recipe or Recipe(), (replication.ROWS["calibration"], CLAIMS, *BEHAVIOUR, *CAUSES)
+    subject = Subject.find(str(folder))
+    Evidence(subject.model, observations_of(recipe.task))
+    last = recipe.calibration["max_steps"]
+    if subject.model.cfg.max_steps < last:
+        raise ValueError(
+            f"model has max_steps {subject.model.cfg.max_steps}; the tables need at least {last}."
+        )
+    names = [stage.name for stage in rows]
+    if unknown := set(only) - set(names):
+        raise ValueError(f"there is no stage {min(unknown)!r}: there are {', '.join(names)}")
+    chosen = {*(only or names), *(["calibration"] if "claims" in only else [])}
+    own = Job(ROWS["own model"], store, OWN, recipe, given=folder, parameters={"model": subject.sha256})
+    return [own, *of_subject(store, OWN, recipe, [stage for stage in rows if stage.name in chosen])]

@@ -1,13 +1,8 @@
-"""From nothing to a replicated model: PPO, trajectories, Decision Transformer, calibration, stage by stage.
+"""From nothing to a replicated model: PPO, trajectories, Decision Transformer, calibration, stage by stage."""
 
-Each stage writes whole artifacts and says in their manifest what made them; a stage whose artifacts are there,
-made by the same code from the same parameters, is not run again.
-"""
-
-import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +18,48 @@ from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
 from dtbook.gridworld.rules import Task
 from dtbook.model.config import DTConfig
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.rollout import CALIBRATION_RTGS, calibration_curve
+from dtbook.pipeline.engine import Job, Stage, Writer, table_writer
+from dtbook.rollout import CALIBRATION_RTGS, calibration_curve, calibration_row
 from dtbook.training import TrainConfig
 from dtbook.trajectories import ppo
 from dtbook.trajectories.collection import QuotaConfig, collect_by_quota
 from dtbook.trajectories.ppo import PPOConfig
 from dtbook.trajectories.recording import RecordEpisodes, Trajectories
 
-SHIPPED = (
-    "ppo.parquet",
-    "collection.parquet",
-    "model",
-    "training.parquet",
-    "evaluations.parquet",
-    "heads.parquet",
-    "calibration.parquet",
-)
-"""What `data/` holds of each replication; of seed 0 also `REFERENCE_ONLY`. PPO's checkpoints are too large for git."""
-
+NOT_SHIPPED = ("checkpoints.safetensors", "trained")
+"""What `data/` holds of no replication: PPO's checkpoints are too large for git, the model's heads are in no order."""
 REFERENCE_ONLY = ("history.npz", "trajectories.npz", "snapshots.safetensors")
-POST_CALIBRATION = "post/calibration.parquet"
-Report = Callable[[int, str, float], None]
-"""Hears of a seed, a stage that is over, and the seconds it took."""
-
+"""What it holds of seed 0 alone."""
 CONTROLS = tuple(f"controls/shuffled_{seed}" for seed in range(3))
 """Models trained on the reference's data set with its actions shuffled, which say nothing about what to do."""
+LONG_CONTEXT = "long_context/model"
+"""A model of half the width of the book's that sees nine timesteps instead of one (chapter 8)."""
+TABLE = "replicas.parquet"
+"""How the replications did against `BARS`."""
+BARS = {
+    "greedy 0.9": (0.93, 1.0),
+    "greedy -1": (-1.0, -0.95),
+    "sampled 0": (-0.05, 0.05),
+    "survived 0": (0.85, 1.0),
+    "error": (0.0, 0.1),
+}
+"""Lowest and highest value of each measure of `TABLE` that a replication must keep to."""
+
+
+@dataclass(frozen=True)
+class LongContext:
+    """How the model of nine timesteps is made."""
+
+    model: DTConfig = DTConfig(d_model=64, d_head=32, d_mlp=128, n_timesteps=9)
+    train: TrainConfig = TrainConfig(
+        steps=4_000, batch_size=64, lr=1e-3, weight_decay=1e-4, evaluation_episodes=0
+    )
+    """A window has nine actions to predict, so that 64 have more of them than a batch of 384 single steps."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of one replication but its seed."""
+    """All settings of what is made, but the seeds."""
 
     task: Task = Task()
     ppo: PPOConfig = PPOConfig(
@@ -68,6 +75,9 @@ class Recipe:
     calibration: Mapping[str, Any] = field(
         default_factory=lambda: {"rtgs": list(CALIBRATION_RTGS), "episodes": 500, "max_steps": 300}
     )
+    long_context: LongContext = LongContext()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Stage → those of its settings that are others than in the table of stages."""
 
 
 def folder_of(seed: int) -> str:
@@ -80,24 +90,81 @@ def name_of(seed: int, file: str) -> str:
     return f"{folder_of(seed)}/{file}"
 
 
-def replicate(
-    store: ArtifactStore,
-    seed: int,
-    recipe: Recipe | None = None,
-    progress: bool = True,
-    report: Report | None = None,
-) -> None:
-    """Make every artifact of one replication in `store`, going on where an interrupted call stopped.
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds that "0-9" or "0,3,5-7" names, each once, in order; raise ValueError for anything else."""
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not found or int(found[2] or found[1]) < int(found[1]):
+            raise ValueError(f"seeds must be numbers and rising ranges like 0-9 or 0,3,5-7, not {text!r}")
+        seeds |= dict.fromkeys(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return list(seeds)
 
-    `report` hears of each stage when it is over.
-    """
-    recipe = recipe or Recipe()
-    with ppo.one_thread():
-        for stage in (_ppo, _collection, _training, _heads, _calibration):
-            start = time.perf_counter()
-            stage(store, seed, recipe, progress)
-            if report:
-                report(seed, stage.__name__.strip("_"), time.perf_counter() - start)
+
+def seeds_with(store: ArtifactStore, file: str) -> list[int]:
+    """Return the replications of which a store has an artifact of that file name."""
+    matches = (re.fullmatch(rf"seed_(\d+)/{re.escape(file)}", name) for name in store.entries())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def is_shipped(name: str) -> bool:
+    """Return whether an artifact is one that `data/` holds."""
+    folder, _, file = name.rpartition("/")
+    return file not in NOT_SHIPPED and (folder == folder_of(0) or file not in REFERENCE_ONLY)
+
+
+# ------------------------------------------------------------------------------------------- the stages' functions
+def run_ppo(recipe: Recipe, seed: int, progress: bool = False) -> tuple[ppo.PPOResult, Trajectories]:
+    """Train one PPO agent; return what came of it, and all that it played on its way."""
+    recorder = RecordEpisodes(environments(recipe.task, recipe.envs))
+    return ppo.train(recorder, recipe.ppo, seed, progress), recorder.trajectories()
+
+
+def environments(task: Task, number: int) -> DynamicObstaclesVectorEnv:
+    """Return so many environments of a task."""
+    return DynamicObstaclesVectorEnv(number, task.size, task.n_obstacles, task.max_steps, task.random_start)
+
+
+def _ppo(job: Job) -> list[Writer]:
+    result, history = run_ppo(job.recipe, job.seed, job.progress)
+    flat = {f"{at}/{name}": t for at, state in result.checkpoints.items() for name, t in state.items()}
+    return [table_writer(result.diagnostics), history.save, lambda path: save_file(flat, path)]
+
+
+def _collection(job: Job) -> list[Writer]:
+    checkpoints = _by_step(job.path("{of}/checkpoints.safetensors"))
+    collected = collect_by_quota(checkpoints, job.recipe.task, job.recipe.quota, job.seed, job.progress)
+    return [table_writer(collected.log), collected.trajectories.save]
+
+
+def _training(job: Job) -> list[Writer]:
+    recipe, data = job.recipe, Trajectories.load(job.path("{of}/trajectories.npz"))
+    result = training.train(
+        data, recipe.model, recipe.train, job.seed, job.resume, job.progress, recipe.snapshots
+    )
+    half = {
+        f"{step}/{name}": value.half()
+        for step, weights in result.snapshots.items()
+        for name, value in weights.items()
+    }
+    return [
+        table_writer(result.curve),
+        table_writer(result.evaluations),
+        lambda path: save_file(half, path),
+        result.model.save_pretrained,
+    ]
+
+
+def _heads(job: Job) -> list[Writer]:
+    trained = DecisionTransformer.from_pretrained(job.path("{of}/trained"))
+    model, scores = in_order(trained, job.recipe.task)
+    return [table_writer(scores), model.save_pretrained]
+
+
+def in_order(model: DecisionTransformer, task: Task) -> tuple[DecisionTransformer, pd.DataFrame]:
+    """Return the model with its heads in order, and the scores of the heads that it came with."""
+    scores = heads.obstacle_head_scores(model, all_observations(task.size, task.n_obstacles))
+    return heads.order_heads(model, scores), scores
 
 
 def calibrate(model: DecisionTransformer, settings: Mapping[str, Any], seed: int) -> pd.DataFrame:
@@ -109,193 +176,142 @@ def calibrate(model: DecisionTransformer, settings: Mapping[str, Any], seed: int
     return pd.concat(curves, ignore_index=True)
 
 
-def calibrate_post(store: ArtifactStore, recipe: Recipe | None = None) -> None:
-    """Measure the calibration of the post's own weights, which are fetched or found where they are needed."""
-    settings = dict((recipe or Recipe()).calibration)
-
-    def make() -> list[Writer]:
-        return [table_writer(calibrate(DecisionTransformer.from_post_checkpoint(), settings, 0))]
-
-    run_stage(store, 0, "calibration", ("dtbook.rollout",), settings, [POST_CALIBRATION], make)
+def calibration_of(recipe: Recipe, task: Task | None = None) -> dict[str, Any]:
+    """Return the settings of `calibrate` in a recipe's task, or in another, as long as the calibration has it."""
+    played = replace(task or recipe.task, max_steps=recipe.calibration["max_steps"])
+    return {"task": played, **recipe.calibration}
 
 
-def shipped_names(seed: int = 0) -> list[str]:
-    """What `data/` holds of a replication; of the reference's also the controls, and what the post's weights do."""
-    if seed:
-        return [name_of(seed, file) for file in SHIPPED]
-    return [name_of(0, file) for file in (*SHIPPED, *REFERENCE_ONLY)] + [POST_CALIBRATION, *CONTROLS]
+def _calibration(job: Job) -> list[Writer]:
+    return [table_writer(calibrate(job.subject().model, calibration_of(job.recipe), job.seed))]
 
 
-Writer = Callable[[Path], Any]
+def _control(job: Job) -> list[Writer]:
+    """Train on the data set of seed 0, its actions permuted over all steps."""
+    data = Trajectories.load(job.path("seed_0/trajectories.npz"))
+    shuffled = replace(data, actions=np.random.default_rng(job.seed).permutation(data.actions))
+    config = replace(job.recipe.train, evaluation_episodes=0)
+    result = training.train(shuffled, job.recipe.model, config, job.seed, job.resume, job.progress)
+    return [in_order(result.model, job.recipe.task)[0].save_pretrained]
 
 
-def table_writer(table: pd.DataFrame) -> Writer:
-    """Return what writes a table as a Parquet file."""
-    return lambda path: table.to_parquet(path, index=False)
+def _long_context(job: Job) -> list[Writer]:
+    data, how = Trajectories.load(job.path("seed_0/trajectories.npz")), job.recipe.long_context
+    result = training.train(data, how.model, how.train, job.seed, job.resume, job.progress)
+    return [result.model.save_pretrained]
 
 
-def run_stage(
-    store: ArtifactStore,
-    seed: int,
-    stage: str,
-    code: tuple[str, ...],
-    parameters: Mapping[str, Any],
-    names: Sequence[str],
-    make: Callable[[], Sequence[Writer]],
-) -> None:
-    """Unless all the named artifacts are there and current, make them: `make` returns what writes each."""
-    made_by: dict[str, Any] = {"stage": stage, "code": code, "parameters": parameters, "seeds": (seed,)}
-    if all(store.is_current(name, **made_by) for name in names):
-        return
-    start = time.process_time()
-    writers = make()
-    seconds = time.process_time() - start
-    for name, write in zip(names, writers, strict=True):
-        with store.write(name, **made_by, seconds=seconds) as path:
-            write(path)
+def _summary(job: Job) -> list[Writer]:
+    return [table_writer(summary(job.origin, job.seeds))]
 
 
-def _ppo(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
-    def make() -> list[Writer]:
-        task = recipe.task
-        envs = DynamicObstaclesVectorEnv(
-            recipe.envs, task.size, task.n_obstacles, task.max_steps, task.random_start
-        )
-        recorder = RecordEpisodes(envs)
-        result = ppo.train(recorder, recipe.ppo, seed, progress)
-        flat = {f"{at}/{name}": t for at, state in result.checkpoints.items() for name, t in state.items()}
-        history = recorder.trajectories()
-        return [table_writer(result.diagnostics), history.save, lambda path: save_file(flat, path)]
+def summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
+    """Return one row a replication: what `BARS` bounds, the heads' obstacle scores, and which bars it missed.
 
-    names = [name_of(seed, file) for file in ("ppo.parquet", "history.npz", "checkpoints.safetensors")]
-    parameters = {"task": asdict(recipe.task), "ppo": asdict(recipe.ppo), "envs": recipe.envs}
-    run_stage(
-        store,
-        seed,
-        "ppo",
-        (
-            "dtbook.trajectories.ppo",
-            "dtbook.trajectories.recording",
-        ),
-        parameters,
-        names,
-        make,
-    )
-
-
-def _collection(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
-    def make() -> list[Writer]:
-        checkpoints: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in load_file(store.path(name_of(seed, "checkpoints.safetensors"))).items():
-            at, name = key.split("/")
-            checkpoints.setdefault(int(at), {})[name] = tensor
-        ordered = dict(sorted(checkpoints.items()))
-        collected = collect_by_quota(ordered, recipe.task, recipe.quota, seed, progress)
-        return [table_writer(collected.log), collected.trajectories.save]
-
-    names = [name_of(seed, file) for file in ("collection.parquet", "trajectories.npz")]
-    parameters = {"task": asdict(recipe.task), "ppo": asdict(recipe.ppo), "quota": asdict(recipe.quota)}
-    run_stage(store, seed, "collection", ("dtbook.trajectories.collection",), parameters, names, make)
-
-
-def _training(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
-    folder = store.root / folder_of(seed) / ".training"  # where a killed run goes on; gone when it is done
-
-    def make() -> list[Writer]:
-        data = Trajectories.load(store.path(name_of(seed, "trajectories.npz")))
-        result = training.train(data, recipe.model, recipe.train, seed, folder, progress, recipe.snapshots)
-        half = {
-            f"{step}/{name}": value.half()
-            for step, weights in result.snapshots.items()
-            for name, value in weights.items()
-        }
-        return [
-            table_writer(result.curve),
-            table_writer(result.evaluations),
-            lambda path: save_file(half, path),
-            result.model.save_pretrained,
-        ]
-
-    files = ("training.parquet", "evaluations.parquet", "snapshots.safetensors", "trained")
-    names = [name_of(seed, file) for file in files]
-    run_stage(store, seed, "training", ("dtbook.training",), _but_calibration(recipe), names, make)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _heads(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
-    def make() -> list[Writer]:
-        trained = DecisionTransformer.from_pretrained(store.path(name_of(seed, "trained")))
-        model, scores = _in_order(trained, recipe.task)
-        return [table_writer(scores), model.save_pretrained]
-
-    names = [name_of(seed, file) for file in ("heads.parquet", "model")]
-    run_stage(
-        store,
-        seed,
-        "heads",
-        (
-            "dtbook.training",
-            "dtbook.analysis.heads",
-        ),
-        _but_calibration(recipe),
-        names,
-        make,
-    )
-
-
-def _in_order(model: DecisionTransformer, task: Task) -> tuple[DecisionTransformer, pd.DataFrame]:
-    scores = heads.obstacle_head_scores(model, all_observations(task.size, task.n_obstacles))
-    return heads.order_heads(model, scores), scores
-
-
-def _but_calibration(recipe: Recipe) -> dict[str, Any]:
-    return {name: value for name, value in asdict(recipe).items() if name != "calibration"}
-
-
-def train_control(
-    store: ArtifactStore, seed: int, recipe: Recipe | None = None, progress: bool = True
-) -> None:
-    """Train `CONTROLS[seed]` on the data set of seed 0, its actions permuted over all steps; heads ordered as ever.
-
-    Untrained controls need no artifact: `DecisionTransformer(DTConfig(), seed)` is one.
+    `greedy` and `sampled`: mean return when asked for −1, 0, 0.9; `survived 0`: share of sampled episodes still
+    running at the end; `error`: mean absolute error of the sampled curve over RTG 0 … 0.9; `L0H1`: score of head 1.
     """
-    recipe = recipe or Recipe()
-    recipe = replace(recipe, train=replace(recipe.train, evaluation_episodes=0), snapshots=())
-    folder = store.root / "controls" / f".training_{seed}"
+    rows = []
+    for seed in seeds:
+        measured = calibration_row(pd.read_parquet(store.path(name_of(seed, "calibration.parquet"))))
+        asked = [f"{acting} {rtg}" for acting in ("greedy", "sampled") for rtg in ("-1", "0", "0.9")]
+        row = {"seed": seed} | {name: measured[name] for name in asked}
+        row |= {name: measured[f"sampled {name}"] for name in ("survived 0", "error")}
+        missed = [name for name, (low, high) in BARS.items() if not low <= row[name] <= high]
+        model = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
+        scores: dict[str, float] = model.metadata["obstacle_head"]["score"]
+        rows.append({**row, **scores, "meets": not missed, "missed": ", ".join(missed)})
+    return pd.DataFrame(rows)
 
-    def make() -> list[Writer]:
-        data = Trajectories.load(store.path(name_of(0, "trajectories.npz")))
-        shuffled = replace(data, actions=np.random.default_rng(seed).permutation(data.actions))
-        result = training.train(shuffled, recipe.model, recipe.train, seed, folder, progress)
-        return [_in_order(result.model, recipe.task)[0].save_pretrained]
 
-    code, parameters = ("dtbook.training", "dtbook.analysis.heads"), _but_calibration(recipe)
-    with ppo.one_thread():
-        run_stage(store, seed, "controls", code, parameters, [CONTROLS[seed]], make)
-    shutil.rmtree(folder, ignore_errors=True)
+# ------------------------------------------------------------------------------------------- the table, and its graph
+STAGES = (
+    Stage(
+        "ppo",
+        ("{of}/ppo.parquet", "{of}/history.npz", "{of}/checkpoints.safetensors"),
+        _ppo,
+        recipe=("task", "ppo", "envs"),
+    ),
+    Stage(
+        "collection",
+        ("{of}/collection.parquet", "{of}/trajectories.npz"),
+        _collection,
+        needs=("{of}/checkpoints.safetensors",),
+        recipe=("task", "ppo", "quota"),
+    ),
+    Stage(
+        "training",
+        ("{of}/training.parquet", "{of}/evaluations.parquet", "{of}/snapshots.safetensors", "{of}/trained"),
+        _training,
+        needs=("{of}/trajectories.npz",),
+        recipe=("model", "train", "snapshots"),
+    ),
+    Stage(
+        "heads",
+        ("{of}/heads.parquet", "{of}/model"),
+        _heads,
+        needs=("{of}/trained",),
+        recipe=("task", "model", "train"),
+    ),
+    Stage(
+        "calibration",
+        ("{of}/calibration.parquet",),
+        _calibration,
+        needs=("{of}/model",),
+        recipe=("task", "calibration"),
+    ),
+    Stage(
+        "controls", ("{of}",), _control, needs=("seed_0/trajectories.npz",), recipe=("task", "model", "train")
+    ),
+    Stage(
+        "long context",
+        (LONG_CONTEXT,),
+        _long_context,
+        needs=("seed_0/trajectories.npz",),
+        recipe=("long_context",),
+    ),
+    Stage("replicas", (TABLE,), _summary, needs=("seed_{seed}/calibration.parquet", "seed_{seed}/model")),
+)
+ROWS = {stage.name: stage for stage in STAGES}
+REPLICATION = ("ppo", "collection", "training", "heads", "calibration")
+"""The stages of one replication, in order."""
+
+
+def replication(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool = False) -> list[Job]:
+    """Return the jobs of one replication, in order."""
+    of = folder_of(seed)
+    return [Job(ROWS[name], store, of, recipe, (seed,), progress=progress) for name in REPLICATION]
+
+
+def around(store: ArtifactStore, recipe: Recipe) -> list[Job]:
+    """Return the jobs that start from the data set of seed 0: the controls and the model of nine timesteps."""
+    controls = [Job(ROWS["controls"], store, of, recipe, (seed,)) for seed, of in enumerate(CONTROLS)]
+    return [*controls, Job(ROWS["long context"], store, recipe=recipe, label="long context")]
+
+
+def replicate(store: ArtifactStore, seed: int, recipe: Recipe | None = None, progress: bool = True) -> None:
+    """Make every artifact of one replication, in this process, going on where an interrupted call stopped."""
+    for job in replication(store, seed, recipe or Recipe(), progress):
+        job.ensure()
 
 
 def load_snapshots(store: ArtifactStore, seed: int = 0) -> dict[int, DecisionTransformer]:
     """Return training steps → the model as it was then (float16 on disk), heads numbered as the final model's."""
     final = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
-    weights: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(store.path(name_of(seed, "snapshots.safetensors"))).items():
-        at, name = key.split("/")
-        weights.setdefault(int(at), {})[name] = tensor.float()
     models = {}
-    for step, state in sorted(weights.items()):
+    for step, state in _by_step(store.path(name_of(seed, "snapshots.safetensors"))).items():
         model = DecisionTransformer(final.cfg)
-        model.load_state_dict(state)
+        model.load_state_dict({name: value.float() for name, value in state.items()})
         for layer, order in final.metadata["head_order"].items():
             model = model.permute_heads(int(layer), order)
         models[step] = model.eval()
     return models
 
 
-def _calibration(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
-    def make() -> list[Writer]:
-        model = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
-        return [table_writer(calibrate(model, recipe.calibration, seed))]
-
-    names = [name_of(seed, "calibration.parquet")]
-    run_stage(store, seed, "calibration", ("dtbook.rollout",), asdict(recipe), names, make)
+def _by_step(path: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Read the weights that a file holds as `step/name`, sorted by step."""
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        at, name = key.split("/")
+        states.setdefault(int(at), {})[name] = tensor
+    return dict(sorted(states.items()))

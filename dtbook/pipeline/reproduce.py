@@ -1,83 +1,79 @@
-"""All of `data/` from nothing, in the order in which one thing needs the other."""
+"""All of `data/` from nothing: one graph of jobs, in the order in which one thing needs the other."""
 
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-from dtbook.analysis import long_context
-from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore
-from dtbook.pipeline import causal_tables, experiments, replicas
-from dtbook.pipeline import measure as measures
-from dtbook.pipeline import replication as pipeline
-from dtbook.pipeline.sweep import Outcome, Point, read_sweep, run_sweep
+from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.model.files import read_post_checkpoint
+from dtbook.pipeline import experiments, measure, replication
+from dtbook.pipeline.engine import Job, Say, failures, run_graph
+from dtbook.pipeline.replication import Recipe, is_shipped
 
-Say = Callable[[str], object]
+STAGES = (*replication.STAGES, *measure.STAGES, *experiments.STAGES)
+"""The table of stages: what makes each file of `data/`."""
+
+
+def plan(
+    made: ArtifactStore, seeds: Sequence[int], recipe: Recipe, everything: bool = False, post: bool = True
+) -> list[Job]:
+    """Return the jobs that make what `data/` holds of these replications, in another store.
+
+    Seed 0 is the reference: with it come the controls, the model of nine timesteps and, if there are any, the post's
+    weights. With `everything` also the sweeps and traces of chapters 11 and 12 and the causes of chapters 9 and 15.
+    """
+    jobs = [job for seed in seeds for job in replication.replication(made, seed, recipe)]
+    if 0 in seeds:
+        jobs += replication.around(made, recipe)
+    if len(seeds) > 1:
+        jobs.append(Job(replication.ROWS["replicas"], made, seeds=tuple(seeds)))
+    if everything:
+        folder = made.root / "sweeps"
+        jobs += [point.job(folder / name) for name in experiments.SWEEPS for point in experiments.read(name)]
+        jobs += experiments.graph(made, made, seeds, folder, recipe, post)
+    return jobs + measure.measured(made, seeds, recipe, post, everything)
 
 
 def reproduce(
     made: ArtifactStore,
     shipped: ArtifactStore,
     seeds: Sequence[int],
-    workers: int,
-    everything: bool,
-    say: Say,
-    report: pipeline.Report,
+    workers: int = 1,
+    scheduler: str | None = None,
+    everything: bool = False,
+    recipe: Recipe | None = None,
+    say: Say = lambda line: None,
 ) -> list[str]:
-    """Make what `data/` holds of these replications in another store; return the names of what is to be compared.
+    """Run the plan, where what is there and current is not made again; return the names of what is to be compared.
 
-    Seed 0 is the reference: with it come the controls, the nine-timestep model and the post's weights. With
-    `everything` also the sweeps and traces of chapters 11 and 12 and the causal tables of chapters 9 and 15; without
-    it what the sweeps said of claims is taken from `shipped`. What is there and current is not made again. `say` hears
-    of what is done; `report`, of the stages of replications, in their processes. Raises ArtifactError naming
-    replications or points that failed.
+    Without `everything`, what the sweeps said of claims is taken from `shipped`; so is what was measured of the post's
+    weights where they cannot be had. `say` hears of each job as it ends, in a line. Raises ArtifactError naming the jobs
+    that failed.
     """
-    if failed := replicas.replicate_all(made, seeds, workers, report):
-        sentence = f"seeds {', '.join(map(str, failed))} failed; the same command goes on where they stopped"
-        raise ArtifactError(sentence)
-    names = [name for seed in seeds for name in pipeline.shipped_names(seed)]
-    if 0 in seeds:
-        jobs: list[Callable[[], object]] = [
-            partial(pipeline.train_control, made, control, progress=False)
-            for control in range(len(pipeline.CONTROLS))
-        ]
-        jobs += [partial(long_context.make, made, progress=False), partial(pipeline.calibrate_post, made)]
-        replicas.in_processes(jobs, workers, "controls, long context, the post's weights")
-        names.append(long_context.NAME)
-    if len(seeds) > 1:
-        names.append(replicas.TABLE)
-        say(replicas.write_summary(made, seeds).round(3).to_string(index=False))
+    post = 0 in seeds and has_post()
+    entries = shipped.entries()
+    taken = [] if post else [name for name in entries if name.startswith("post/")]
+    taken += [] if everything else [measure.EXPERIMENT_CLAIMS]
+    for name in taken:
+        if 0 in seeds and entries.get(name) not in (None, made.entries().get(name)):
+            made.take(name, shipped)
+    jobs = plan(made, seeds, recipe or Recipe(), everything, post)
+    if failed := failures(run_graph(jobs, workers, scheduler, say)):
+        raise ArtifactError(f"{', '.join(failed)} failed; the same command goes on where they stopped")
+    names = [name for job in jobs if job.store is made for name in job.makes if is_shipped(name)]
     if everything:
-        _experiments(made, seeds, workers, say)
-    elif measures.EXPERIMENT_CLAIMS in shipped.entries():
-        made.take(measures.EXPERIMENT_CLAIMS, shipped)
-    names += measures.measure_all(made, seeds, workers)
-    if everything:
-        causal_tables.make_all(made, seeds, workers)
-        names += [name for name in shipped.entries() if name not in names and _is_of(name, seeds)]
-    return names
+        names += [name for name in entries if name not in names and _is_of(name, seeds)]
+    return [name for name in names if name not in taken]
+
+
+def has_post() -> bool:
+    """Return whether the post's weights can be had."""
+    try:
+        read_post_checkpoint()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _is_of(name: str, seeds: Sequence[int]) -> bool:
     match = re.match(r"seed_(\d+)/", name)
     return match is None or int(match[1]) in seeds
-
-
-def _experiments(made: ArtifactStore, seeds: Sequence[int], workers: int, say: Say) -> None:
-    folder = made.root / "sweeps"
-    for name in experiments.SWEEPS:
-        points = read_sweep(CHECKOUT / "sweeps" / f"{name}.yml", CHECKOUT / "notebooks")
-        done: list[str] = []
-
-        def report(point: Point, outcome: Outcome, name: str = name, done: list[str] = done) -> None:
-            done.append(point.id)
-            say(f"sweep {name}, {len(done)} points done{f': {outcome.error}' if outcome.error else ''}")
-
-        if run_sweep(points, folder / name, workers, report=report)["error"].notna().any():
-            raise ArtifactError(f"points of sweep {name} failed; the same command tries them again")
-    traces: list[Callable[[], object]] = [
-        partial(experiments.measure_dynamics, made, seed, made, progress=False) for seed in seeds
-    ]
-    replicas.in_processes(traces, workers, "training, traced")
-    for part, outcome in experiments.run_all(made, made, CHECKOUT, folder):
-        if outcome != "done":
-            raise ArtifactError(f"{part}: {outcome}")

@@ -1,24 +1,17 @@
 """Sweeps: one notebook or stage at many points, in local processes or on a Dask cluster, resumable point by point.
 
-Each point is an artifact of the sweep's folder, written whole by whoever ran it. A point that is there, made by
-the same code from the same parameters and inputs, is never run again: neither by the next call, nor by a
-scheduler that lost a worker and hands the worker's finished points out anew.
+Each point is a job of the engine, and its artifact lies in the sweep's folder. A point that is there, made by the same
+code from the same parameters and inputs, is never run again.
 """
 
 import ast
 import itertools
 import json
-import os
 import shutil
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +19,11 @@ import jsonschema
 import nbformat
 import pandas as pd
 import yaml
-from filelock import FileLock
 
 from dtbook.artifacts.provenance import digest
-from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.artifacts.store import ArtifactStore
 from dtbook.figures.display import GLUE_MIME
 from dtbook.pages.notebooks import (
-    KERNEL_ENVIRONMENT,
     NotebookError,
     check_parameters,
     code_of,
@@ -40,14 +31,14 @@ from dtbook.pages.notebooks import (
     inputs_digest,
     run_notebook,
 )
+from dtbook.pipeline.engine import Job, Say, Stage, Writer, run_graph
+from dtbook.pipeline.points import KINDS
 
 SCHEMA = json.loads(Path(__file__).with_name("sweep.schema.json").read_text(encoding="utf-8"))
-PATIENCE = 2  # times that a point may bring its own process down
-CONNECT_SECONDS = 10  # that a scheduler has to answer
 
 
 class SweepError(NotebookError):
-    """A sweep that is not well described, or that did not end well; the message is one sentence."""
+    """A sweep that is not well described; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +57,20 @@ class Target:
         """Return the parameters in the types that are declared; raise ValueError for one that is wrong."""
         if self.notebook:
             return check_parameters(self.notebook, given)
-        return _stage(self.stage).check(given)
+        return KINDS[self.stage].check(self.stage, given)
 
     def inputs(self, parameters: Mapping[str, Any]) -> Any:
-        """Return what stands for all that a point follows from, the rooms of dtbook aside."""
+        """Return what stands for all that a point follows from, the code of dtbook aside."""
         if self.notebook:
             return inputs_digest(self.notebook, parameters, ArtifactStore())
-        return _stage(self.stage).digests(parameters)
+        return KINDS[self.stage].digests(parameters)
 
-    def code(self) -> Sequence[str]:
-        """Return the dotted names of the code of dtbook behind it."""
-        return code_of(self.notebook) if self.notebook else _stage(self.stage).code
+    def row(self) -> Stage:
+        """Return the row of the table of stages that runs a point."""
+        if self.notebook:
+            execute = partial(_execute, self.notebook)
+            return Stage(self.name, ("points/{of}.ipynb",), execute, also=tuple(code_of(self.notebook)))
+        return KINDS[self.stage].stage(self.name)
 
 
 @dataclass(frozen=True)
@@ -96,30 +90,35 @@ class Point:
         """The artifact's name: an executed notebook, or the folder of a stage."""
         return f"points/{self.id}{'.ipynb' if self.target.notebook else ''}"
 
-    def made_by(self) -> dict[str, Any]:
-        """Return what the sweep's manifest says of the artifact, and what tells whether it is current."""
+    def job(self, folder: Path) -> Job:
+        """Return the job that makes the point's artifact in a folder."""
         made_from = {"point": dict(self.parameters), "inputs": self.target.inputs(self.parameters)}
-        return {"stage": self.target.name, "code": self.target.code(), "parameters": made_from}
+        return Job(
+            self.target.row(),
+            ArtifactStore(folder),
+            self.id,
+            seeds=(),
+            given=self.parameters,
+            parameters=made_from,
+            label=str(self),
+        )
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.parameters.items()) or "defaults"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a point: the seconds it took, None if it was there already; the error, None if all is well."""
-
-    point: str
-    seconds: float | None = None
-    error: str | None = None
-
-
-def _stage(name: str) -> Any:
-    from dtbook.pipeline.points import (
-        STAGES,
-    )  # imports torch and TransformerLens, which notebooks bring for themselves
-
-    return STAGES[name]
+def _execute(notebook: Path, job: Job) -> list[Writer]:
+    """Execute a notebook; one that fails is kept, as far as it came, in the sweep's folder `failed`."""
+    draft, kept = job.resume / f"{job.of}.ipynb", job.store.root / "failed" / f"{job.of}.ipynb"
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run_notebook(notebook, draft, job.given, job.parameters["inputs"])
+    except NotebookError as error:
+        kept.parent.mkdir(exist_ok=True)
+        failed = draft.with_suffix(".failed.ipynb")
+        failed.replace(kept)
+        raise NotebookError(str(error).replace(str(failed), str(kept))) from error
+    return [lambda path: shutil.copyfile(draft, path)]
 
 
 # ---------------------------------------------------------------------------------------- what is to be run
@@ -187,161 +186,29 @@ def _combinations(described: Mapping[str, Any], source: str) -> Iterator[dict[st
             yield described.get("parameters", {}) | point | dict(zip(grid, values, strict=True))
 
 
-# ---------------------------------------------------------------------------------------- running one point
-def run_point(folder: Path, point: Point) -> Outcome:
-    """Make the point's artifact unless it is there and current; whatever goes wrong is in the outcome.
-
-    The lock keeps a second worker away that was given the same point, and ends with its owner, however that dies.
-    """
-    store, start = ArtifactStore(folder), time.perf_counter()
-    (folder / ".locks").mkdir(parents=True, exist_ok=True)
-    try:
-        (folder / ".locks" / point.id).touch()
-        with FileLock(folder / ".locks" / point.id):
-            made_by = point.made_by()
-            if store.is_current(point.artifact, **made_by):
-                return Outcome(point.id)
-            if point.target.notebook:
-                _run_notebook(store, point, made_by)
-            else:
-                _run_stage(store, point, made_by)
-    except (ValueError, OSError) as error:  # already a sentence
-        return Outcome(point.id, error=str(error))
-    except Exception as error:
-        trace = folder / "failed" / f"{point.id}.txt"
-        with suppress(OSError):
-            trace.parent.mkdir(exist_ok=True)
-            trace.write_text(traceback.format_exc(), encoding="utf-8")
-        return Outcome(point.id, error=f"{type(error).__name__}: {error}; {trace} has the traceback")
-    return Outcome(point.id, time.perf_counter() - start)
-
-
-def _run_notebook(store: ArtifactStore, point: Point, made_by: Mapping[str, Any]) -> None:
-    assert point.target.notebook
-    draft = store.root / ".running" / f"{point.id}.ipynb"
-    inputs = made_by["parameters"]["inputs"]
-    try:
-        run_notebook(point.target.notebook, draft, point.parameters, inputs)
-    except NotebookError as error:
-        kept = store.root / "failed" / draft.name
-        kept.parent.mkdir(exist_ok=True)
-        failed = draft.with_suffix(".failed.ipynb")
-        failed.replace(kept)
-        raise NotebookError(str(error).replace(str(failed), str(kept))) from error
-    with store.write(point.artifact, **made_by) as path:
-        shutil.copyfile(draft, path)
-    for file in (draft, draft.with_suffix(".seconds")):
-        file.unlink(missing_ok=True)
-
-
-def _run_stage(store: ArtifactStore, point: Point, made_by: Mapping[str, Any]) -> None:
-    stage = _stage(point.target.stage)
-    resume = store.root / ".running" / digest([point.id, made_by])[:24]
-    with store.write(point.artifact, **made_by) as path:
-        path.mkdir()
-        row = stage.run({**stage.defaults, **point.parameters}, path, resume)
-        (path / "row.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(resume, ignore_errors=True)
-
-
 # ---------------------------------------------------------------------------------------- running them all
 def run_sweep(
     points: Sequence[Point],
     folder: Path,
     workers: int = 1,
     scheduler: str | None = None,
-    report: Callable[[Point, Outcome], None] = lambda point, outcome: None,
+    say: Say = lambda line: None,
 ) -> pd.DataFrame:
     """Run the points that are not there yet, in `workers` local processes or on a Dask cluster; return the table.
 
-    `report` hears of every point as it ends. The table is written to `table.parquet`, also where points failed.
+    `say` hears of every point as it ends, in a line. The table is written to `table.parquet`, also where points failed.
     """
-    by_id, errors, seconds = {point.id: point for point in points}, {}, _former_seconds(folder)
-    for outcome in _outcomes(points, folder, workers, scheduler):
-        if outcome.error is not None:
-            errors[outcome.point] = outcome.error
-        if outcome.seconds is not None:
-            seconds[outcome.point] = outcome.seconds
-        report(by_id[outcome.point], outcome)
-    table = tabulate(points, folder, errors)
-    store, target = ArtifactStore(folder), points[0].target.name
+    outcomes = run_graph([point.job(folder) for point in points], workers, scheduler, say)
+    table = tabulate(points, folder, {job.of: end.error for job, end in outcomes.items() if end.error})
+    store = ArtifactStore(folder)
+    entries = store.entries()
+    seconds = {point.id: entries[point.artifact]["seconds"] for point in points if point.artifact in entries}
     times = pd.DataFrame({"point": list(seconds), "seconds": list(seconds.values())})
+    parameters = {"target": points[0].target.name, "points": [point.id for point in points]}
     for name, frame in (("table.parquet", table), ("seconds.parquet", times)):
-        parameters = {"target": target, "points": list(by_id)}
-        with store.write(name, stage="sweep", code=["dtbook.pipeline.sweep"], parameters=parameters) as path:
+        with store.write(name, stage="sweep", code=[tabulate], parameters=parameters) as path:
             frame.to_parquet(path, index=False)
     return table
-
-
-def _former_seconds(folder: Path) -> dict[str, float]:
-    with suppress(ArtifactError):
-        table = pd.read_parquet(ArtifactStore(folder).path("seconds.parquet"))
-        return dict(zip(table["point"], table["seconds"], strict=True))
-    return {}
-
-
-def _outcomes(
-    points: Sequence[Point], folder: Path, workers: int, scheduler: str | None
-) -> Iterator[Outcome]:
-    """Yield each point's outcome. After a death that took the local processes down, what they ran runs alone."""
-    left = {point.id: point for point in points}
-    while left:
-        start = time.time()
-        for outcome in _round(left, folder, workers, scheduler):
-            del left[outcome.point]
-            yield outcome
-        for id in [id for id in left if _started(folder, id) >= start]:
-            yield _alone(left.pop(id), folder)
-
-
-def _round(
-    points: Mapping[str, Point], folder: Path, workers: int, scheduler: str | None
-) -> Iterator[Outcome]:
-    """Yield the outcomes of these points, up to the death of a local process, which ends them all."""
-    with _pool(workers, scheduler) as pool:
-        futures = {pool.submit(run_point, folder, point): id for id, point in points.items()}
-        for future in as_completed(futures):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                continue
-            except Exception as error:  # Dask gave the point up: several of its workers died
-                yield Outcome(futures[future], error=f"{type(error).__name__}: {error}")
-
-
-def _alone(point: Point, folder: Path) -> Outcome:
-    """Run a point in a process of its own, so that a death can be laid at its door."""
-    for _ in range(PATIENCE):
-        for outcome in _round({point.id: point}, folder, 1, None):
-            return outcome
-    return Outcome(point.id, error=f"its process died {PATIENCE} times (out of memory?)")
-
-
-def _started(folder: Path, id: str) -> float:
-    with suppress(FileNotFoundError):
-        return (folder / ".locks" / id).stat().st_mtime
-    return 0.0
-
-
-@contextmanager
-def _pool(workers: int, scheduler: str | None) -> Iterator[Executor]:
-    """Yield an executor: local processes of one thread each, or Dask's own over the cluster's workers."""
-    if scheduler is None:
-        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-            os.environ.setdefault(name, KERNEL_ENVIRONMENT[name])
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-        try:
-            yield pool
-        finally:
-            pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
-        return
-    try:
-        from distributed import Client
-    except ImportError as error:
-        sentence = "a --scheduler needs dask.distributed: python -m pip install 'dtbook[sweep]'"
-        raise SweepError(sentence) from error
-    with Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False) as client:
-        yield client.get_executor(pure=False)
 
 
 # ---------------------------------------------------------------------------------------- the sweep's table
