@@ -263,7 +263,7 @@ def _is_text(statement: ast.stmt) -> bool:
 
 def _imports(tree: ast.AST) -> dict[str, str]:
     """Return what each imported name stands for."""
-    names = {}
+    names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.asname or alias.name.partition(".")[0]: alias.name for alias in node.names}
