@@ -19,12 +19,11 @@ from dtbook.analysis.attribution import contrast
 from dtbook.analysis.heads import forward_preference
 from dtbook.analysis.interventions import ablate
 from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
-from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
 from dtbook.gridworld.situations import SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.protocol import AVOIDS, TABLE_1
+from dtbook.protocol import AVOIDS, RTGS, TABLE_1, TIMESTEPS
 from dtbook.rollout import CALIBRATION_RTGS, OUTCOMES, episode_table, rollout, summarise
 
 FACING = tuple(name for name in SITUATIONS if name != "empty")
