@@ -125,7 +125,8 @@ def over_time(
 
     Columns: `situation`, `rtg`, `timestep`; `forward` (mean), `low`, `high`; `over`, the share of the weight with
     P(forward) above `protocol.AVOIDS`, and `n_over`, how many observations that is; `greedy`, the share on which
-    forward is the likeliest action; `worst` and `mildest`, the rows of the observations with the highest and the lowest.
+    forward is the likeliest action; `worst` and `mildest`, the rows of the observations with the highest and the
+    lowest.
     """
     parts = []
     for situation in situations:
