@@ -198,10 +198,14 @@ class Job:
             self._make()
         return time.perf_counter() - start
 
+    def writers(self) -> Sequence[Writer]:
+        """Do what the stage does, and return what writes each artifact."""
+        with one_thread():
+            return self.stage.function(self)
+
     def _make(self) -> None:
         made_by, resume, start = self.made_by(), self.resume, sum(os.times()[:4])
-        with one_thread():
-            writers = self.stage.function(self)
+        writers = self.writers()
         seconds = sum(os.times()[:4]) - start  # those of a notebook's kernel too
         for name, write in zip(self.makes, writers, strict=True):
             with self.store.write(name, **made_by, seconds=seconds) as path:

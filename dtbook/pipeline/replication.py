@@ -196,7 +196,7 @@ def _control(job: Job) -> list[Writer]:
 
 
 def _long_context(job: Job) -> list[Writer]:
-    data, how = Trajectories.load(job.path("seed_0/trajectories.npz")), job.recipe.long_context
+    data, how = Trajectories.load(job.path("seed_0/trajectories.npz")), job.recipe
     result = training.train(data, how.model, how.train, job.seed, job.resume, job.progress)
     return [result.model.save_pretrained]
 
@@ -268,7 +268,7 @@ STAGES = (
         (LONG_CONTEXT,),
         _long_context,
         needs=("seed_0/trajectories.npz",),
-        recipe=("long_context",),
+        recipe=("model", "train"),
     ),
     Stage("replicas", (TABLE,), _summary, needs=("seed_{seed}/calibration.parquet", "seed_{seed}/model")),
 )
@@ -286,7 +286,7 @@ def replication(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool 
 def around(store: ArtifactStore, recipe: Recipe) -> list[Job]:
     """Return the jobs that start from the data set of seed 0: the controls and the model of nine timesteps."""
     controls = [Job(ROWS["controls"], store, of, recipe, (seed,)) for seed, of in enumerate(CONTROLS)]
-    return [*controls, Job(ROWS["long context"], store, recipe=recipe, label="long context")]
+    return [*controls, Job(ROWS["long context"], store, recipe=recipe.long_context)]
 
 
 def replicate(store: ArtifactStore, seed: int, recipe: Recipe | None = None, progress: bool = True) -> None:

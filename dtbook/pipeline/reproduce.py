@@ -46,7 +46,7 @@ def reproduce(
     """Run the plan, where what is there and current is not made again; return the names of what is to be compared.
 
     Without `everything`, what the sweeps said of claims is taken from `shipped`; so is what was measured of the post's
-    weights where they cannot be had. `say` hears of each job as it ends, in a line. Raises ArtifactError naming the jobs
+    weights where they cannot be had. `say` hears of each job as it ends, in a line. Raises ArtifactError naming those
     that failed.
     """
     post = 0 in seeds and has_post()
