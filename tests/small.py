@@ -4,9 +4,9 @@ from dtbook.gridworld.rules import Task
 from dtbook.model.config import DTConfig
 from dtbook.pipeline import Recipe
 from dtbook.pipeline.replication import LongContext
+from dtbook.training import TrainConfig
 from dtbook.trajectories.collection import QuotaConfig
 from dtbook.trajectories.ppo import PPOConfig
-from dtbook.training import TrainConfig
 
 MODEL = {"d_model": 16, "d_head": 8, "d_mlp": 16, "max_steps": 300}
 RECIPE = Recipe(
