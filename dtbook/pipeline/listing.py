@@ -91,5 +91,7 @@ def _pattern(name: str, code: str) -> str:
         return re.escape(name)
     file = name.rpartition("/")[2]
     stem = file.partition(".")[0]
-    named = rf'|(?:\(\s*|= |\("\w+", )"{stem}"' if '}.parquet"' in code else ""  # of a loop, or a function's
+    named = (
+        rf'|(?:\(\s*|= |in \((?:"\w+", )*)"{stem}"' if '}.parquet"' in code else ""
+    )  # of a loop, or a function's
     return f'["/]{re.escape(file)}"{named}'
