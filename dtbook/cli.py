@@ -26,7 +26,6 @@ from dtbook.pages.notebooks import (
     run_notebook,
 )
 
-
 _PATH = click.Path(path_type=Path)
 
 

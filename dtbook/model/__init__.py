@@ -2,10 +2,12 @@
 
 from dtbook.model.config import DTConfig
 from dtbook.model.files import fetch_post_checkpoint
+from dtbook.model.subject import Subject
 from dtbook.model.transformer import DecisionTransformer
 
 __all__ = [
     "DTConfig",
     "DecisionTransformer",
+    "Subject",
     "fetch_post_checkpoint",
 ]
