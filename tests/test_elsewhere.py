@@ -128,6 +128,18 @@ def test_on_colab_a_notebook_s_file_alone_runs_to_the_end(elsewhere, colab_pytho
     assert sorted(path.name for path in elsewhere.iterdir()) == [NOTEBOOK.name, "out.ipynb"]
 
 
+def test_on_colab_nothing_is_installed_unasked(elsewhere, tmp_path):
+    cells = nbformat.read(elsewhere / NOTEBOOK.name, as_version=4).cells
+    setup = next(cell.source for cell in cells if cell.cell_type == "code")
+    environment = clean_environment(tmp_path / "home") | {"PIP_LOG": str(tmp_path / "pip.log")}
+    environment.pop("DTBOOK_SOURCE", None)
+    command = [sys.executable, "-m", "IPython", "--colors=NoColor", "-c", COLAB + setup]
+    result = subprocess.run(command, env=environment, cwd=elsewhere, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "RuntimeError: DTBOOK_SOURCE is not set" in result.stdout + result.stderr
+    assert not (tmp_path / "pip.log").exists()
+
+
 def test_plain_papermill_runs_a_chapter_from_any_folder(elsewhere):
     papermill.execute_notebook(
         elsewhere / NOTEBOOK.name,

@@ -1,6 +1,7 @@
 """The built book in a real browser that can reach no other host: clean, drawn, readable, in both themes."""
 
 import re
+import tomllib
 from pathlib import Path
 from urllib.parse import urlparse
 from xml.etree import ElementTree
@@ -21,7 +22,8 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 CHAPTERS = [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
 PAGES = [f"{name}.html" for name in (TOC["root"], *CHAPTERS)]
 NOTEBOOK_PAGES = [page for page in PAGES if page.startswith("notebooks/")]
-UNDER = urlparse(CONFIG["html"]["baseurl"]).path
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+UNDER = urlparse(URLS["Book"]).path
 SCREENSHOTS = ROOT / "screenshots"
 WIDTHS = (360, 768, 1440)
 OTHER_PAGES = ["404.html", "genindex.html", "search.html?q=agent"]
@@ -200,7 +202,7 @@ def test_the_playground_is_light_and_every_model_and_preset_can_be_chosen(browse
 
 def test_every_page_is_on_the_map_and_has_a_picture_to_share(book):
     sitemap = ElementTree.parse(book / "sitemap.xml").getroot()
-    base = CONFIG["html"]["baseurl"]
+    base = URLS["Book"]
     assert {place.text for place in sitemap.iterfind("{*}url/{*}loc")} >= {base + page for page in PAGES}
     picture = (book / "_static" / "social.png").read_bytes()
     assert (int.from_bytes(picture[16:20]), int.from_bytes(picture[20:24])) == (1200, 630)
@@ -251,7 +253,7 @@ def test_numbers_stand_in_the_prose(book, page):
 def test_buttons_open_the_source_notebook(book, page):
     links = [a["href"] for a in BeautifulSoup((book / page).read_text(), "html.parser").select("a[href]")]
     notebook, branch = page.replace(".html", ".ipynb"), CONFIG["repository"]["branch"]
-    repository = urlparse(CONFIG["repository"]["url"]).path
+    repository = urlparse(URLS["Repository"]).path
     assert (ROOT / notebook).exists()
     assert f"https://colab.research.google.com/github{repository}/blob/{branch}/{notebook}" in links
     assert f"https://mybinder.org/v2/gh{repository}/{branch}?urlpath=lab/tree/{notebook}" in links
