@@ -26,6 +26,11 @@ def pytest_make_collect_report(collector):
     return fail_if_skipped_in_ci((yield))
 
 
+def pytest_itemcollected(item):
+    if "browser" in item.fixturenames:
+        item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def browser():
     """The one browser of this process: Playwright allows a second at once in none."""

@@ -362,6 +362,32 @@ def test_a_failure_names_the_cell_keeps_the_run_and_stops(checkout, cell, senten
     assert copies(checkout) == ["01_task.ipynb", "02_next.ipynb"]
 
 
+def test_two_at_once_are_told_in_order_and_stop_at_a_failure(checkout):
+    """The first takes until the second is done; the third fails and waits for the fourth, which nothing follows."""
+    begun = "import pathlib, time\n\ndef wait(n):\n    while not pathlib.Path(n).exists(): time.sleep(0.05)\n"
+    cells = {
+        "01_task": "wait('2')",
+        "02_quick": "pathlib.Path('2').touch()",
+        "03_wrong": "wait('4'); 1 / 0",
+        "04_long": "pathlib.Path('4').touch(); time.sleep(1)",
+        "05_late": "pathlib.Path('5').touch()",
+    }
+    for name, cell in cells.items():
+        write_notebook(checkout / f"notebooks/{name}.ipynb", begun, cell)
+    result = dtbook("run", "--workers", "2")
+    assert result.exit_code == 1
+    first, second, error = result.output.splitlines()
+    assert re.fullmatch(r"\[1/5\] 01_task: done in [\d.]+ s", first)
+    assert re.fullmatch(r"\[2/5\] 02_quick: done in [\d.]+ s", second)
+    assert error.startswith("Error: 03_wrong failed in cell [2], `wait('4'); 1 / 0`: ZeroDivisionError: ")
+    assert copies(checkout) == ["01_task.ipynb", "02_quick.ipynb", "03_wrong.failed.ipynb", "04_long.ipynb"]
+    assert not (checkout / "notebooks/5").exists()
+
+    write_notebook(checkout / "notebooks/03_wrong.ipynb", "1")
+    lines = dtbook("run", "--workers", "2").output.splitlines()[:5]
+    assert [line.partition(": ")[2][:4] for line in lines] == ["up t", "up t", "done", "up t", "done"]
+
+
 def test_a_failure_shows_the_line_that_starts_the_cell(checkout):
     write_notebook(checkout / "notebooks/01_task.ipynb", "1", "rollout = None\nrollout()")
     assert "01_task failed in cell [2], `rollout = None`: TypeError: " in dtbook("run").output
