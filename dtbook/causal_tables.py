@@ -13,10 +13,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from dtbook.analysis import counterfactuals, faithfulness, program
+from dtbook.artifacts.post_weights import POST_MODEL_SHA256
 from dtbook.artifacts.store import ArtifactStore
 from dtbook.gridworld.env import all_observations
 from dtbook.gridworld.rules import Task
-from dtbook.model.files import POST_MODEL_SHA256
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import Writer, folder_of, run_stage, table_writer
 from dtbook.trajectories.ppo import one_thread

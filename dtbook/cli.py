@@ -15,6 +15,7 @@ from typing import Any
 import click
 from filelock import FileLock
 
+from dtbook.artifacts.post_weights import named_copy
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
 from dtbook.pages.notebooks import (
     NotebookError,
@@ -56,6 +57,7 @@ def run(names: tuple[str, ...], assignments: tuple[str, ...], again: bool) -> No
     if again and assignments:
         raise click.UsageError("--again compares with the book's copies, which know no -p")
     paths = find_notebooks(CHECKOUT / "notebooks", names)
+    named_copy()  # refused at once where there is none
     if again:
         return _run_again(paths)
     folder = CHECKOUT / "runs" if assignments else CHECKOUT / "book" / "_executed"

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from dtbook.analysis.attribution import channel_slices, preference_direction
 from dtbook.analysis.dynamics import Probe, forward_probability, inspect, make_probe, settles, trace
 from dtbook.analysis.weights import CELLS, front_cell_table, state_maps
+from dtbook.artifacts.post_weights import POST_MODEL_SHA256
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
-from dtbook.model.files import POST_MODEL_SHA256
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import Writer, load_snapshots, name_of, run_stage, table_writer
 from dtbook.sweep import Point, read_sweep

@@ -10,12 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from dtbook.analysis import behaviour
+from dtbook.analysis import behaviour, frames
 from dtbook.analysis.ablations import HOW, situation_table
 from dtbook.analysis.head_circuit import measure_circuit
 from dtbook.analysis.heads import obstacle_head_scores, order_heads
 from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.analysis.views import embeddings
+from dtbook.artifacts.post_weights import POST_MODEL_SHA256
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
 from dtbook.claims.evidence import Evidence
 from dtbook.claims.rules import measure
@@ -23,7 +24,6 @@ from dtbook.claims.scorecard import scorecard
 from dtbook.gridworld.env import all_observations
 from dtbook.gridworld.rules import Task
 from dtbook.model.config import DTConfig
-from dtbook.model.files import POST_MODEL_SHA256
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import (
     POST_CALIBRATION,
@@ -60,6 +60,9 @@ ANATOMY: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
         behaviour.neurons,
         {"rtgs": RTGS, "timesteps": TIMESTEPS, "how": behaviour.NEURON_WAYS, "seed": 0},
     ),
+    "frames": (frames.median_frames, {"timestep": 10, "preference": "F-R"}),
+    "means": (frames.kept_by_means, {"rtg": 0.9, "timestep": 10, "seed": 0}),
+    "directions": (frames.along_preference, {"rtg": 0.9, "timestep": 10, "preference": "F-R", "seed": 0}),
 }
 """Tables of chapters 5 and 6 beside the situations: file name → what makes it of a model and its observations, how."""
 PLAY = "ablated_play"
@@ -119,25 +122,18 @@ def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) ->
     sha256, model = _model_in(store, folder)
     observations = cache(lambda: _observations(Task()))
 
-    def keep(name: str, settings: dict[str, Any], make: Callable[[], pd.DataFrame]) -> None:
-        parameters = {"model": sha256, "task": asdict(Task())} | settings
-        names = [f"{folder}/{name}.parquet"]
-        run_stage(
-            store,
-            0,
-            "anatomy",
-            ("dtbook.analysis.behaviour",),
-            parameters,
-            names,
-            lambda: [table_writer(make())],
-        )
+    def keep(
+        name: str, table: Callable[..., pd.DataFrame], *given: Callable[[], Any], **settings: Any
+    ) -> None:
+        def make() -> list[Writer]:
+            return [table_writer(table(*(each() for each in given), progress=progress, **settings))]
 
-    def run_it(table: Callable[..., pd.DataFrame], settings: dict[str, Any]) -> pd.DataFrame:
-        return table(model(), observations(), progress=progress, **settings)
+        parameters = {"model": sha256, "task": asdict(Task())} | settings
+        run_stage(store, 0, "anatomy", (table.__module__,), parameters, [f"{folder}/{name}.parquet"], make)
 
     for name, (table, settings) in ANATOMY.items():
-        keep(name, settings, partial(run_it, table, settings))
-    keep(PLAY, PLAY_SETTINGS, lambda: behaviour.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
+        keep(name, table, model, observations, **settings)
+    keep(PLAY, behaviour.ablated_play, model, **PLAY_SETTINGS)
 
 
 def measure_situations(store: ArtifactStore, folder: str, progress: bool = True) -> None:

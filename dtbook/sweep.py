@@ -38,6 +38,7 @@ from dtbook.pages.notebooks import (
     code_of,
     find_notebooks,
     inputs_digest,
+    is_current,
     run_notebook,
 )
 
@@ -199,7 +200,7 @@ def run_point(folder: Path, point: Point) -> Outcome:
         (folder / ".locks" / point.id).touch()
         with FileLock(folder / ".locks" / point.id):
             made_by = point.made_by()
-            if store.is_current(point.artifact, **made_by):
+            if _is_current(store, point, made_by):
                 return Outcome(point.id)
             if point.target.notebook:
                 _run_notebook(store, point, made_by)
@@ -214,6 +215,14 @@ def run_point(folder: Path, point: Point) -> Outcome:
             trace.write_text(traceback.format_exc(), encoding="utf-8")
         return Outcome(point.id, error=f"{type(error).__name__}: {error}; {trace} has the traceback")
     return Outcome(point.id, time.perf_counter() - start)
+
+
+def _is_current(store: ArtifactStore, point: Point, made_by: Mapping[str, Any]) -> bool:
+    if not store.is_current(point.artifact, **made_by):
+        return False
+    return not point.target.notebook or is_current(
+        store.path(point.artifact), made_by["parameters"]["inputs"]
+    )
 
 
 def _run_notebook(store: ArtifactStore, point: Point, made_by: Mapping[str, Any]) -> None:
