@@ -9,16 +9,16 @@ from dtbook.artifacts.provenance import code_behind, definitions_behind, dotted_
 
 TRAIN = """
 import numpy as np
-from dtbook.gridworld import step, WALL
+from dtbook.grid import stride, STONE
 
 def train(n: int) -> float:
-    return np.mean([step(i) for i in range(n)])
+    return np.mean([stride(i) for i in range(n)])
 """
 GRID = """
-WALL = 2
+STONE = 2
 
-def step(x):
-    return x + WALL
+def stride(x):
+    return x + STONE
 
 def unrelated():
     return 1
@@ -42,21 +42,21 @@ def package(tmp_path, monkeypatch):
 def test_behind_a_definition_is_all_that_it_refers_to_and_no_more(package):
     before = package(train=TRAIN, grid=GRID)
     assert definitions_behind(["dtbook.train.train"]) == [
-        "dtbook.grid.WALL",
-        "dtbook.grid.step",
+        "dtbook.grid.STONE",
+        "dtbook.grid.stride",
         "dtbook.train.train",
     ]
     assert code_behind(["dtbook.train.train"])["libraries"].keys() == {"numpy"}
     assert package(grid=GRID.replace("return 1", "return 2")) == before
-    assert package(grid=GRID.replace("WALL = 2", "WALL = 3")) != before
+    assert package(grid=GRID.replace("STONE = 2", "STONE = 3")) != before
 
 
 @pytest.mark.parametrize(
     "same",
     [
-        GRID.replace("def step(x):", 'def step(x: int) -> int:\n    """Go on."""'),
-        GRID.replace("    return x + WALL", "    # onwards\n    return (x\n            + WALL)"),
-        GRID.replace("WALL = 2", 'WALL = 2\n"""Cells of stone."""'),
+        GRID.replace("def stride(x):", 'def stride(x: int) -> int:\n    """Go on."""'),
+        GRID.replace("    return x + STONE", "    # onwards\n    return (x\n            + STONE)"),
+        GRID.replace("STONE = 2", 'STONE = 2\n"""Cells of stone."""'),
     ],
 )
 def test_docstrings_comments_layout_and_annotations_do_not_count(package, same):
@@ -65,16 +65,16 @@ def test_docstrings_comments_layout_and_annotations_do_not_count(package, same):
 
 def test_it_does_not_count_where_a_definition_stands_or_by_what_name_its_module_is_known(package):
     before = package(train=TRAIN, grid=GRID)
-    package(room__in____init__="from dtbook.room.cells import WALL, step", room__in__cells=GRID)
+    package(room__in____init__="from dtbook.room.cells import STONE, stride", room__in__cells=GRID)
     assert package(train=TRAIN.replace("dtbook.grid", "dtbook.room.cells")) == before
     assert package(train=TRAIN.replace("dtbook.grid", "dtbook.room")) == before, "by the room's own name"
-    through_module = TRAIN.replace("from dtbook.grid import step, WALL", "from dtbook import grid")
-    assert package(train=through_module.replace("step(i)", "grid.step(i)")) == before
+    through_module = TRAIN.replace("from dtbook.grid import stride, STONE", "from dtbook import grid")
+    assert package(train=through_module.replace("stride(i)", "grid.stride(i)")) == before
 
 
 def test_what_a_module_does_when_it_is_imported_counts(package):
     before = package(train=TRAIN, grid=GRID)
-    loud = package(grid=GRID + "\nprint(WALL)\n")
+    loud = package(grid=GRID + "\nprint(STONE)\n")
     assert loud != before
     registry = "ALL = []\ndef rule(name):\n    return ALL.append\n"
     package(registry=registry, grid=GRID)

@@ -184,11 +184,13 @@ class _Plain(ast.NodeTransformer):
         return None
 
 
-def _references(statement: ast.stmt) -> Iterator[list[str]]:
-    """Yield the names that a statement refers to, each with its attributes: ["np", "mean"] for `np.mean`."""
-    for node in ast.walk(statement):
-        if isinstance(node, ast.Attribute | ast.Name) and (reference := _reference(node)):
-            yield reference
+def _references(node: ast.AST) -> Iterator[list[str]]:
+    """Yield the names that a node refers to, each with its attributes: ["np", "mean"] for `np.mean`."""
+    if isinstance(node, ast.expr) and (reference := _reference(node)):
+        yield reference
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _references(child)
 
 
 def _reference(node: ast.expr) -> list[str]:
@@ -261,7 +263,7 @@ def _is_text(statement: ast.stmt) -> bool:
 
 def _imports(tree: ast.AST) -> dict[str, str]:
     """Return what each imported name stands for."""
-    names = {}
+    names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.asname or alias.name.partition(".")[0]: alias.name for alias in node.names}

@@ -16,8 +16,8 @@ import gymnasium as gym
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Int64, UInt8
 
+from dtbook import gridworld
 from dtbook.artifacts.store import atomic_write
-from dtbook.gridworld import env as gridworld
 from dtbook.gridworld.rules import GridState, Task
 
 if TYPE_CHECKING:
