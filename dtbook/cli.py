@@ -17,6 +17,7 @@ import click
 from filelock import FileLock
 from tqdm import tqdm
 
+from dtbook.artifacts.post_weights import named_copy
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
 from dtbook.pages.notebooks import (
     NotebookError,
@@ -65,6 +66,7 @@ def run(names: tuple[str, ...], assignments: tuple[str, ...], again: bool, worke
     if again and assignments:
         raise click.UsageError("--again compares with the book's copies, which know no -p")
     paths = find_notebooks(CHECKOUT / "notebooks", names)
+    named_copy()  # refused at once where there is none
     if again:
         return _run_again(paths, workers)
     folder = CHECKOUT / "runs" if assignments else CHECKOUT / "book" / "_executed"

@@ -133,7 +133,11 @@ def test_the_hooks_have_the_pinned_versions():
 
 
 def test_ci_runs_make_test_on_every_python_offered():
-    assert (ROOT / ".ci/run").read_text().endswith("\nmake test\n")
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in lines if "make test" in line and not line.startswith("#")] == [
+        "env -u DTBOOK_POST_MODEL DTBOOK_POST_URL=http://127.0.0.1:9/closed.pt make test"
+    ]
+    assert lines[-1] == 'DTBOOK_POST_MODEL="$model" .venv/bin/python -m pytest -m post_weights'
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
     jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]
     offered = SpecifierSet(PROJECT["requires-python"])
@@ -160,16 +164,35 @@ def test_actions_are_pinned_by_major_version(path):
     assert [action for action in actions if not re.fullmatch(r"actions/[a-z-]+@v\d+", action)] == []
 
 
+def run_in_ci(folder, test, ci="true", **variables):
+    """pytest on one test that is kept by this project's conftest."""
+    shutil.copy(ROOT / "tests/conftest.py", folder)
+    (folder / "test_it.py").write_text(f"import pytest\n{test}\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder]
+    variables |= {"CI": ci, "XDG_CACHE_HOME": str(folder)}  # where nothing was fetched
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+
+
+NEEDS_WEIGHTS = "@pytest.mark.post_weights\ndef test_it():\n    pytest.skip('no browser')"
+
+
+def test_in_ci_a_test_is_skipped_only_for_want_of_the_posts_weights(tmp_path):
+    without = run_in_ci(tmp_path, NEEDS_WEIGHTS, DTBOOK_POST_MODEL="")
+    assert (without.returncode, "1 skipped" in without.stdout) == (0, True), without.stdout
+    (tmp_path / "post.pt").touch()
+    copy = run_in_ci(tmp_path, NEEDS_WEIGHTS, DTBOOK_POST_MODEL=str(tmp_path / "post.pt"))
+    assert "skipped, which CI does not allow: Skipped: no browser" in copy.stdout
+    gone = run_in_ci(tmp_path, NEEDS_WEIGHTS, DTBOOK_POST_MODEL="gone.pt")
+    assert "DTBOOK_POST_MODEL is 'gone.pt', but there is no file" in gone.stderr
+    assert gone.returncode == pytest.ExitCode.USAGE_ERROR
+
+
 @pytest.mark.parametrize(
     "skip", ["def test_it():\n    pytest.skip('no browser')", "pytest.importorskip('no_browser')"]
 )
 def test_a_skip_fails_in_ci_and_nowhere_else(tmp_path, skip):
-    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
-    (tmp_path / "test_it.py").write_text(f"import pytest\n{skip}\n")
-
     def run(ci):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path]
-        return subprocess.run(command, env=os.environ | {"CI": ci}, capture_output=True, text=True)
+        return run_in_ci(tmp_path, skip, ci)
 
     in_ci = run("true")
     assert in_ci.returncode not in (0, 5), in_ci.stdout
