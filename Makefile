@@ -21,10 +21,11 @@ test: lint book  ## Lint, build the book, then test the package, the notebooks a
 	"$(BIN)/python" -m pytest -n 2 tests
 	"$(BIN)/python" -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks
 
-lint: venv  ## Check style and types
+lint: venv  ## Check style, types and the layers of the package
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
 	"$(BIN)/mypy"
+	"$(BIN)/lint-imports"
 
 reproduce: venv  ## Execute every notebook twice, make every artifact of data/ again from nothing, and compare
 	"$(BIN)/dtbook" run

@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from dtbook.analysis.ablations import situation_table
+from dtbook.analysis.population import logits
+from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.artifacts import ArtifactStore
-from dtbook.exhaustive import logits
 from dtbook.gridworld import ObservationSet, all_observations
+from dtbook.gridworld.situations import batches, sample
 from dtbook.model import DecisionTransformer
-from dtbook.scenarios import batches, sample
-from dtbook.tables import RTGS, TIMESTEPS, situation_table
 
 TARGETS = {"one (RTG, t) pass, listing included": 6.0, "table behind chapter 06": 240.0}
 """Seconds on one core."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dtbook.notebooks import find_notebooks, run_notebook, small_parameters
+from dtbook.pages.notebooks import find_notebooks, run_notebook, small_parameters
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 

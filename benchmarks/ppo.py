@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from minigrid.wrappers import ImgObsWrapper
 
 from dtbook.gridworld import DynamicObstaclesVectorEnv
-from dtbook.ppo import PPOConfig, evaluate, train
+from dtbook.trajectories.ppo import PPOConfig, evaluate, train
 
 ENV_ID = "MiniGrid-Dynamic-Obstacles-8x8-v0"
 MINIGRID_STEPS = 20_480  # 5 updates, enough for a rate

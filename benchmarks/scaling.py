@@ -19,9 +19,9 @@ from training import ours
 from dtbook.artifacts import ArtifactStore
 from dtbook.gridworld import DynamicObstaclesVectorEnv
 from dtbook.model import DTConfig
-from dtbook.ppo import PPOConfig, one_thread, train
 from dtbook.training import Sampler, TrainConfig
 from dtbook.trajectories import Trajectories
+from dtbook.trajectories.ppo import PPOConfig, one_thread, train
 
 Work = Callable[[], object]
 

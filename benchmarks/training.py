@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from dtbook.artifacts import ArtifactStore
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.ppo import one_thread
 from dtbook.training import Batch, Sampler, TrainConfig, evaluate, make_optimizer, update
 from dtbook.trajectories import Trajectories
+from dtbook.trajectories.ppo import one_thread
 
 
 class Plain(nn.Module):

@@ -1,1 +1,1 @@
-"""The helper package behind the Decision Transformer book: one module a room, data flowing one way."""
+"""The helper package behind the Decision Transformer book: a dozen rooms, each importing only from those above it."""

@@ -12,13 +12,14 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from dtbook import causal, circuits, program
-from dtbook.artifacts import ArtifactStore
-from dtbook.checkpoints import POST_MODEL_SHA256
-from dtbook.gridworld import Task, all_observations
-from dtbook.model import DecisionTransformer
+from dtbook.analysis import counterfactuals, faithfulness, program
+from dtbook.artifacts.store import ArtifactStore
+from dtbook.gridworld.env import all_observations
+from dtbook.gridworld.rules import Task
+from dtbook.model.files import POST_MODEL_SHA256
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import Writer, folder_of, run_stage, table_writer
-from dtbook.ppo import one_thread
+from dtbook.trajectories.ppo import one_thread
 
 FILES = {
     "causal": ("causal.parquet",),
@@ -26,6 +27,11 @@ FILES = {
     "program": ("program.parquet", "program_rows.parquet"),
 }
 """Stage → the files it leaves in a model's folder."""
+CODE = {
+    "causal": "dtbook.analysis.counterfactuals",
+    "circuits": "dtbook.analysis.faithfulness",
+    "program": "dtbook.analysis.program",
+}
 ROWS_OF = program.STEPS[4]
 """The step of the program whose rows are kept: RTG band, what is in front, walls, quadrant."""
 EPISODES = 200
@@ -46,16 +52,16 @@ def make_tables(
 
         parameters = {"model": sha256, "task": asdict(task), "seed": seed} | settings
         names = [f"{folder}/{file}" for file in FILES[stage]]
-        run_stage(store, seed, stage, (stage,), parameters, names, write)
+        run_stage(store, seed, stage, (CODE[stage],), parameters, names, write)
 
     run(
         "causal",
-        {"cases": causal.CASES, "timestep": causal.TIMESTEP},
-        lambda model: [causal.causal_table(model, all_observations())],
+        {"cases": counterfactuals.CASES, "timestep": counterfactuals.TIMESTEP},
+        lambda model: [counterfactuals.causal_table(model, all_observations())],
     )
     run(
         "circuits",
-        {"cases": circuits.CASES, "timestep": causal.TIMESTEP, "keep": circuits.KEEP},
+        {"cases": faithfulness.CASES, "timestep": counterfactuals.TIMESTEP, "keep": faithfulness.KEEP},
         lambda model: _circuits(model, seed),
     )
     run(
@@ -67,7 +73,7 @@ def make_tables(
 
 def _circuits(model: DecisionTransformer, seed: int) -> list[pd.DataFrame]:
     observations = all_observations()
-    tables = [circuits.circuit_tables(model, observations, case, seed) for case in circuits.CASES]
+    tables = [faithfulness.circuit_tables(model, observations, case, seed) for case in faithfulness.CASES]
     return [pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True)]
 
 

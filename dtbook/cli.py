@@ -15,8 +15,8 @@ from typing import Any
 import click
 from filelock import FileLock
 
-from dtbook.artifacts import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
-from dtbook.notebooks import (
+from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
+from dtbook.pages.notebooks import (
     NotebookError,
     check_parameters,
     declared_parameters,
@@ -147,7 +147,11 @@ def _build(book: Path, pdf: bool) -> int:
     printed = book / "_executed" / "decision-transformer-book.pdf"
     printed.unlink(missing_ok=True)
     if pdf:
-        from dtbook.printing import HOW_TO_INSTALL, find_chromium, print_book  # only this needs a browser
+        from dtbook.pages.printing import (  # only this needs a browser
+            HOW_TO_INSTALL,
+            find_chromium,
+            print_book,
+        )
 
         if find_chromium() is None:
             click.echo(f"The book is built without its PDF: {HOW_TO_INSTALL}", err=True)
@@ -289,7 +293,7 @@ def _say_stage(seed: int, stage: str, seconds: float) -> None:
 
 
 def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool) -> None:
-    from dtbook.comparison import compare
+    from dtbook.artifacts.comparison import compare
 
     verdicts = compare(made, shipped, names)
     for name, verdict in verdicts.items():

@@ -14,15 +14,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dtbook.artifacts import ArtifactError, ArtifactStore
-from dtbook.attribution import channel_slices, preference_direction
-from dtbook.checkpoints import POST_MODEL_SHA256
-from dtbook.dynamics import Probe, forward_probability, inspect, make_probe, settles, trace
-from dtbook.gridworld import FRONT, ObservationSet
-from dtbook.model import DecisionTransformer
+from dtbook.analysis.attribution import channel_slices, preference_direction
+from dtbook.analysis.dynamics import Probe, forward_probability, inspect, make_probe, settles, trace
+from dtbook.analysis.weights import CELLS, front_cell_table, state_maps
+from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.gridworld.env import ObservationSet
+from dtbook.gridworld.rules import FRONT
+from dtbook.model.files import POST_MODEL_SHA256
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import Writer, load_snapshots, name_of, run_stage, table_writer
 from dtbook.sweep import Point, read_sweep
-from dtbook.weights import CELLS, front_cell_table, state_maps
 
 SWEEPS = ("encodings", "weight_decay", "size")
 """The files in `sweeps/`, in the order in which they are run."""
@@ -67,7 +68,18 @@ def collect(store: ArtifactStore, sweep: str, checkout: Path, folder: Path, prog
         frames = [pd.DataFrame(rows), pd.concat(fronts, ignore_index=True)]
         return [table_writer(frame) for frame in frames[: len(names)]]
 
-    run_stage(store, 0, f"collect {sweep}", ("dynamics", "rollout"), {"points": hashes}, names, make)
+    run_stage(
+        store,
+        0,
+        f"collect {sweep}",
+        (
+            "dtbook.analysis.dynamics",
+            "dtbook.rollout",
+        ),
+        {"points": hashes},
+        names,
+        make,
+    )
 
 
 def measure_point(point: Point, folder: Path, probe: Probe) -> tuple[Row, pd.DataFrame]:
@@ -187,7 +199,15 @@ def measure_post_paths(store: ArtifactStore) -> None:
     def make() -> list[Writer]:
         return [table_writer(front_paths(DecisionTransformer.from_post_checkpoint(), make_probe()))]
 
-    run_stage(store, 0, "front paths", ("dynamics",), {"model": POST_MODEL_SHA256}, [POST_PATHS], make)
+    run_stage(
+        store,
+        0,
+        "front paths",
+        ("dtbook.analysis.dynamics",),
+        {"model": POST_MODEL_SHA256},
+        [POST_PATHS],
+        make,
+    )
 
 
 # ---------------------------------------------------------------------------------------- training, traced
@@ -212,7 +232,7 @@ def measure_dynamics(store: ArtifactStore, seed: int, made: ArtifactStore, progr
         store,
         seed,
         "dynamics",
-        ("dynamics", "rollout"),
+        ("dtbook.analysis.dynamics", "dtbook.rollout"),
         parameters,
         [name_of(seed, "dynamics.parquet")],
         make,
@@ -290,7 +310,7 @@ def decide_claims(store: ArtifactStore) -> None:
         return [table_writer(decide(read(encodings), read(size), traced))]
 
     parameters = {"from": {name: entries[name]["sha256"] for name in sources}}
-    run_stage(store, 0, "experiment claims", ("dynamics",), parameters, [CLAIMS], make)
+    run_stage(store, 0, "experiment claims", ("dtbook.analysis.dynamics",), parameters, [CLAIMS], make)
 
 
 def run_all(

@@ -10,15 +10,21 @@ from typing import Any
 
 import pandas as pd
 
-from dtbook import anatomy
-from dtbook.artifacts import ArtifactError, ArtifactStore
-from dtbook.checkpoints import POST_MODEL_SHA256
-from dtbook.circuit import measure_circuit
-from dtbook.claims import measure
-from dtbook.evidence import Evidence
-from dtbook.gridworld import Task, all_observations
-from dtbook.heads import obstacle_head_scores, order_heads
-from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.analysis import behaviour
+from dtbook.analysis.ablations import HOW, situation_table
+from dtbook.analysis.head_circuit import measure_circuit
+from dtbook.analysis.heads import obstacle_head_scores, order_heads
+from dtbook.analysis.program import RTGS, TIMESTEPS
+from dtbook.analysis.views import embeddings
+from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.claims.evidence import Evidence
+from dtbook.claims.rules import measure
+from dtbook.claims.scorecard import scorecard
+from dtbook.gridworld.env import all_observations
+from dtbook.gridworld.rules import Task
+from dtbook.model.config import DTConfig
+from dtbook.model.files import POST_MODEL_SHA256
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import (
     POST_CALIBRATION,
     Recipe,
@@ -31,10 +37,7 @@ from dtbook.pipeline import (
 )
 from dtbook.replicas import in_processes
 from dtbook.rollout import CALIBRATION_RTGS
-from dtbook.scorecard import scorecard
-from dtbook.tables import HOW, RTGS, TIMESTEPS, situation_table
-from dtbook.trajectories import Trajectories
-from dtbook.views import embeddings
+from dtbook.trajectories.recording import Trajectories
 
 UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
 """Control models without training, by the seed of their weights."""
@@ -45,14 +48,17 @@ EXPERIMENT_CLAIMS = "experiments/claims.parquet"
 SCORECARD = ("scorecard.parquet", "scorecard.csv")
 
 ANATOMY: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
-    "distributions": (anatomy.distributions, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
-    "turns": (anatomy.turns, {"rtgs": RTGS, "timestep": 10}),
-    "over_time": (anatomy.over_time, {"rtgs": RTGS, "timesteps": anatomy.EVERY_TIMESTEP}),
-    "exceptions": (anatomy.exceptions, {"rtgs": RTGS, "timesteps": anatomy.CERTIFIED}),
-    "scans": (anatomy.situation_scans, {"rtgs": anatomy.SCAN_RTGS, "timesteps": anatomy.SCAN_TIMESTEPS}),
+    "distributions": (behaviour.distributions, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
+    "turns": (behaviour.turns, {"rtgs": RTGS, "timestep": 10}),
+    "over_time": (behaviour.over_time, {"rtgs": RTGS, "timesteps": behaviour.EVERY_TIMESTEP}),
+    "exceptions": (behaviour.exceptions, {"rtgs": RTGS, "timesteps": behaviour.CERTIFIED}),
+    "scans": (
+        behaviour.situation_scans,
+        {"rtgs": behaviour.SCAN_RTGS, "timesteps": behaviour.SCAN_TIMESTEPS},
+    ),
     "neurons": (
-        anatomy.neurons,
-        {"rtgs": RTGS, "timesteps": TIMESTEPS, "how": anatomy.NEURON_WAYS, "seed": 0},
+        behaviour.neurons,
+        {"rtgs": RTGS, "timesteps": TIMESTEPS, "how": behaviour.NEURON_WAYS, "seed": 0},
     ),
 }
 """Tables of chapters 5 and 6 beside the situations: file name → what makes it of a model and its observations, how."""
@@ -69,7 +75,10 @@ CIRCUIT_SETTINGS: dict[str, Any] = {
 }
 """How chapter 8's circuit is measured."""
 
-ROOMS = ("evidence", "claims")
+CODE = (
+    "dtbook.claims.evidence",
+    "dtbook.claims.rules",
+)
 STAGES = ("claims", "situations", "anatomy", "scorecard")
 """Stages whose artifacts hold what was measured of models."""
 
@@ -113,14 +122,22 @@ def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) ->
     def keep(name: str, settings: dict[str, Any], make: Callable[[], pd.DataFrame]) -> None:
         parameters = {"model": sha256, "task": asdict(Task())} | settings
         names = [f"{folder}/{name}.parquet"]
-        run_stage(store, 0, "anatomy", ("anatomy",), parameters, names, lambda: [table_writer(make())])
+        run_stage(
+            store,
+            0,
+            "anatomy",
+            ("dtbook.analysis.behaviour",),
+            parameters,
+            names,
+            lambda: [table_writer(make())],
+        )
 
     def run_it(table: Callable[..., pd.DataFrame], settings: dict[str, Any]) -> pd.DataFrame:
         return table(model(), observations(), progress=progress, **settings)
 
     for name, (table, settings) in ANATOMY.items():
         keep(name, settings, partial(run_it, table, settings))
-    keep(PLAY, PLAY_SETTINGS, lambda: anatomy.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
+    keep(PLAY, PLAY_SETTINGS, lambda: behaviour.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
 
 
 def measure_situations(store: ArtifactStore, folder: str, progress: bool = True) -> None:
@@ -139,7 +156,15 @@ def measure_situations(store: ArtifactStore, folder: str, progress: bool = True)
         table = situation_table(model(), _observations(Task()), progress=progress, **settings)
         return [table_writer(table)]
 
-    run_stage(store, 0, "situations", ("tables",), parameters, [f"{folder}/situations.parquet"], make)
+    run_stage(
+        store,
+        0,
+        "situations",
+        ("dtbook.analysis.ablations",),
+        parameters,
+        [f"{folder}/situations.parquet"],
+        make,
+    )
 
 
 def measure_circuit_of(store: ArtifactStore, folder: str, progress: bool = True) -> None:
@@ -154,8 +179,10 @@ def measure_circuit_of(store: ArtifactStore, folder: str, progress: bool = True)
         return [embeddings(model()).save]
 
     name = f"{folder}/embeddings.safetensors"
-    run_stage(store, 0, "anatomy", ("views",), {"model": sha256}, [name], embedded)
-    run_stage(store, 0, "anatomy", ("circuit",), parameters, [f"{folder}/circuit"], circuit)
+    run_stage(store, 0, "anatomy", ("dtbook.analysis.views",), {"model": sha256}, [name], embedded)
+    run_stage(
+        store, 0, "anatomy", ("dtbook.analysis.head_circuit",), parameters, [f"{folder}/circuit"], circuit
+    )
 
 
 def _model_in(store: ArtifactStore, folder: str) -> tuple[str, Callable[[], DecisionTransformer]]:
@@ -193,7 +220,7 @@ def measure_controls(store: ArtifactStore) -> None:
         )
     hashes = {name: entries[name]["sha256"] for name in SHUFFLED}
     parameters = {"untrained": UNTRAINED, "models": hashes, "calibration": dict(recipe.calibration)}
-    run_stage(store, 0, "claims", (*ROOMS, "rollout"), parameters, [CONTROL_CLAIMS], make)
+    run_stage(store, 0, "claims", (*CODE, "dtbook.rollout"), parameters, [CONTROL_CLAIMS], make)
 
 
 def make_scorecard(store: ArtifactStore, seeds: Sequence[int]) -> None:
@@ -212,7 +239,15 @@ def make_scorecard(store: ArtifactStore, seeds: Sequence[int]) -> None:
         return [table_writer(card), lambda path: card.to_csv(path, index=False)]
 
     hashes = {name: entries[name]["sha256"] for name in sources}
-    run_stage(store, 0, "scorecard", ("scorecard",), {"seeds": list(seeds), "from": hashes}, SCORECARD, make)
+    run_stage(
+        store,
+        0,
+        "scorecard",
+        ("dtbook.claims.scorecard",),
+        {"seeds": list(seeds), "from": hashes},
+        SCORECARD,
+        make,
+    )
 
 
 def measure_all(store: ArtifactStore, seeds: Sequence[int], workers: int = 1) -> list[str]:
@@ -253,4 +288,4 @@ def _claims(
     store: ArtifactStore, name: str, seed: int, sha256: str, evidence: Callable[[], Evidence]
 ) -> None:
     parameters = {"model": sha256, "rtgs": RTGS, "timesteps": TIMESTEPS}
-    run_stage(store, seed, "claims", ROOMS, parameters, [name], lambda: [table_writer(measure(evidence()))])
+    run_stage(store, seed, "claims", CODE, parameters, [name], lambda: [table_writer(measure(evidence()))])

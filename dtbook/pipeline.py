@@ -16,15 +16,19 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from dtbook import heads, ppo, training
-from dtbook.artifacts import ArtifactStore
-from dtbook.collection import QuotaConfig, collect_by_quota
-from dtbook.gridworld import DynamicObstaclesVectorEnv, Task, all_observations
-from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.ppo import PPOConfig
+from dtbook import training
+from dtbook.analysis import heads
+from dtbook.artifacts.store import ArtifactStore
+from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
+from dtbook.gridworld.rules import Task
+from dtbook.model.config import DTConfig
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.rollout import CALIBRATION_RTGS, calibration_curve
 from dtbook.training import TrainConfig
-from dtbook.trajectories import RecordEpisodes, Trajectories
+from dtbook.trajectories import ppo
+from dtbook.trajectories.collection import QuotaConfig, collect_by_quota
+from dtbook.trajectories.ppo import PPOConfig
+from dtbook.trajectories.recording import RecordEpisodes, Trajectories
 
 SHIPPED = (
     "ppo.parquet",
@@ -112,7 +116,7 @@ def calibrate_post(store: ArtifactStore, recipe: Recipe | None = None) -> None:
     def make() -> list[Writer]:
         return [table_writer(calibrate(DecisionTransformer.from_post_checkpoint(), settings, 0))]
 
-    run_stage(store, 0, "calibration", ("rollout",), settings, [POST_CALIBRATION], make)
+    run_stage(store, 0, "calibration", ("dtbook.rollout",), settings, [POST_CALIBRATION], make)
 
 
 def shipped_names(seed: int = 0) -> list[str]:
@@ -134,13 +138,13 @@ def run_stage(
     store: ArtifactStore,
     seed: int,
     stage: str,
-    rooms: tuple[str, ...],
+    code: tuple[str, ...],
     parameters: Mapping[str, Any],
     names: Sequence[str],
     make: Callable[[], Sequence[Writer]],
 ) -> None:
     """Unless all the named artifacts are there and current, make them: `make` returns what writes each."""
-    made_by: dict[str, Any] = {"stage": stage, "rooms": rooms, "parameters": parameters, "seeds": (seed,)}
+    made_by: dict[str, Any] = {"stage": stage, "code": code, "parameters": parameters, "seeds": (seed,)}
     if all(store.is_current(name, **made_by) for name in names):
         return
     start = time.process_time()
@@ -165,7 +169,18 @@ def _ppo(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> Non
 
     names = [name_of(seed, file) for file in ("ppo.parquet", "history.npz", "checkpoints.safetensors")]
     parameters = {"task": asdict(recipe.task), "ppo": asdict(recipe.ppo), "envs": recipe.envs}
-    run_stage(store, seed, "ppo", ("ppo", "trajectories"), parameters, names, make)
+    run_stage(
+        store,
+        seed,
+        "ppo",
+        (
+            "dtbook.trajectories.ppo",
+            "dtbook.trajectories.recording",
+        ),
+        parameters,
+        names,
+        make,
+    )
 
 
 def _collection(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
@@ -180,7 +195,7 @@ def _collection(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool)
 
     names = [name_of(seed, file) for file in ("collection.parquet", "trajectories.npz")]
     parameters = {"task": asdict(recipe.task), "ppo": asdict(recipe.ppo), "quota": asdict(recipe.quota)}
-    run_stage(store, seed, "collection", ("collection",), parameters, names, make)
+    run_stage(store, seed, "collection", ("dtbook.trajectories.collection",), parameters, names, make)
 
 
 def _training(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> None:
@@ -203,7 +218,7 @@ def _training(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -
 
     files = ("training.parquet", "evaluations.parquet", "snapshots.safetensors", "trained")
     names = [name_of(seed, file) for file in files]
-    run_stage(store, seed, "training", ("training",), _but_calibration(recipe), names, make)
+    run_stage(store, seed, "training", ("dtbook.training",), _but_calibration(recipe), names, make)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -214,7 +229,18 @@ def _heads(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool) -> N
         return [table_writer(scores), model.save_pretrained]
 
     names = [name_of(seed, file) for file in ("heads.parquet", "model")]
-    run_stage(store, seed, "heads", ("training", "heads"), _but_calibration(recipe), names, make)
+    run_stage(
+        store,
+        seed,
+        "heads",
+        (
+            "dtbook.training",
+            "dtbook.analysis.heads",
+        ),
+        _but_calibration(recipe),
+        names,
+        make,
+    )
 
 
 def _in_order(model: DecisionTransformer, task: Task) -> tuple[DecisionTransformer, pd.DataFrame]:
@@ -243,9 +269,9 @@ def train_control(
         result = training.train(shuffled, recipe.model, recipe.train, seed, folder, progress)
         return [_in_order(result.model, recipe.task)[0].save_pretrained]
 
-    rooms, parameters = ("training", "heads"), _but_calibration(recipe)
+    code, parameters = ("dtbook.training", "dtbook.analysis.heads"), _but_calibration(recipe)
     with ppo.one_thread():
-        run_stage(store, seed, "controls", rooms, parameters, [CONTROLS[seed]], make)
+        run_stage(store, seed, "controls", code, parameters, [CONTROLS[seed]], make)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -272,4 +298,4 @@ def _calibration(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool
         return [table_writer(calibrate(model, recipe.calibration, seed))]
 
     names = [name_of(seed, "calibration.parquet")]
-    run_stage(store, seed, "calibration", ("rollout",), asdict(recipe), names, make)
+    run_stage(store, seed, "calibration", ("dtbook.rollout",), asdict(recipe), names, make)

@@ -15,11 +15,11 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from dtbook.artifacts import ArtifactStore
-from dtbook.model import DecisionTransformer
+from dtbook.artifacts.store import ArtifactStore
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import Recipe, Report, name_of, replicate
-from dtbook.ppo import one_thread
 from dtbook.rollout import calibration_error
+from dtbook.trajectories.ppo import one_thread
 
 ATTEMPTS = 2  # at a replication whose process was killed
 TABLE = "replicas.parquet"
@@ -133,7 +133,7 @@ def summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
 def write_summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
     """Write `summary` to the store as `TABLE`, and return it."""
     table = summary(store, seeds)
-    with store.write(TABLE, stage="replicas", rooms=["replicas"], seeds=seeds) as path:
+    with store.write(TABLE, stage="replicas", code=["dtbook.replicas"], seeds=seeds) as path:
         table.to_parquet(path, index=False)
     return table
 

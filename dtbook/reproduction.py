@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dtbook import causal_tables, experiments, long_context, measures, pipeline, replicas
-from dtbook.artifacts import CHECKOUT, ArtifactError, ArtifactStore
+from dtbook import causal_tables, experiments, measures, pipeline, replicas
+from dtbook.analysis import long_context
+from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore
 from dtbook.sweep import Outcome, Point, read_sweep, run_sweep
 
 Say = Callable[[str], object]

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from tqdm import tqdm
 
-from dtbook.gridworld import Task
-from dtbook.model import DecisionTransformer
-from dtbook.trajectories import Trajectories, play
+from dtbook.gridworld.rules import Task
+from dtbook.model.transformer import DecisionTransformer
+from dtbook.trajectories.recording import Trajectories, play
 
 CALIBRATION_RTGS = tuple(round(float(rtg), 1) for rtg in np.linspace(-1, 1, 21))
 """The returns the post's Fig. 5 asks for: −1 to 1 in steps of 0.1."""

@@ -28,18 +28,18 @@ import pandas as pd
 import yaml
 from filelock import FileLock
 
-from dtbook.artifacts import ArtifactError, ArtifactStore
-from dtbook.display import GLUE_MIME
-from dtbook.notebooks import (
+from dtbook.artifacts.provenance import PACKAGE, digest
+from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.figures.display import GLUE_MIME
+from dtbook.pages.notebooks import (
     KERNEL_ENVIRONMENT,
     NotebookError,
     check_parameters,
+    code_of,
     find_notebooks,
-    imported_rooms,
     inputs_digest,
     run_notebook,
 )
-from dtbook.provenance import PACKAGE, digest
 
 SCHEMA = json.loads((PACKAGE / "sweep.schema.json").read_text(encoding="utf-8"))
 PATIENCE = 2  # times that a point may bring its own process down
@@ -74,9 +74,9 @@ class Target:
             return inputs_digest(self.notebook, parameters, ArtifactStore())
         return _stage(self.stage).digests(parameters)
 
-    def rooms(self) -> Sequence[str]:
-        """Return the rooms of dtbook behind it."""
-        return imported_rooms(self.notebook) if self.notebook else _stage(self.stage).rooms
+    def code(self) -> Sequence[str]:
+        """Return the dotted names of the code of dtbook behind it."""
+        return code_of(self.notebook) if self.notebook else _stage(self.stage).code
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Point:
     def made_by(self) -> dict[str, Any]:
         """Return what the sweep's manifest says of the artifact, and what tells whether it is current."""
         made_from = {"point": dict(self.parameters), "inputs": self.target.inputs(self.parameters)}
-        return {"stage": self.target.name, "rooms": self.target.rooms(), "parameters": made_from}
+        return {"stage": self.target.name, "code": self.target.code(), "parameters": made_from}
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.parameters.items()) or "defaults"
@@ -268,7 +268,7 @@ def run_sweep(
     times = pd.DataFrame({"point": list(seconds), "seconds": list(seconds.values())})
     for name, frame in (("table.parquet", table), ("seconds.parquet", times)):
         parameters = {"target": target, "points": list(by_id)}
-        with store.write(name, stage="sweep", rooms=["sweep"], parameters=parameters) as path:
+        with store.write(name, stage="sweep", code=["dtbook.sweep"], parameters=parameters) as path:
             frame.to_parquet(path, index=False)
     return table
 

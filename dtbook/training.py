@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dtbook.artifacts import atomic_write
-from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.artifacts.store import atomic_write
+from dtbook.model.config import DTConfig
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.rollout import rollout
-from dtbook.trajectories import CLASS_NAMES, Trajectories
+from dtbook.trajectories.recording import CLASS_NAMES, Trajectories
 
 Row = dict[str, float | int]
 

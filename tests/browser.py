@@ -11,7 +11,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, Response, Route, sync_playwright
 
-from dtbook.printing import FLAGS, HOW_TO_INSTALL, find_chromium
+from dtbook.pages.printing import FLAGS, HOW_TO_INSTALL, find_chromium
 
 __all__ = ["HOW_TO_INSTALL", "draw_all", "find_chromium", "launched", "served", "visit"]
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from planted import scattered
 
-from dtbook import anatomy
-from dtbook.attribution import contrast, decompose
-from dtbook.claims import AVOIDS
+from dtbook.analysis import behaviour
+from dtbook.analysis.attribution import contrast, decompose
+from dtbook.analysis.interventions import ablate
 from dtbook.gridworld import Task, all_observations
-from dtbook.interventions import ablate
+from dtbook.gridworld.situations import select, showing, weights
 from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.protocol import AVOIDS
 from dtbook.rollout import calibration_curve
-from dtbook.scenarios import select, showing, weights
 
 CFG = DTConfig(d_model=12, d_head=5, d_mlp=16, max_steps=20)
 
@@ -42,7 +42,7 @@ def run(model, observations, rtg, timestep):
 
 
 def test_distributions_are_histograms_of_the_hooked_model(model, observations):
-    table = anatomy.distributions(model, observations, rtgs=(0.9, -1.0), timesteps=(3, 10))
+    table = behaviour.distributions(model, observations, rtgs=(0.9, -1.0), timesteps=(3, 10))
     totals = table.groupby(["situation", "rtg"])["share"].sum()
     assert len(totals) == 12
     np.testing.assert_allclose(totals, 1)
@@ -50,16 +50,16 @@ def test_distributions_are_histograms_of_the_hooked_model(model, observations):
         chosen = select(observations, situation)
         p = np.stack([run(model, chosen, rtg, t).softmax(-1)[:, 2].numpy() for t in (3, 10)])
         share = np.stack([weights(chosen) / 2] * 2)
-        counts, _ = np.histogram(np.log(p / (1 - p)), anatomy.EDGES, weights=share)
+        counts, _ = np.histogram(np.log(p / (1 - p)), behaviour.EDGES, weights=share)
         found = table.query("situation == @situation and rtg == @rtg").set_index("middle")["share"]
-        middles = (anatomy.EDGES[1:] + anatomy.EDGES[:-1]) / 2
+        middles = (behaviour.EDGES[1:] + behaviour.EDGES[:-1]) / 2
         np.testing.assert_allclose(found.reindex(middles, fill_value=0.0), counts, atol=1e-6)
 
 
 def test_log_odds_beyond_the_bins_are_counted_in_the_last(model, observations):
     sure = copy.deepcopy(model)
     sure.b_U.data += torch.tensor([0.0, 0.0, 200.0])
-    table = anatomy.distributions(sure, observations, rtgs=(0.0,), timesteps=(3,))
+    table = behaviour.distributions(sure, observations, rtgs=(0.0,), timesteps=(3,))
     assert set(table["middle"]) == {29.75}
     np.testing.assert_allclose(table["share"], 1)
 
@@ -68,17 +68,17 @@ def test_correlation_is_that_of_the_states(model, observations):
     rtgs = (-1.0, 0.0, 0.9)
     logits = torch.cat([run(model, observations, rtg, 10) for rtg in rtgs]).numpy()
     each = np.tile(observations.multiplicity, 3)  # every state once, so that numpy needs no weights
-    table = anatomy.turns(model, observations, rtgs, 10)
+    table = behaviour.turns(model, observations, rtgs, 10)
     expected = np.corrcoef(np.repeat(logits[:, :2], each, axis=0).T)[0, 1]
-    assert anatomy.correlation(table, "logits") == pytest.approx(expected, abs=1e-6)
+    assert behaviour.correlation(table, "logits") == pytest.approx(expected, abs=1e-6)
     centred = logits - logits.mean(1, keepdims=True)
     expected = np.corrcoef(np.repeat(centred[:, :2], each, axis=0).T)[0, 1]
-    assert anatomy.correlation(table, "centred") == pytest.approx(expected, abs=1e-6)
+    assert behaviour.correlation(table, "centred") == pytest.approx(expected, abs=1e-6)
 
 
 def test_over_time_has_the_mean_the_extremes_and_who_has_them(model, observations):
     asked = dict(rtgs=(0.9, -1.0), timesteps=(3, 17), situations=("obstacle", "goal from the top"))
-    table = anatomy.over_time(model, observations, **asked)
+    table = behaviour.over_time(model, observations, **asked)
     assert len(table) == 8
     for row in table.itertuples():
         chosen = select(observations, row.situation)
@@ -94,14 +94,14 @@ def test_over_time_has_the_mean_the_extremes_and_who_has_them(model, observation
 
 
 def test_what_is_certified_leaves_no_timestep_out():
-    assert tuple(range(101)) == anatomy.CERTIFIED
-    assert set(anatomy.CERTIFIED) < set(anatomy.EVERY_TIMESTEP)
-    assert anatomy.EVERY_TIMESTEP[-1] == Task().max_steps - 1
+    assert tuple(range(101)) == behaviour.CERTIFIED
+    assert set(behaviour.CERTIFIED) < set(behaviour.EVERY_TIMESTEP)
+    assert behaviour.EVERY_TIMESTEP[-1] == Task().max_steps - 1
 
 
 def test_exceptions_are_all_that_is_above_the_bar_and_no_more(model, observations):
     timesteps = (2, 5, 11)
-    table = anatomy.exceptions(model, observations, rtgs=(-1.0, 0.9, 0.5), timesteps=timesteps)
+    table = behaviour.exceptions(model, observations, rtgs=(-1.0, 0.9, 0.5), timesteps=timesteps)
     kinds = [
         ("wall", -1.0),
         ("goal", -1.0),
@@ -130,7 +130,7 @@ def test_exceptions_are_all_that_is_above_the_bar_and_no_more(model, observation
 def test_no_exception_is_a_table_without_rows(model, observations):
     still = copy.deepcopy(model)
     still.b_U.data -= torch.tensor([0.0, 0.0, 200.0])
-    table = anatomy.exceptions(still, observations, timesteps=(3,))
+    table = behaviour.exceptions(still, observations, timesteps=(3,))
     assert len(table) == 0
     assert {"situation", "observation", "n", "forward"} <= set(table.columns)
 
@@ -138,7 +138,7 @@ def test_no_exception_is_a_table_without_rows(model, observations):
 @torch.no_grad()
 def test_a_scan_is_the_decomposition_averaged(model, observations):
     chosen = select(observations, "obstacle")
-    table = anatomy.scan(model, chosen, rtgs=(-0.5, 0.9), timesteps=(2, 9), preference="F-L")
+    table = behaviour.scan(model, chosen, rtgs=(-0.5, 0.9), timesteps=(2, 9), preference="F-L")
     row = table.query("rtg == 0.9 and timestep == 9").iloc[0]
     share, direction = torch.from_numpy(weights(chosen)), contrast("F-L").double()
     parts = decompose(model, *inputs(chosen, 0.9, 9))
@@ -156,9 +156,9 @@ def test_a_scan_is_the_decomposition_averaged(model, observations):
 
 
 def test_scans_of_situations_are_scans_of_their_observations(model, observations):
-    table = anatomy.situation_scans(model, observations, rtgs=(0.5,), timesteps=(4,))
-    assert table["situation"].tolist() == list(anatomy.FACING)
-    alone = anatomy.scan(model, select(observations, "goal"), rtgs=(0.5,), timesteps=(4,))
+    table = behaviour.situation_scans(model, observations, rtgs=(0.5,), timesteps=(4,))
+    assert table["situation"].tolist() == list(behaviour.FACING)
+    alone = behaviour.scan(model, select(observations, "goal"), rtgs=(0.5,), timesteps=(4,))
     goal = table[table["situation"] == "goal"].drop(columns="situation").reset_index(drop=True)
     pd.testing.assert_frame_equal(goal, alone)
 
@@ -172,14 +172,14 @@ def posts(model, observations, rtg, timestep):
 @torch.no_grad()
 def test_a_neuron_ablated_alone_is_a_hooked_run(model, observations):
     asked = dict(rtgs=(0.9, -1.0), timesteps=(3, 10), situations=("goal", "obstacle"), seed=7)
-    table = anatomy.neurons(model, observations, **asked).set_index(["situation", "rtg", "how", "neuron"])
+    table = behaviour.neurons(model, observations, **asked).set_index(["situation", "rtg", "how", "neuron"])
     assert len(table) == 2 * 2 * 3 * CFG.d_mlp
     chosen, share = select(observations, "obstacle"), weights(select(observations, "obstacle"))
     drawn = np.random.default_rng(7).choice(len(observations.images), len(share), p=weights(observations))
     direction, share = contrast("F-R").double(), torch.from_numpy(share)
     everywhere = torch.from_numpy(weights(observations))
     for neuron in (0, 5, 11):
-        expected = {how: torch.zeros(4).double() for how in anatomy.NEURON_WAYS}
+        expected = {how: torch.zeros(4).double() for how in behaviour.NEURON_WAYS}
         for t in (3, 10):
             intact, own = run(model, chosen, 0.9, t), posts(model, chosen, 0.9, t)[:, neuron]
             instead = {"zero": 0 * own, "mean": everywhere @ posts(model, observations, 0.9, t)[:, neuron]}
@@ -203,7 +203,7 @@ def test_a_neuron_ablated_alone_is_a_hooked_run(model, observations):
 
 def test_zero_ablation_of_a_neuron_is_that_of_the_interventions(model, observations):
     asked = dict(rtgs=(0.9,), timesteps=(3,), situations=("goal",), how=("zero",))
-    table = anatomy.neurons(model, observations, **asked)
+    table = behaviour.neurons(model, observations, **asked)
     goal = select(observations, "goal")
     with ablate(model, "L0N5"):
         without = run(model, goal, 0.9, 3).softmax(-1)[:, 2]
@@ -215,7 +215,7 @@ def test_an_unknown_way_to_ablate_a_neuron_is_named(model, observations):
     with pytest.raises(
         ValueError, match="how is 'feature mean'; it must be one of 'zero', 'mean', 'resample'"
     ):
-        anatomy.neurons(model, observations, how=("zero", "feature mean"))
+        behaviour.neurons(model, observations, how=("zero", "feature mean"))
 
 
 def test_play_without_a_head_is_play_with_its_output_weights_at_zero():
@@ -224,7 +224,7 @@ def test_play_without_a_head_is_play_with_its_output_weights_at_zero():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     asked = dict(rtgs=[-1.0, 0.9], episodes=50, max_steps=20, seed=4)
-    table = anatomy.ablated_play(model, **asked)
+    table = behaviour.ablated_play(model, **asked)
     assert table["ablated"].unique().tolist() == ["none", "L0H0", "L0H1", "L0 MLP"]
     np.testing.assert_allclose(table[["goal", "truncated", "obstacle", "wall"]].sum(axis=1), 1)
     cut = copy.deepcopy(model)
@@ -242,6 +242,6 @@ def test_play_without_a_head_is_play_with_its_output_weights_at_zero():
 
 
 def test_without_a_situation_there_is_no_row_for_it(model, observations):
-    table = anatomy.distributions(model, select(observations, "wall"), rtgs=(0.0,), timesteps=(3,))
+    table = behaviour.distributions(model, select(observations, "wall"), rtgs=(0.0,), timesteps=(3,))
     assert set(table["situation"]) == {"wall"}
     assert showing(observations.images, "wall").any()

@@ -14,10 +14,10 @@ from minigrid.wrappers import ImgObsWrapper
 from planted import scattered
 
 from dtbook import training
-from dtbook.anytask import ImageEpisodes, record
 from dtbook.model import DTConfig
 from dtbook.rollout import rollout_in
 from dtbook.training import TrainConfig
+from dtbook.trajectories.anytask import ImageEpisodes, record
 
 ENV_ID = "MiniGrid-DoorKey-5x5-v0"
 

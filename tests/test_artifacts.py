@@ -18,10 +18,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dtbook import artifacts, provenance
-from dtbook.artifacts import ArtifactError, ArtifactStore, atomic_write
+from dtbook import artifacts
+from dtbook.artifacts import ArtifactError, ArtifactStore, atomic_write, provenance
 
-MADE_BY = {"stage": "test", "rooms": ["provenance"]}
+MADE_BY = {"stage": "test", "code": ["dtbook.artifacts.provenance"]}
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ WRITER = """
     from dtbook.artifacts import ArtifactStore
     store = ArtifactStore(sys.argv[1])
     def write(content):
-        with store.write("models/reference", stage="test", rooms=[]) as draft:
+        with store.write("models/reference", stage="test", code=[]) as draft:
             draft.mkdir()
             for name in ("config.json", "model.safetensors"):
                 (draft / name).write_text(content)
@@ -172,7 +172,7 @@ def test_the_manifest_says_what_made_an_artifact(store):
     assert entry["bytes"] == 258
     assert (entry["stage"], entry["parameters"], entry["seeds"]) == ("test", {"steps": 8000}, [0])
     assert entry["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert entry["code"]["rooms"] == ["provenance"]
+    assert entry["code"] == provenance.code_behind(["dtbook.artifacts.provenance"])["code"]
     curve = json.loads(store.manifest.read_text())["curve.csv"]
     assert curve["sha256"] == sha256((store.root / "curve.csv").read_bytes())
     assert curve["bytes"] == 15
@@ -217,13 +217,18 @@ def test_names_stay_inside(tmp_path, name):
 
 
 def test_an_artifact_is_current_until_code_parameters_seeds_or_bytes_change(store, monkeypatch):
-    made_by = {"stage": "test", "rooms": ["provenance"], "parameters": {"steps": 8000}, "seeds": [0]}
+    made_by = {
+        "stage": "test",
+        "code": ["dtbook.artifacts.provenance"],
+        "parameters": {"steps": 8000},
+        "seeds": [0],
+    }
     assert store.is_current("models/reference", **made_by)
-    for change in ({"stage": "other"}, {"rooms": []}, {"parameters": {"steps": 1}}, {"seeds": [1]}):
+    for change in ({"stage": "other"}, {"code": []}, {"parameters": {"steps": 1}}, {"seeds": [1]}):
         assert not store.is_current("models/reference", **made_by | change)
     assert not store.is_current("models/other", **made_by)
     with monkeypatch.context() as patch:
-        patch.setattr("dtbook.provenance.platform.python_version", lambda: "3.0")
+        patch.setattr("dtbook.artifacts.provenance.platform.python_version", lambda: "3.0")
         assert not store.is_current("models/reference", **made_by)
     truncate(store.root / "models/reference/config.json")
     assert not store.is_current("models/reference", **made_by)
@@ -349,7 +354,7 @@ def test_two_writers_at_once_lose_nothing(tmp_path):
     script = """
         for i in range(15):
             for name in (f"{sys.argv[2]}-{i}", "shared"):
-                with store.write(name, stage="test", rooms=[]) as draft:
+                with store.write(name, stage="test", code=[]) as draft:
                     draft.mkdir()
                     (draft / "content").write_text(sys.argv[2])
     """
@@ -430,35 +435,3 @@ def test_a_package_installed_from_git_fetches_from_that_very_commit(monkeypatch)
     assert address(record) == "https://example.org/a/book/raw/c0ffee/data"
     assert address({"url": "file:///a/book", "dir_info": {}}) == "file:///a/book/data"
     assert address(None) is None
-
-
-# Provenance
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    rooms = {
-        "a": "from dtbook.b import f\nimport numpy",
-        "b": "def f():\n    from dtbook import c",
-        "c": "",
-        "d": "1",
-    }
-    for name, source in rooms.items():
-        (tmp_path / f"{name}.py").write_text(source)
-    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
-    return tmp_path
-
-
-def test_the_code_of_a_room_is_all_that_it_imports_and_no_more(package):
-    before = provenance.code_version(["a"])
-    assert before["code"]["rooms"] == ["a", "b", "c"]
-    assert list(before["libraries"]) == ["numpy"]
-    (package / "d.py").write_text("2")
-    assert provenance.code_version(["a"]) == before
-    (package / "c.py").write_text("2")
-    assert provenance.code_version(["a"])["code"]["sha256"] != before["code"]["sha256"]
-
-
-def test_a_room_that_is_not_there_is_named(package):
-    with pytest.raises(ValueError, match="rooms must name modules of dtbook, not 'training'"):
-        provenance.code_version(["a", "training"])

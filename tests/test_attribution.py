@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from dtbook.attribution import by_cell, contrast, decompose, preference_direction, state_logits_by_channel
+from dtbook.analysis.attribution import (
+    by_cell,
+    contrast,
+    decompose,
+    preference_direction,
+    state_logits_by_channel,
+)
 from dtbook.model import DecisionTransformer, DTConfig
 
 CONFIGS = [

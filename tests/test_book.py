@@ -14,7 +14,7 @@ import yaml
 from bs4 import BeautifulSoup
 from sphinx.application import Sphinx
 
-from dtbook.notebooks import declared_parameters, notebook_digest
+from dtbook.pages.notebooks import declared_parameters, notebook_digest
 
 ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from dtbook.artifacts import ArtifactError, ArtifactStore
-from dtbook.collection import QuotaConfig
 from dtbook.gridworld import Task
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.notebooks import run_notebook, small_parameters
+from dtbook.pages.notebooks import run_notebook, small_parameters
 from dtbook.pipeline import Recipe, load_snapshots, name_of, replicate
-from dtbook.ppo import PPOConfig
 from dtbook.rollout import calibration_curve, rollout
 from dtbook.training import Sampler, TrainConfig
 from dtbook.trajectories import Trajectories
+from dtbook.trajectories.collection import QuotaConfig
+from dtbook.trajectories.ppo import PPOConfig
 
 CHAPTER = Path(__file__).resolve().parent.parent / "notebooks/14_bring_your_own.ipynb"
 SEED, MAX_STEPS = 3, 30
@@ -221,7 +221,7 @@ def test_push_to_hub_saves_makes_the_repository_and_uploads(hub, model):
 def test_a_store_goes_to_the_hub_as_it_is(hub, model, tmp_path):
     mine = ArtifactStore(tmp_path / "mine")
     for name in ("seed_0/model", "seed_1/model"):
-        with mine.write(name, stage="training", rooms=["training"]) as path:
+        with mine.write(name, stage="training", code=["dtbook.training"]) as path:
             model.save_pretrained(path)
     huggingface_hub.create_repo("you/your-data", repo_type="dataset")
     huggingface_hub.upload_folder(repo_id="you/your-data", folder_path=mine.root, repo_type="dataset")

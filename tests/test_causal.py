@@ -6,13 +6,13 @@ import pytest
 import torch
 from planted import SEEN, TOLD, blank, plant_head, plant_mlp
 
-from dtbook.attribution import decompose
-from dtbook.causal import CASES, INTO_CLEAN, INTO_SOURCE, Case, causal_table
+from dtbook.analysis.attribution import decompose
+from dtbook.analysis.counterfactuals import CASES, INTO_CLEAN, INTO_SOURCE, Case, causal_table
+from dtbook.analysis.heads import obstacle_head_scores
+from dtbook.analysis.interventions import Site, ablate, patch, path_patch
 from dtbook.gridworld import all_observations
-from dtbook.heads import obstacle_head_scores
-from dtbook.interventions import Site, ablate, patch, path_patch
+from dtbook.gridworld.situations import select, weights, without_front
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.scenarios import select, weights, without_front
 
 FRONT, ASKED = Case("obstacle", 0.9, 0.9), Case("obstacle", -1.0, 0.9)
 TIMESTEP = 7

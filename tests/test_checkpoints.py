@@ -11,10 +11,9 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from dtbook import checkpoints
 from dtbook.artifacts import describe
-from dtbook.checkpoints import POST_MODEL_SHA256, fetch_post_checkpoint
-from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.model import DecisionTransformer, DTConfig, files
+from dtbook.model.files import POST_MODEL_SHA256, fetch_post_checkpoint
 
 CFG = DTConfig(
     d_model=12, n_heads=3, d_head=4, d_mlp=8, n_layers=2, n_timesteps=3, max_steps=20, encoding="one-hot"
@@ -191,7 +190,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 def test_without_variable_and_network_one_sentence_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("DTBOOK_POST_MODEL", raising=False)
     monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path)
-    monkeypatch.setattr(checkpoints, "POST_MODEL_URL", "http://127.0.0.1:9/model.pt")
+    monkeypatch.setattr(files, "POST_MODEL_URL", "http://127.0.0.1:9/model.pt")
     with pytest.raises(
         OSError, match=r"could not be fetched from http://127.0.0.1:9/model\.pt .*DTBOOK_POST_MODEL"
     ):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dtbook.attribution import contrast, decompose
-from dtbook.circuit import (
+from dtbook.analysis.attribution import contrast, decompose
+from dtbook.analysis.head_circuit import (
     TERMS,
     Circuit,
     attention_table,
@@ -17,12 +17,12 @@ from dtbook.circuit import (
     score_terms,
     weight_maps,
 )
-from dtbook.exhaustive import Folded
+from dtbook.analysis.heads import forward_preference, obstacle_head_scores
+from dtbook.analysis.interventions import STATE_TOKENS, Site, patch
+from dtbook.analysis.population import Folded
 from dtbook.gridworld import FRONT, GridState, ObservationSet, all_observations
-from dtbook.heads import forward_preference, obstacle_head_scores
-from dtbook.interventions import STATE_TOKENS, Site, patch
+from dtbook.gridworld.situations import batches, counterfactual_pairs, select, weights
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.scenarios import batches, counterfactual_pairs, select, weights
 
 RTG, T = 0.7, 4
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from planted import FORWARD, FRONT_OBJECT, SEEN, TOLD, blank, plant_head, plant_mlp
 
-from dtbook.causal import Case
-from dtbook.circuits import (
+from dtbook.analysis.counterfactuals import Case
+from dtbook.analysis.faithfulness import (
     DIRECT,
     METHODS,
     case_rows,
@@ -19,11 +19,11 @@ from dtbook.circuits import (
     subset_masks,
     unit_names,
 )
-from dtbook.exhaustive import Folded
+from dtbook.analysis.interventions import Site, ablate, edited, patch
+from dtbook.analysis.population import Folded
 from dtbook.gridworld import all_observations
-from dtbook.interventions import Site, ablate, edited, patch
+from dtbook.gridworld.situations import without_front
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.scenarios import without_front
 
 CASE, TIMESTEP = Case("obstacle", 0.9, 0.9), 7
 CFG = DTConfig(d_model=12, d_head=5, d_mlp=6, max_steps=20)

@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
-from dtbook.attribution import contrast, decompose
+from dtbook.analysis.attribution import contrast, decompose
+from dtbook.analysis.heads import forward_preference
+from dtbook.analysis.interventions import Site, ablate, patch
 from dtbook.claims import CLAIMS, RULES, measure
-from dtbook.evidence import CircuitParts, Evidence
+from dtbook.claims.evidence import CircuitParts, Evidence
+from dtbook.claims.scorecard import decide, scorecard
 from dtbook.gridworld import all_observations
-from dtbook.heads import forward_preference
-from dtbook.interventions import Site, ablate, patch
+from dtbook.gridworld.situations import select, weights, without_front
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.scenarios import select, weights, without_front
-from dtbook.scorecard import decide, scorecard
 
 TIMESTEPS = (0, 10)
 

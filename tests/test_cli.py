@@ -9,9 +9,10 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
-from dtbook import cli, notebooks, provenance
-from dtbook.artifacts import ArtifactStore
-from dtbook.notebooks import KERNEL_ENVIRONMENT, Parameter, inputs_digest, notebook_digest, run_notebook
+from dtbook import cli
+from dtbook.artifacts import ArtifactStore, provenance
+from dtbook.pages import notebooks
+from dtbook.pages.notebooks import KERNEL_ENVIRONMENT, Parameter, inputs_digest, notebook_digest, run_notebook
 
 PARAMETERS = """episodes = 3  # episodes, at least 1
 temperature = 1.0  # of the softmax
@@ -154,7 +155,8 @@ def test_a_damaged_copy_is_made_again(checkout):
 
 
 def test_inputs_are_cells_parameters_code_and_artifacts(tmp_path, monkeypatch):
-    (tmp_path / "rollout.py").write_text("import numpy")
+    (tmp_path / "__init__.py").write_text("")
+    (tmp_path / "rollout.py").write_text("import numpy\n\ndef rollout():\n    return numpy.ones(1)")
     (tmp_path / "ppo.py").write_text("")
     monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
     path = tmp_path / "notebooks/04_calibration.ipynb"
@@ -165,16 +167,18 @@ def test_inputs_are_cells_parameters_code_and_artifacts(tmp_path, monkeypatch):
         return inputs_digest(path, {"episodes": 1}, store)
 
     def write_artifact():
-        with store.write("a", stage="test", rooms=[]) as draft:
+        with store.write("a", stage="test", code=[]) as draft:
             draft.write_text("a")
 
     write_notebook(path, "%time 1", "from dtbook.rollout import rollout")
     before = digests_after(lambda: None)
-    assert digests_after(lambda: (tmp_path / "ppo.py").write_text("1")) == before, "a room it does not import"
+    assert digests_after(lambda: (tmp_path / "ppo.py").write_text("f(1)")) == before, "code it does not use"
     assert inputs_digest(path, {"episodes": 2}, store) != before
     changes = [
         lambda: write_notebook(path, "%time 2", "from dtbook.rollout import rollout"),
-        lambda: (tmp_path / "rollout.py").write_text("import scipy"),
+        lambda: (tmp_path / "rollout.py").write_text(
+            "import scipy\n\ndef rollout():\n    return scipy.ones(1)"
+        ),
         write_artifact,
     ]
     assert len({before, *map(digests_after, changes)}) == 4
@@ -367,7 +371,7 @@ def test_a_failure_shows_the_line_that_starts_the_cell(checkout):
 
 
 def test_verify_tells_good_from_bad(checkout):
-    with ArtifactStore().write("curve.csv", stage="test", rooms=[]) as draft:
+    with ArtifactStore().write("curve.csv", stage="test", code=[]) as draft:
         draft.write_text("0,0\n")
     assert ArtifactStore().root == checkout / "data"
     result = dtbook("verify")

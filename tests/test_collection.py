@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dtbook.collection import Crew, QuotaConfig, collect_by_quota, steps_by_class
 from dtbook.gridworld import Task
-from dtbook.ppo import ActorCritic
 from dtbook.trajectories import play
+from dtbook.trajectories.collection import Crew, QuotaConfig, collect_by_quota, steps_by_class
+from dtbook.trajectories.ppo import ActorCritic
 
 TASK = Task(size=5, n_obstacles=2, max_steps=40)
 

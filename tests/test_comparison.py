@@ -6,13 +6,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from dtbook.artifacts import ArtifactStore
-from dtbook.comparison import compare, largest_difference
+from dtbook.artifacts.comparison import compare, largest_difference
 
 TABLE = pd.DataFrame({"name": ["a", "b", "c"], "share": [0.25, -4.0, np.nan], "count": [1, 2, 3]})
 
 
 def stored(store, name, table):
-    with store.write(name, stage="test", rooms=["stats"]) as path:
+    with store.write(name, stage="test", code=["dtbook.analysis.stats"]) as path:
         table.to_parquet(path)
 
 

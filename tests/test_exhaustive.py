@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from dtbook.attribution import decompose
-from dtbook.exhaustive import Folded, collect, logits
+from dtbook.analysis.attribution import decompose
+from dtbook.analysis.interventions import ablate, feature_mean, patch
+from dtbook.analysis.population import Folded, collect, logits
 from dtbook.gridworld import all_observations
-from dtbook.interventions import ablate, feature_mean, patch
+from dtbook.gridworld.situations import without_front
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.scenarios import without_front
 
 CONFIGS = {
     "two heads": DTConfig(d_model=12, d_head=5, d_mlp=16, max_steps=20),

@@ -7,10 +7,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from dtbook import dynamics, experiments, sweep
+from dtbook import experiments, sweep
+from dtbook.analysis import dynamics
+from dtbook.analysis.heads import obstacle_head_scores
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.gridworld import FRONT, Task
-from dtbook.heads import obstacle_head_scores
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.trajectories import play
 
@@ -237,9 +238,9 @@ def test_dynamics_follow_the_finished_models_head_numbers(probe, tmp_path, monke
     made, store = ArtifactStore(tmp_path / "made"), ArtifactStore(tmp_path / "data")
     trained = {step: DecisionTransformer(DTConfig(**SMALL), seed=step) for step in (0, 7)}
     flat = {f"{at}/{k}": v.clone() for at, m in trained.items() for k, v in m.state_dict().items()}
-    with made.write("seed_4/snapshots.safetensors", stage="training", rooms=["training"]) as path:
+    with made.write("seed_4/snapshots.safetensors", stage="training", code=["dtbook.training"]) as path:
         save_file(flat, path)
-    with made.write("seed_4/model", stage="heads", rooms=["heads"]) as path:
+    with made.write("seed_4/model", stage="heads", code=["dtbook.analysis.heads"]) as path:
         trained[7].permute_heads(0, [1, 0]).save_pretrained(path)
     assert experiments.seeds_with(made, "snapshots.safetensors") == [4]
     experiments.measure_dynamics(store, 4, made, progress=False)

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from test_cli import PARAMETERS, copies, dtbook, executed, printed, write_notebook
 
-from dtbook import cli, provenance
-from dtbook.artifacts import ArtifactStore
+from dtbook import cli
+from dtbook.artifacts import ArtifactStore, provenance
 
 COMMAND = """
 import sys
@@ -102,10 +102,10 @@ def test_a_full_disk_loses_nothing_and_is_named(tmp_path):
         def text(path):
             path.write_text("1" * 3_000_000)
         for name, write in {"model": model, "table": table, "episodes": data.save, "text": text}.items():
-            with store.write(name, stage="test", rooms=[]) as path:
+            with store.write(name, stage="test", code=[]) as path:
                 path.write_text("the former one")
             try:
-                with store.write(name, stage="test", rooms=[]) as path:
+                with store.write(name, stage="test", code=[]) as path:
                     write(path)
             except OSError as error:
                 print(error)
@@ -268,7 +268,7 @@ def close():
 
 def test_notebooks_run_where_data_and_package_are_read_only(checkout, tmp_path, close):
     """Nothing but the folder of the executed copies and the home can be written to."""
-    with ArtifactStore().write("curve.csv", stage="test", rooms=[]) as draft:
+    with ArtifactStore().write("curve.csv", stage="test", code=[]) as draft:
         draft.write_text("0,0\n")
     site = tmp_path / "site"
     shutil.copytree(provenance.PACKAGE, site / "dtbook", ignore=shutil.ignore_patterns("__pycache__"))
@@ -304,7 +304,7 @@ print(envs.step([0, 0])[1].tolist(), pathlib.Path(dtbook.__file__).parent.parent
 
 def test_two_artifacts_that_changed_places_are_both_named(checkout):
     for name in "ab":
-        with ArtifactStore().write(name, stage="test", rooms=[]) as draft:
+        with ArtifactStore().write(name, stage="test", code=[]) as draft:
             draft.write_text(name)
     a, b = (checkout / "data" / name for name in "ab")
     a.rename(checkout / "c")

@@ -15,9 +15,9 @@ import pygame
 import pytest
 from myst_nb.core.variables import format_plain_text
 
-from dtbook import display as style
 from dtbook import figures
-from dtbook.display import PLOTLY_MIME, BookRenderer
+from dtbook.figures import display as style
+from dtbook.figures.display import PLOTLY_MIME, BookRenderer
 
 STATIC = Path(__file__).parent.parent / "book" / "_static"
 THEMES = ("light", "dark")

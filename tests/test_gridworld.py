@@ -21,8 +21,8 @@ from minigrid.envs import DynamicObstaclesEnv
 from minigrid.wrappers import ImgObsWrapper
 from scipy import stats
 
-from dtbook import gridkernels, gridworld
-from dtbook.gridworld import DynamicObstaclesVectorEnv, GridState, Task
+from dtbook import gridworld
+from dtbook.gridworld import DynamicObstaclesVectorEnv, GridState, Task, kernels
 
 ENV_IDS = [f"MiniGrid-Dynamic-Obstacles-{name}-v0" for name in ("5x5", "Random-5x5", "6x6", "8x8", "16x16")]
 ALPHA = 1e-4  # a chi-squared test fails below this p; all seeds are fixed
@@ -201,11 +201,11 @@ def test_an_obstacle_gives_up_as_often_as_in_minigrid():
     tries = env.np_random.calls // 2 // task.n_obstacles
     assert [ball.cur_pos for ball in env.obstacles] == [(1, 1), (1, 2), (1, 3)]
     chance = (8 / 9) ** tries  # of finding the one free cell of the nine in none of the tries
-    np.testing.assert_allclose(gridkernels.GIVE_UP[1], chance, rtol=1e-12)
+    np.testing.assert_allclose(kernels.GIVE_UP[1], chance, rtol=1e-12)
     for word, cell in ((0.99 * chance, (1, 1)), (1.01 * chance, (2, 2))):
         obstacles = state.obstacles.copy()
         words = np.array([[word], [0.5], [0.5]])
-        gridkernels.move_obstacles(state.agent, obstacles, words, *gridkernels.move_tables(task.size))
+        kernels.move_obstacles(state.agent, obstacles, words, *kernels.move_tables(task.size))
         assert divmod(obstacles[0, 0], task.size)[::-1] == cell
 
 
@@ -568,7 +568,7 @@ def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "ZipCacheLocator")  # which needs a zip archive
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(abs_difference)
-    assert gridkernels.compiled(abs_difference)(3, 5) == 2
+    assert kernels.compiled(abs_difference)(3, 5) == 2
 
 
 def abs_difference(a, b):

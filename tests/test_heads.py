@@ -9,16 +9,16 @@ import pytest
 import torch
 from planted import FORWARD, FRONT_OBJECT, NEAR, SEEN, TOLD, blank, plant_head, plant_mlp
 
-from dtbook.gridworld import all_observations
-from dtbook.heads import (
+from dtbook.analysis.heads import (
     changes_by_patching,
     changes_fused,
     forward_preference,
     obstacle_head_scores,
     order_heads,
 )
+from dtbook.gridworld import all_observations
+from dtbook.gridworld.situations import counterfactual_pairs, select, weights
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.scenarios import counterfactual_pairs, select, weights
 
 NEAR_OBJECT = 2 * 7 + 6  # at the agent's left hand
 

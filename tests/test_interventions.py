@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformer_lens import patching
 
-from dtbook.attribution import decompose
-from dtbook.gridworld import all_observations
-from dtbook.interventions import (
+from dtbook.analysis.attribution import decompose
+from dtbook.analysis.interventions import (
     RTG_TOKENS,
     STATE_TOKENS,
     Site,
@@ -27,8 +26,9 @@ from dtbook.interventions import (
     site,
     written,
 )
+from dtbook.gridworld import all_observations
+from dtbook.gridworld.situations import batches, select, weights
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.scenarios import batches, select, weights
 
 ONE = DTConfig(d_model=16, n_heads=2, d_head=4, d_mlp=8, max_steps=20)
 DEEP = DTConfig(d_model=24, n_heads=3, d_head=8, d_mlp=20, n_layers=2, n_timesteps=3, max_steps=20)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from planted import scattered
 
-from dtbook import long_context
+from dtbook.analysis import long_context
 from dtbook.artifacts import ArtifactStore
 from dtbook.gridworld import DynamicObstaclesVectorEnv
 from dtbook.model import DecisionTransformer, DTConfig
@@ -126,7 +126,9 @@ def test_what_cannot_be_read_does_not_move_the_action(model, batch):
 
 def test_the_model_is_made_once_of_the_references_trajectories(tmp_path, data):
     store = ArtifactStore(tmp_path)
-    with store.write("seed_0/trajectories.npz", stage="collection", rooms=["collection"]) as path:
+    with store.write(
+        "seed_0/trajectories.npz", stage="collection", code=["dtbook.trajectories.collection"]
+    ) as path:
         data.save(path)
     arguments = {"shape": replace(CFG, max_steps=12), "config": CONFIG, "progress": False}
     assert long_context.make(store, **arguments) == [long_context.NAME]

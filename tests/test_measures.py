@@ -4,19 +4,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dtbook import anatomy, measures
+from dtbook import measures
+from dtbook.analysis import behaviour
+from dtbook.analysis.attribution import preference_direction
+from dtbook.analysis.head_circuit import Circuit, measure_circuit
+from dtbook.analysis.views import Embeddings
 from dtbook.artifacts import ArtifactError, ArtifactStore
-from dtbook.attribution import preference_direction
-from dtbook.circuit import Circuit, measure_circuit
 from dtbook.claims import CLAIMS, RULES
 from dtbook.gridworld import all_observations
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.pipeline import table_writer
-from dtbook.views import Embeddings
 
 
 def put(store, name, table):
-    with store.write(name, stage="claims", rooms=["claims"], parameters={}, seeds=[0]) as path:
+    with store.write(name, stage="claims", code=["dtbook.claims.rules"], parameters={}, seeds=[0]) as path:
         table_writer(table)(path)
 
 
@@ -64,14 +65,16 @@ def test_findings_name_their_replication(store):
 
 def test_tables_of_the_anatomy_are_kept_by_the_models_hash(tmp_path, monkeypatch):
     store, small = ArtifactStore(tmp_path), {"rtgs": (0.9,), "timesteps": (3,)}
-    monkeypatch.setattr(measures, "ANATOMY", {"neurons": (anatomy.neurons, small)})
+    monkeypatch.setattr(measures, "ANATOMY", {"neurons": (behaviour.neurons, small)})
     monkeypatch.setattr(
         measures, "PLAY_SETTINGS", {"rtgs": (0.9,), "episodes": 2, "max_steps": 10, "seed": 0}
     )
     monkeypatch.setattr(measures, "_observations", lambda task: all_observations(5, 2))
     made = []
     for seed in (1, 1, 2):  # the second call makes nothing, the third all
-        with store.write("seed_0/model", stage="training", rooms=["model"], seeds=[seed]) as path:
+        with store.write(
+            "seed_0/model", stage="training", code=["dtbook.model.transformer"], seeds=[seed]
+        ) as path:
             DecisionTransformer(
                 DTConfig(d_model=8, d_head=4, d_mlp=8, max_steps=10), seed=seed
             ).save_pretrained(path)
@@ -81,7 +84,7 @@ def test_tables_of_the_anatomy_are_kept_by_the_models_hash(tmp_path, monkeypatch
         made.append((tmp_path / "seed_0/neurons.parquet").stat().st_mtime_ns)
     assert made[0] == made[1] < made[2]
     model = DecisionTransformer.from_pretrained(tmp_path / "seed_0/model")
-    expected = anatomy.neurons(model, all_observations(5, 2), **small)
+    expected = behaviour.neurons(model, all_observations(5, 2), **small)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "seed_0/neurons.parquet"), expected)
     assert set(pd.read_parquet(tmp_path / "seed_0/ablated_play.parquet")["ablated"]) == {
         "none",
@@ -97,7 +100,7 @@ def test_the_circuit_is_kept_by_the_models_hash(tmp_path, monkeypatch):
     monkeypatch.setattr(measures, "_observations", lambda task: all_observations(5, 2))
     store, config = ArtifactStore(tmp_path), DTConfig(d_model=8, d_head=4, d_mlp=8, max_steps=10)
     model = DecisionTransformer(config, seed=1).eval()
-    with store.write("seed_0/model", stage="training", rooms=["model"], seeds=[1]) as path:
+    with store.write("seed_0/model", stage="training", code=["dtbook.model.transformer"], seeds=[1]) as path:
         model.save_pretrained(path)
     for _ in range(2):  # the second call finds it made
         measures.measure_circuit_of(store, "seed_0", progress=False)

@@ -15,9 +15,9 @@ from transformer_lens import patching
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from dtbook.fused import Weights, one_timestep
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.model_config import one_hot
+from dtbook.model.config import one_hot
+from dtbook.model.fused import Weights, one_timestep
 
 SHAPES = {
     "the post's": DTConfig(),

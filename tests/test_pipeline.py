@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from dtbook.artifacts import ArtifactStore
-from dtbook.comparison import compare
+from dtbook.artifacts.comparison import compare
 from dtbook.model import DecisionTransformer
 from dtbook.pipeline import REFERENCE_ONLY, name_of, shipped_names
 from dtbook.trajectories import Trajectories
@@ -37,11 +37,11 @@ DYING = SMALL.replace(
     """
 import os, signal
 run_stage, dies = pipeline.run_stage, sys.argv[2]
-def dying(store, seed, stage, rooms, parameters, names, make):
+def dying(store, seed, stage, code, parameters, names, make):
     def half(path):
         path.write_bytes(b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
-    run_stage(store, seed, stage, rooms, parameters, names, lambda: [*make()[:-1], half] if stage == dies else make())
+    run_stage(store, seed, stage, code, parameters, names, lambda: [*make()[:-1], half] if stage == dies else make())
 pipeline.run_stage = dying
 pipeline.replicate(""",
 )

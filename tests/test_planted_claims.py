@@ -15,10 +15,10 @@ from planted import (
     see_apart,
 )
 
+from dtbook.analysis.heads import obstacle_head_scores, order_heads
 from dtbook.claims import CLAIMS, RULES
-from dtbook.evidence import Evidence
+from dtbook.claims.evidence import Evidence
 from dtbook.gridworld import all_observations
-from dtbook.heads import obstacle_head_scores, order_heads
 
 MODELS = {
     "head 1 avoids what is in front": lambda: plant_head(empty(), 1, 2.0),

@@ -13,13 +13,13 @@ from test_gridworld import CASES as DRAWN
 from test_gridworld import drawn
 
 from dtbook import playground
+from dtbook.analysis.attribution import contrast, decompose, preference_direction
+from dtbook.analysis.interventions import STATE_TOKENS, Site, ablate, constant, edited, patch
+from dtbook.analysis.weights import CELLS, ov_circuit, qk_circuit, state_maps
 from dtbook.artifacts import ArtifactStore
-from dtbook.attribution import contrast, decompose, preference_direction
 from dtbook.gridworld import GOAL, WALL, GridState, Task, observe, reset, step
-from dtbook.interventions import STATE_TOKENS, Site, ablate, constant, edited, patch
 from dtbook.model import DecisionTransformer, DTConfig, fetch_post_checkpoint
 from dtbook.playground.scenes import check_scene
-from dtbook.weights import CELLS, ov_circuit, qk_circuit, state_maps
 
 TASK = Task(random_start=True)
 N_SCENES = 1000

@@ -9,12 +9,12 @@ import torch
 from browser import served, visit
 
 from dtbook import playground
+from dtbook.analysis.attribution import contrast
+from dtbook.analysis.interventions import ablate, constant, patch
+from dtbook.analysis.weights import ov_circuit
 from dtbook.artifacts import ArtifactStore
-from dtbook.attribution import contrast
 from dtbook.gridworld import GridState, Task, observe, reset
-from dtbook.interventions import ablate, constant, patch
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.weights import ov_circuit
 
 OUTSIDE = "<script data-outside-the-book>"
 STATE = GridState(  # at (3, 3) facing east, an obstacle in front

@@ -25,7 +25,7 @@ from probe_envs import (
 )
 
 from dtbook.gridworld import DynamicObstaclesVectorEnv
-from dtbook.ppo import (
+from dtbook.trajectories.ppo import (
     OBJECTS,
     ActorCritic,
     Batch,

@@ -10,14 +10,14 @@ import yaml
 from browser import HOW_TO_INSTALL, find_chromium
 from bs4 import BeautifulSoup
 
-from dtbook.notebooks import find_notebooks
+from dtbook.pages.notebooks import find_notebooks
 
 ROOT = Path(__file__).parent.parent
 HTML = ROOT / "book" / "_build" / "html"
 TITLE = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())["title"]
 PRINT = """import sys
 from pathlib import Path
-from dtbook.printing import print_page
+from dtbook.pages.printing import print_page
 print_page(*map(Path, sys.argv[1:]))"""
 WHOLE = """<html lang="en"><head><link rel="stylesheet" href="style.css"></head><body>
 <div id="jb-print-docs-body"><h1>A book</h1>

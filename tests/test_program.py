@@ -7,9 +7,7 @@ import pytest
 import torch
 from planted import blank, plant_head
 
-from dtbook.gridworld import Task, all_observations
-from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.program import (
+from dtbook.analysis.program import (
     FACTS,
     FRONTS,
     RTGS,
@@ -24,7 +22,9 @@ from dtbook.program import (
     split_keys,
     summarise_model,
 )
-from dtbook.scenarios import IN_FRONT, weights
+from dtbook.gridworld import Task, all_observations
+from dtbook.gridworld.situations import IN_FRONT, weights
+from dtbook.model import DecisionTransformer, DTConfig
 
 DIRECTIONS = np.array([[1, 0], [0, 1], [-1, 0], [0, -1]])  # east, south, west, north; y goes down
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import nbformat
@@ -19,10 +18,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from dtbook.notebooks import declared_parameters
-from dtbook.provenance import imported_names, package_sources
+from dtbook.artifacts.provenance import imported_names
+from dtbook.pages.notebooks import declared_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REPOSITORY = yaml.safe_load((ROOT / "book/_config.yml").read_text())["repository"]["url"]
@@ -72,6 +72,19 @@ def test_everything_installed_for_the_book_is_pinned():
     assert packages - pins().keys() == set()
 
 
+def sources_behind(names):
+    """The source of every module of the package that importing `names` runs."""
+    queue, sources = list(names), {}
+    while queue:
+        parts = queue.pop().split(".")
+        for at in (ROOT.joinpath(*parts[:n]) for n in range(1, len(parts) + 1) if parts[0] == "dtbook"):
+            for file in {at / "__init__.py", at.with_suffix(".py")} - sources.keys():
+                if file.is_file():
+                    sources[file] = file.read_text()
+                    queue += imported_names(sources[file])
+    return sources.values()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_needs_the_package_s_own_dependencies_alone(path):
     """As on Colab, where its first cell installs the package without extras."""
@@ -80,7 +93,7 @@ def test_a_notebook_needs_the_package_s_own_dependencies_alone(path):
         needed(canonicalize_name(requirement.name), requirement.extras, installed)
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     names = imported_names("\n".join(TransformerManager().transform_cell(cell) for cell in cells))
-    names = names.union(*map(imported_names, package_sources(names).values()))
+    names = names.union(*map(imported_names, sources_behind(names)))
     modules = {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "dtbook"}
     providers = importlib.metadata.packages_distributions()
     extra = {m for m in modules if not {canonicalize_name(d) for d in providers.get(m, [m])} & set(installed)}
@@ -201,17 +214,14 @@ def test_make_help_lists_every_target():
 
 
 def test_data_flows_one_way():
-    sources = {
-        path.stem: path.read_text() for path in (ROOT / "dtbook").glob("*.py") if path.stem != "__init__"
-    }
-    imports = {
-        room: {name.split(".")[1] for name in imported_names(source) if name.startswith("dtbook.")}
-        & sources.keys()
-        for room, source in sources.items()
-    }
-    assert set(TopologicalSorter(imports).static_order()) == sources.keys()
-    assert imports["provenance"] == set()
-    assert imports["artifacts"] == {"provenance"}
+    contract = subprocess.run([BIN / "lint-imports"], cwd=ROOT, capture_output=True, text=True)
+    assert contract.returncode == 0, contract.stdout
+    rooms = {path.stem for path in (ROOT / "dtbook").iterdir() if not path.name.startswith(("_", "."))}
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0][
+        "layers"
+    ]
+    named = {name.strip() for layer in layers for name in layer.split(":")}
+    assert named == rooms, "every room has its floor"
 
 
 def test_the_artifacts_are_small_enough_for_git():

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dtbook.gridworld import GridState, all_observations, observe
-from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.scenarios import (
+from dtbook.gridworld.situations import (
     SITUATIONS,
     batches,
     counterfactual_pairs,
@@ -17,6 +16,7 @@ from dtbook.scenarios import (
     weights,
     without_front,
 )
+from dtbook.model import DecisionTransformer, DTConfig
 
 STEP = {0: (1, 0), 1: (0, 1), 2: (-1, 0), 3: (0, -1)}  # minigrid's directions: x to the right, y down
 FRONT = (3, 5)

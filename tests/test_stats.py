@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats as reference
 
-from dtbook.stats import bootstrap_interval, permutation_test, weighted_correlation, weighted_quantile
+from dtbook.analysis.stats import (
+    bootstrap_interval,
+    permutation_test,
+    weighted_correlation,
+    weighted_quantile,
+)
 
 
 def test_weighted_quantiles_are_those_of_the_repeated_values():

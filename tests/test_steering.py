@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_interventions import DEEP, ONE, hooked, inputs, loud
 
-from dtbook.attribution import decompose, preference_direction
-from dtbook.interventions import STATE_TOKENS, Site, ablate
+from dtbook.analysis.attribution import decompose, preference_direction
+from dtbook.analysis.interventions import STATE_TOKENS, Site, ablate
+from dtbook.analysis.steering import add, edited_copy, steer, weights_edited, without
 from dtbook.model import DecisionTransformer
-from dtbook.steering import add, edited_copy, steer, weights_edited, without
 
 EXACT = {"atol": 1e-11, "rtol": 1e-11}
 

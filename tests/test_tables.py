@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from dtbook.attribution import contrast
+from dtbook.analysis.ablations import situation_table, variants
+from dtbook.analysis.attribution import contrast
+from dtbook.analysis.interventions import ablate, component_outputs, constant, feature_mean, mean_output
 from dtbook.gridworld import all_observations
-from dtbook.interventions import ablate, component_outputs, constant, feature_mean, mean_output
+from dtbook.gridworld.situations import SITUATIONS, showing, weights
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.scenarios import SITUATIONS, showing, weights
-from dtbook.tables import situation_table, variants
 
 CFG = DTConfig(d_model=12, d_head=5, d_mlp=16, max_steps=20)
 ASKED = dict(rtgs=(0.9, -1.0), timesteps=(3, 10), seed=2)

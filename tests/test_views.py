@@ -5,11 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from dtbook.attribution import decompose
-from dtbook.gridworld import FRONT, all_observations
-from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.scenarios import showing, weights
-from dtbook.views import (
+from dtbook.analysis.attribution import decompose
+from dtbook.analysis.views import (
     REGIONS,
     THINGS,
     Embeddings,
@@ -20,7 +17,10 @@ from dtbook.views import (
     thing_effects,
     variance_shares,
 )
-from dtbook.weights import front_cell_table
+from dtbook.analysis.weights import front_cell_table
+from dtbook.gridworld import FRONT, all_observations
+from dtbook.gridworld.situations import showing, weights
+from dtbook.model import DecisionTransformer, DTConfig
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from dtbook.attribution import preference_direction
+from dtbook.analysis.attribution import preference_direction
+from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
 
 SHAPE = DTConfig(d_model=24, n_heads=4, d_head=9, d_mlp=8, n_layers=2, n_timesteps=2, max_steps=20)
 FRONT = (3, 5)  # image[3, 5] is the cell in front of the agent

@@ -10,7 +10,7 @@ from front import executed_folder
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
-from dtbook.notebooks import notebook_digest
+from dtbook.pages.notebooks import notebook_digest
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 OUTSIDE_SCRIPT = "<script data-outside-the-book>"  # as dtbook.figures writes it

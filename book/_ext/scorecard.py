@@ -27,7 +27,7 @@ NOT_YET = "This build has no scorecard: the replications that it counts are not 
 def read_scorecard(path: Path) -> pd.DataFrame:
     """The scorecard, one row a claim, with the columns of the page ready to be printed.
 
-    Its own columns are those of `dtbook.scorecard.scorecard`; `section` is where in the book a claim is decided,
+    Its own columns are those of `dtbook.claims.scorecard.scorecard`; `section` is where in the book a claim is decided,
     `notebooks/06_x.html#anchor`.
     """
     table = pd.read_parquet(path)

@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dtbook.gridworld import GridState, ObservationSet, Task, check_state, observe, reset, to_minigrid
-from dtbook.interventions import STATE_TOKENS, Site, mean_output
-from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.analysis.interventions import STATE_TOKENS, Site, mean_output
+from dtbook.gridworld.env import ObservationSet, to_minigrid
+from dtbook.gridworld.rules import GridState, Task, check_state, observe, reset
+from dtbook.model.config import DTConfig
+from dtbook.model.transformer import DecisionTransformer
 from dtbook.playground.scenes import COMPASS, check_scene
 
 __all__ = ["Playground", "data", "module", "scene", "show"]
@@ -226,7 +228,7 @@ def _script_safe(contents: Mapping[str, Any]) -> str:
 
 def _still(task: Task) -> tuple[str, str]:
     """A picture of a first state and of what the agent sees of it (PNG, base64), and the words beside it."""
-    from dtbook.display import picture
+    from dtbook.figures.display import picture
 
     state = reset(task, 1, np.random.default_rng(0))
     env: Any = to_minigrid(task, state, render_mode="rgb_array").unwrapped

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from reprlib import repr as shortened
 from typing import Any
 
-from dtbook.gridworld import Task
-from dtbook.model import DTConfig
+from dtbook.gridworld.rules import Task
+from dtbook.model.config import DTConfig
 
 __all__ = ["COMPASS", "check_scene"]
 

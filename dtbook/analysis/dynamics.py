@@ -1,0 +1,127 @@
+"""Models compared: what they do, which head avoids obstacles, and when along training each of the two settles."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from dtbook.analysis.heads import obstacle_head_scores
+from dtbook.gridworld.env import ObservationSet, all_observations
+from dtbook.gridworld.rules import Task
+from dtbook.gridworld.situations import batches, sample, select
+from dtbook.model.transformer import DecisionTransformer
+from dtbook.rollout import episode_table, rollout, summarise
+
+Row = dict[str, float]
+
+FACING = ("obstacle", "wall", "goal")
+"""What is in front of the agent when a model's P(forward) is looked at."""
+ASKED = (-1.0, 0.0, 0.9)
+"""The returns that models are asked for."""
+AT = 10
+"""The timestep of single observations."""
+TOLERANCE = 0.1
+"""How near its end a measure must stay to be settled: logit shares and returns alike (the scorecard's rule)."""
+
+
+class Probe(NamedTuple):
+    """Observations that models are compared on."""
+
+    facing: Mapping[str, ObservationSet]
+    task: Task
+
+
+def make_probe(task: Task | None = None, n: int = 10_000, seed: int = 0) -> Probe:
+    """Return, for each of `FACING`, all observations; where there are more than `n`, so many drawn by weight."""
+    task = task or Task()
+    observations, rng = all_observations(task.size, task.n_obstacles), np.random.default_rng(seed)
+    facing = {name: select(observations, name) for name in FACING}
+    drawn = {name: sample(o, n, rng)[0] if len(o.images) > n else o for name, o in facing.items()}
+    return Probe(drawn, task)
+
+
+@torch.inference_mode()
+def forward_probability(model: DecisionTransformer, observations: ObservationSet, rtg: float) -> float:
+    """Return the weighted mean probability of forward at t = `AT`; a longer context sees this one timestep."""
+    total = 0.0
+    for batch in batches(observations, rtg, AT):
+        chance = model.fast_forward(*batch.inputs)[:, 0].softmax(-1)[:, 2]
+        total += float(chance.double() @ batch.weights)
+    return total
+
+
+def inspect(model: DecisionTransformer, probe: Probe) -> Row:
+    """Return what a model does when facing things (`forward goal 0.9` …) and the obstacle score of each head.
+
+    `score L0H1` … are those of `heads.obstacle_head_scores`, `whole_change` the effect they are shares of (logits),
+    `best score` the largest; the three are NaN for a model without layers.
+    """
+    row = {
+        f"forward {name} {rtg:g}": forward_probability(model, observations, rtg)
+        for name, observations in probe.facing.items()
+        for rtg in ASKED
+    }
+    row |= {"whole_change": np.nan, "best score": np.nan}
+    if model.cfg.n_layers:
+        scores = obstacle_head_scores(model, probe.facing["obstacle"])
+        named = zip(scores["layer"], scores["head"], scores["score"], strict=True)
+        row |= {f"score L{layer}H{head}": float(score) for layer, head, score in named}
+        row |= {
+            "whole_change": float(scores["whole_change"].iloc[0]),
+            "best score": float(scores["score"].max()),
+        }
+    return row
+
+
+def play_for(
+    model: DecisionTransformer, task: Task, rtgs: Sequence[float] = ASKED, episodes: int = 200, seed: int = 0
+) -> Row:
+    """Return mean returns (`greedy 0.9` …) and the shares of episodes at the goal (`greedy success 0.9` …)."""
+    asked = np.repeat(np.array(rtgs), episodes)
+    row: Row = {}
+    for acting in ("greedy", "sampled"):
+        played = rollout(model, asked, acting == "greedy", seed=seed, task=task)
+        points = summarise(episode_table(played, asked)).set_index("rtg")
+        for rtg in rtgs:
+            row[f"{acting} {rtg:g}"] = float(points["mean"].to_dict()[rtg])
+            row[f"{acting} success {rtg:g}"] = float(points["succeeded"].to_dict()[rtg])
+    return row
+
+
+def trace(
+    models: Mapping[int, DecisionTransformer],
+    probe: Probe,
+    episodes: int = 200,
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Return one row a snapshot of a training run, by the optimiser steps before it: `step`, `inspect`, `play_for`.
+
+    Where a model sees a longer context in play, `inspect` still shows it single timesteps.
+    """
+    rows = []
+    for step, model in tqdm(models.items(), desc="snapshots", disable=not progress):
+        played = play_for(model, probe.task, ASKED, episodes, seed)
+        rows.append({"step": step} | inspect(model, probe) | played)
+    return pd.DataFrame(rows).sort_values("step", ignore_index=True)
+
+
+def settles(
+    steps: Sequence[int] | np.ndarray,
+    values: np.ndarray,
+    tolerance: float = TOLERANCE,
+) -> float:
+    """Return the first step from which on every measure stays within `tolerance` of where it ends.
+
+    It is known only to the spacing of the snapshots. A measure that never moves settles at the first of them. Raises
+    ValueError for no snapshot.
+    """
+    if not len(steps):
+        raise ValueError("steps must name at least one snapshot; there is none.")
+    values = np.asarray(values, dtype=np.float64).reshape(len(steps), -1)
+    near = (np.abs(values - values[-1]) <= tolerance).all(1)
+    away = np.flatnonzero(~near)
+    return float(steps[away[-1] + 1]) if len(away) else float(steps[0])

@@ -1,0 +1,336 @@
+"""One head's circuit over every observation: what its weights say by cell, where it looks, what it changes, and how.
+
+Measured for one model of one layer and kept as tables (`Circuit.save`), so that a chapter shows a model whose weights
+are not at hand. Effects are changes from the *clean* run to its *counterfactual*, in which the cell in front is empty
+and nothing else differs: positive on the log odds of forward means that what stood there kept the agent from moving.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from dtbook.analysis.attribution import by_cell, contrast
+from dtbook.analysis.heads import forward_preference
+from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
+from dtbook.analysis.stats import weighted_quantile
+from dtbook.analysis.weights import CELLS, ov_circuit, qk_circuit
+from dtbook.gridworld.env import ObservationSet
+from dtbook.gridworld.rules import FRONT
+from dtbook.gridworld.situations import (
+    EMPTY_CELL,
+    IN_FRONT,
+    SITUATIONS,
+    counterfactual_pairs,
+    showing,
+    weights,
+)
+from dtbook.model.transformer import DecisionTransformer
+
+TERMS = ("state → RTG", "state → position", "state → itself", "time → RTG", "time → position", "time → state")
+"""Of the score that decides attention to RTG; "time" stands for all the query has of time, position and b_Q."""
+ALL_QUANTILES = np.array([0.05, 0.5, 0.95])
+
+
+class Circuit(NamedTuple):
+    """What is measured of one head; each table says its columns where it is made."""
+
+    maps: dict[str, Float[np.ndarray, "..."]]
+    attention: pd.DataFrame
+    effects: pd.DataFrame
+    terms: pd.DataFrame
+    neurons: pd.DataFrame
+
+    def save(self, folder: str | Path) -> None:
+        """Write `maps.safetensors` and a Parquet file a table into a new folder."""
+        Path(folder).mkdir()
+        save_file({name: np.ascontiguousarray(value) for name, value in self.maps.items()}, _maps(folder))
+        for name in self._fields[1:]:
+            getattr(self, name).to_parquet(Path(folder) / f"{name}.parquet", index=False)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Circuit":
+        """Return what `save` wrote."""
+        tables = (pd.read_parquet(Path(folder) / f"{name}.parquet") for name in cls._fields[1:])
+        return cls(load_file(_maps(folder)), *tables)
+
+
+def _maps(folder: str | Path) -> Path:
+    return Path(folder) / "maps.safetensors"
+
+
+def measure_circuit(
+    model: DecisionTransformer,
+    observations: ObservationSet,
+    head: int = 1,
+    rtgs: Sequence[float] = (-1.0, 0.0, 0.9),
+    rtg: float = 0.9,
+    timesteps: Sequence[int] = (0, 5, 10, 20, 40),
+    timestep: int = 10,
+    situations: Sequence[str] = ("obstacle", "wall", "goal"),
+    progress: bool = False,
+) -> Circuit:
+    """Measure one head of a one-layer model; its effects and neurons at `rtg` and `timestep`.
+
+    `situations` are those that have counterfactuals; neurons are those of the first. Raises ValueError for a head or
+    situation that does not exist, and as `exhaustive.Folded`.
+    """
+    maps = weight_maps(model, head)
+    for situation in situations:
+        if situation not in SITUATIONS or situation == "empty":
+            allowed = ", ".join(map(repr, (name for name in SITUATIONS if name != "empty")))
+            raise ValueError(
+                f"situation is {situation!r}; it must be one of {allowed}, which can be emptied."
+            )
+    attention = attention_table(model, observations, rtgs, timesteps, progress)
+    found = {
+        name: counterfactual_effects(model, observations, head, name, rtg, timestep) for name in situations
+    }
+    effects, terms = (
+        pd.concat(
+            [getattr(one, kind).assign(situation=name) for name, one in found.items()], ignore_index=True
+        )
+        for kind in ("effects", "terms")
+    )
+    return Circuit(maps, attention, effects, terms, found[situations[0]].neurons)
+
+
+# What the weights say
+
+
+@torch.no_grad()
+def weight_maps(model: DecisionTransformer, head: int = 1) -> dict[str, Float[np.ndarray, "..."]]:
+    """Return a head's circuits from every cell and channel of the state, and from RTG, bias terms beside them.
+
+    "QK": state → RTG before softmax, for a return of 1, *without* 1/√d_head ("scale" is that factor), [channel i j];
+    "QK position": state → what RTG has in its position that the state token has not; "QK bias": the same of b_Q, from
+    no cell; "OV": a unit of each channel on each action's logit at full attention, [channel i j action]; "OV rtg",
+    "OV position" (RTG's, the state's) and "OV bias" (b_V) on the actions; "b_O", "b_out" and "b_U" likewise. Raises
+    ValueError for a head that does not exist.
+    """
+    sources = torch.stack([model.W_E_rtg, model.W_pos[0] - model.W_pos[1]])
+    qk = qk_circuit(model, 0, head, model.W_E_state, sources, scaled=False)
+    ov, rest = ov_circuit(model, 0, head, model.W_E_state), torch.cat([model.W_E_rtg[None], model.W_pos[:2]])
+    others, block = ov_circuit(model, 0, head, rest), model.blocks[0]
+    maps = {
+        "QK": by_cell(model, qk.weight[:, 0]),
+        "QK position": by_cell(model, qk.weight[:, 1]),
+        "QK bias": qk.source_bias,
+        "scale": torch.tensor([model.cfg.d_head**-0.5]),
+        "OV": by_cell(model, ov.weight),
+        "OV bias": ov.bias,
+        "OV rtg": others.weight[0],
+        "OV position": others.weight[1:],
+        "b_O": block.attn.b_O @ model.W_U,
+        "b_out": block.mlp.b_out @ model.W_U,
+        "b_U": model.b_U,
+    }
+    return {name: value.detach().numpy().astype(np.float32) for name, value in maps.items()}
+
+
+def score_terms(run: Run) -> Float[Tensor, "term head n"]:
+    """Return the attention score of RTG minus that of the state token, as a sum of `TERMS`.
+
+    Invariant: their sum is log(pattern ÷ (1 − pattern)). "state → RTG" is the post's Figure 16, times the RTG, over
+    √d_head; "state → itself" is quadratic in the view: no map by cell shows it.
+    """
+    shared, f = run.shared, run.shared.folded
+    attn, time = f.model.blocks[0].attn, f.time[run.condition.timestep]
+    query = (time @ attn.W_Q + attn.b_Q).unsqueeze(2)
+    keys = [(token @ attn.W_K).unsqueeze(2) for token in (run.condition.rtg * f.rtg, f.key)]
+    of_state = [(shared.q @ key).squeeze(2) for key in keys]
+    of_time = [(query.transpose(1, 2) @ key).squeeze(2).expand_as(shared.qk) for key in keys]
+    terms = [*of_state, -shared.qk, *of_time, -(shared.k @ query).squeeze(2)]
+    return torch.stack(terms) * f.model.cfg.d_head**-0.5
+
+
+# Where it looks
+
+
+def attention_table(
+    model: DecisionTransformer,
+    observations: ObservationSet,
+    rtgs: Sequence[float],
+    timesteps: Sequence[int],
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Return each head's attention to RTG over all observations, one row a (head, situation, rtg, timestep).
+
+    Columns: those, `mean` and the weighted quantiles `q05`, `q50`, `q95` over the observations of the situation.
+    """
+    asked = [(rtg, t) for rtg in rtgs for t in timesteps]
+    found = collect(model, observations, asked, lambda run: {"p": run.pattern.T}, progress=progress)["p"]
+    share, rows = weights(observations), []
+    for situation in SITUATIONS:
+        seen = showing(observations.images, situation)
+        if seen.any():
+            of, own = share[seen] / share[seen].sum(), found[:, seen]
+            for (rtg, t), values in zip(asked, own, strict=True):
+                for head, column in enumerate(values.T.astype(np.float64)):
+                    low, middle, high = weighted_quantile(column, of, ALL_QUANTILES)
+                    row = {
+                        "head": head,
+                        "situation": situation,
+                        "rtg": rtg,
+                        "timestep": t,
+                        "mean": of @ column,
+                    }
+                    rows.append(row | {"q05": low, "q50": middle, "q95": high})
+    return pd.DataFrame(rows)
+
+
+# What it changes
+
+
+class Effects(NamedTuple):
+    """Weighted mean changes from clean to counterfactual over the observations of a situation."""
+
+    effects: pd.DataFrame
+    """One row: `whole` (log odds of forward: logits), that with the head's output patched (`head`), its pattern alone
+    (`QK`), its values alone (`OV`); with the head patched, on F−R, what it writes itself (`direct F-R`) and what the
+    MLP then does (`MLP F-R`); attention to RTG, `pattern` clean and `pattern empty`; `n` observations."""
+    terms: pd.DataFrame
+    """One row a term of the attention score: `term`, `clean` mean and `change`."""
+    neurons: pd.DataFrame
+    """One row a neuron (see `neuron_directions`): and `pre`, the mean change of its input with the head patched;
+    `change`, that of its contribution to F−R (logits; they sum to `MLP F-R`); `active`, how often it is on, clean."""
+
+
+class _Sums:
+    """Weighted sums over batches, by name."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, share: Tensor, **values: Tensor) -> None:
+        """Add each value's weighted sum over its last axis."""
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, torch.zeros(())) + value.double() @ share.double()
+
+
+@torch.inference_mode()
+def counterfactual_effects(
+    model: DecisionTransformer,
+    observations: ObservationSet,
+    head: int,
+    situation: str,
+    rtg: float,
+    timestep: int,
+) -> Effects:
+    """Return what emptying the front cell changes, and how much of it goes through one head's pattern and values.
+
+    The parts of a change are not additive: pattern and values multiply, so `QK` + `OV` differs from `head` by how much
+    each depends on the other. Raises ValueError for a situation that no observation shows.
+    """
+    sums, n, folded = _Sums(), 0, Folded(model)
+    on_F_R = contrast("F-R").to(model.W_U)
+    output = folded.W_mlp @ on_F_R
+    for share, clean, other in _runs(folded, observations, situation, rtg, timestep):
+        n += len(share)
+        own = clean.heads()
+        with_head = _swapped(own, other.heads(), head)
+        before, after = clean.read(own), clean.read(with_head)
+        odds = forward_preference(clean.finish(before))
+        variants = {
+            "QK": _swapped(own, clean.heads(pattern=other.pattern), head),
+            "OV": _swapped(own, clean.heads(value=other.shared.value), head),
+        }
+        changed = {name: forward_preference(clean.logits(heads)) - odds for name, heads in variants.items()}
+        changed["whole"] = forward_preference(other.logits()) - odds
+        changed["head"] = forward_preference(clean.finish(after)) - odds
+        on, off = clean.neurons(before), clean.neurons(after)
+        direct = (after - before)[:, folded.d_mlp :] @ on_F_R
+        sums.add(share, **changed, direct=direct, neurons=((off - on) * output).T, active=(on > 0).T)
+        sums.add(share, read=(after - before).T, pattern=clean.pattern[head], empty=other.pattern[head])
+        sums.add(share, terms=score_terms(clean)[:, head], other=score_terms(other)[:, head])
+    return _tables(model, head, situation, rtg, n, sums.values)
+
+
+def _runs(
+    folded: Folded, observations: ObservationSet, situation: str, rtg: float, timestep: int
+) -> Iterator[tuple[Tensor, Run, Run]]:
+    for clean, other in counterfactual_pairs(observations, rtg, timestep, situation, BATCH_SIZE):
+        runs = [folded.share(batch.states[:, 0]).at(rtg, timestep) for batch in (clean, other)]
+        yield clean.weights, runs[0], runs[1]
+
+
+def _swapped(own: Tensor, others: Tensor, head: int) -> Tensor:
+    """A run's own heads, but one of them from `others`."""
+    own = own.clone()
+    own[head] = others[head]
+    return own
+
+
+def _tables(
+    model: DecisionTransformer, head: int, situation: str, rtg: float, n: int, sums: dict[str, Tensor]
+) -> Effects:
+    row = {name: float(sums[name]) for name in ("whole", "head", "QK", "OV")}
+    row |= {"direct F-R": float(sums["direct"]), "MLP F-R": float(sums["neurons"].sum())}
+    row |= {"pattern": float(sums["pattern"]), "pattern empty": float(sums["empty"])}
+    change = (sums["other"] - sums["terms"]).numpy()
+    terms = pd.DataFrame({"term": TERMS, "clean": sums["terms"].numpy(), "change": change})
+    neurons = neuron_directions(model, head, situation, rtg, sums["read"])
+    read, d_mlp = sums["read"].numpy(), model.cfg.d_mlp
+    neurons = neurons.assign(pre=read[:d_mlp], change=sums["neurons"].numpy(), active=sums["active"].numpy())
+    return Effects(pd.DataFrame([row | {"n": n}]), terms, neurons)
+
+
+# What reads it
+
+
+@torch.no_grad()
+def neuron_directions(
+    model: DecisionTransformer,
+    head: int,
+    situation: str,
+    rtg: float,
+    read: Float[Tensor, " reader"] | None = None,
+    preference: str = "F-R",
+) -> pd.DataFrame:
+    """Return, one row a neuron, the cosine of its input direction with what the head writes, and its own output.
+
+    `state`: with the change that emptying the front cell makes through W_OV (the post's next step); `rtg`: with what
+    the RTG embedding gives through W_OV; `written`: with the mean change of what the head really writes, found from
+    `read`, that change on the readers (columns of W_in, then W_U); `output`: W_out on the preference (logits).
+    """
+    attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
+    W_OV = attn.W_V[head] @ attn.W_O[head]
+    directions = {"state": emptying(model, situation) @ W_OV, "rtg": rtg * model.W_E_rtg @ W_OV}
+    if read is not None:
+        readers = torch.cat([mlp.W_in, model.W_U], 1).double()
+        directions["written"] = torch.linalg.pinv(readers.T) @ read
+    unit = torch.nn.functional.normalize(mlp.W_in.double(), dim=0)
+    columns = {
+        name: (torch.nn.functional.normalize(direction.double(), dim=0) @ unit).numpy()
+        for name, direction in directions.items()
+    }
+    output = mlp.W_out @ model.W_U @ contrast(preference).to(model.W_U)
+    return pd.DataFrame({"neuron": np.arange(model.cfg.d_mlp), **columns, "output": output.double().numpy()})
+
+
+def emptying(model: DecisionTransformer, situation: str) -> Float[Tensor, " d_model"]:
+    """Return the change of the state embedding when what is in front goes and the cell is empty."""
+    thing = situation if situation in IN_FRONT else "goal"
+    views = torch.zeros(2, model.cfg.view_size, model.cfg.view_size, 3, dtype=torch.uint8)
+    for view, code in zip(views, (CELLS[thing], EMPTY_CELL), strict=True):
+        view[FRONT] = torch.tensor(code, dtype=torch.uint8)
+    clean, empty = model.embed_states(views)
+    return empty - clean
+
+
+def carried(neurons: pd.DataFrame, by: str | np.ndarray) -> pd.Series:
+    """Return which share of the MLP's change the first k neurons carry, by k from 0, in an order.
+
+    `by` is a column, whose largest absolute values come first, or an order of the rows. Invariant: it begins at 0 and
+    ends at 1.
+    """
+    order = np.argsort(-neurons[by].abs().to_numpy(), kind="stable") if isinstance(by, str) else by
+    cumulated = np.cumsum(neurons["change"].to_numpy()[order])
+    shares = np.concatenate([[0.0], cumulated / cumulated[-1]])
+    return pd.Series(shares, index=pd.RangeIndex(len(shares), name="neurons"))

@@ -1,0 +1,150 @@
+"""A model that sees nine timesteps: its training as an artifact, and what it makes of those before the last.
+
+A window's tokens are R s a R s a … R s. *Lag* counts timesteps back from the last one, whose state token says the
+action. The task is Markov, so the last observation tells all that matters for what happens next; but the data come
+from many policies, and which of them an episode is from shows in what went before.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dtbook.artifacts.store import ArtifactStore
+from dtbook.model.config import DTConfig
+from dtbook.model.transformer import DecisionTransformer
+from dtbook.pipeline import Writer, name_of, run_stage
+from dtbook.training import Batch, Sampler, TrainConfig, train
+from dtbook.trajectories.ppo import one_thread
+from dtbook.trajectories.recording import Trajectories
+
+NAME = "long_context/model"
+CONFIG = DTConfig(d_model=64, d_head=32, d_mlp=128, n_timesteps=9)
+"""Half the width of the book's model, nine timesteps instead of one."""
+TRAINING = TrainConfig(steps=4_000, batch_size=64, lr=1e-3, weight_decay=1e-4, evaluation_episodes=0)
+"""A window has nine actions to predict, so that a batch of 64 has more of them than one of 384 single steps."""
+KINDS = ("RTG", "state", "action")
+EXCHANGES = ("RTG", "earlier states", "earlier actions", "last state")
+"""Parts of a window that `exchange` takes from another."""
+CHUNK = 256
+
+
+def make(
+    store: ArtifactStore,
+    seed: int = 0,
+    shape: DTConfig = CONFIG,
+    config: TrainConfig = TRAINING,
+    progress: bool = True,
+) -> list[str]:
+    """Train the model on the reference's trajectories unless it is there and current; return the artifacts' names."""
+    data = name_of(0, "trajectories.npz")
+    folder = store.root / "long_context" / ".training"
+
+    def make() -> list[Writer]:
+        episodes = Trajectories.load(store.path(data))
+        return [train(episodes, shape, config, seed, folder, progress).model.save_pretrained]
+
+    parameters = {
+        "data": store.entries()[data]["sha256"],
+        "model": asdict(shape),
+        "train": asdict(config),
+    }
+    with one_thread():
+        run_stage(store, seed, "long context", ("dtbook.training",), parameters, [NAME], make)
+    shutil.rmtree(folder, ignore_errors=True)
+    return [NAME]
+
+
+def windows(data: Trajectories, n_timesteps: int, n: int, seed: int = 0) -> Batch:
+    """Return n whole windows of consecutive timesteps, drawn as in training: the three classes of return equally.
+
+    They end at any step of an episode that has as many before it. Raises ValueError where there is none.
+    """
+    if data.lengths.max() < n_timesteps:
+        raise ValueError(
+            f"n_timesteps is {n_timesteps}; it must be at most the longest episode's, {data.lengths.max()}."
+        )
+    sampler = Sampler(data, n_timesteps, TrainConfig(batch_size=max(n, 1), last_step_share=0.0))
+    rng, parts, found = np.random.default_rng(seed), [], 0
+    while found < n:
+        batch = sampler.batch(rng)
+        whole = batch.real.all(1)
+        parts.append([value[whole] for value in batch])
+        found += int(whole.sum())
+    return Batch(*(torch.cat(values)[:n] for values in zip(*parts, strict=True)))
+
+
+def _inputs(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What the model is called with, a chunk of windows at a time."""
+    for start in range(0, len(batch.states), CHUNK):
+        states, rtgs, timesteps, actions, _ = (value[start : start + CHUNK] for value in batch)
+        yield states, rtgs, timesteps, actions[:, :-1]
+
+
+@torch.inference_mode()
+def attention(model: DecisionTransformer, batch: Batch) -> Float[Tensor, "window head query key"]:
+    """Return the attention patterns of a model's first layer in each window."""
+    hook = "blocks.0.attn.hook_pattern"
+    return torch.cat([model.run_with_cache(*inputs, names_filter=hook)[1][hook] for inputs in _inputs(batch)])
+
+
+@torch.inference_mode()
+def last_action(model: DecisionTransformer, batch: Batch) -> Float[Tensor, "window action"]:
+    """Return the probabilities of the three actions at the last timestep of each window."""
+    return torch.cat([model(*inputs)[:, -1].softmax(-1) for inputs in _inputs(batch)])
+
+
+def token_names(n_tokens: int) -> list[str]:
+    """Return short names of a window's tokens: R-8, s-8, a-8, …, R0, s0; the number is minus the lag."""
+    last = (n_tokens - 1) // 3
+    return [f"{'Rsa'[pos % 3]}{pos // 3 - last}" for pos in range(n_tokens)]
+
+
+def looks_back(pattern: Float[Tensor, "window head query key"]) -> pd.DataFrame:
+    """Return where the last state token looks: one row a head and token, `head`, `token` (of `KINDS`) and `lag`.
+
+    `mean` is the mean attention over the windows, `low` and `high` its 5 % and 95 % quantiles. Invariant: the means of
+    a head sum to 1.
+    """
+    last = pattern[:, :, -1].double().numpy()
+    low, high = np.quantile(last, [0.05, 0.95], axis=0)
+    n_timesteps, rows = (last.shape[2] + 2) // 3, []
+    for head in range(last.shape[1]):
+        for pos in range(last.shape[2]):
+            row = {"head": f"L0H{head}", "token": KINDS[pos % 3], "lag": n_timesteps - 1 - pos // 3}
+            row |= {"mean": last[:, head, pos].mean(), "low": low[head, pos], "high": high[head, pos]}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def exchange(batch: Batch, part: str) -> Batch:
+    """Return the windows with one part taken from the window before it in the batch; inputs stay as they are.
+
+    Timesteps and all other parts stay a window's own. Raises ValueError for a part that is not one of `EXCHANGES`.
+    """
+    if part not in EXCHANGES:
+        raise ValueError(f"part is {part!r}; it must be one of {', '.join(map(repr, EXCHANGES))}.")
+    states, actions = batch.states.clone(), batch.actions.clone()
+    if part == "earlier states":
+        states[:, :-1] = batch.states.roll(1, 0)[:, :-1]
+    elif part == "last state":
+        states[:, -1] = batch.states.roll(1, 0)[:, -1]
+    elif part == "earlier actions":
+        actions[:, :-1] = batch.actions.roll(1, 0)[:, :-1]
+    rtgs = batch.rtgs.roll(1, 0) if part == "RTG" else batch.rtgs
+    return batch._replace(states=states, actions=actions, rtgs=rtgs)
+
+
+def moved(model: DecisionTransformer, batch: Batch) -> pd.Series:
+    """Return by how much each exchange moves the action probabilities: mean total variation distance, from 0 to 1."""
+    own = last_action(model, batch)
+    distances = {
+        part: float((last_action(model, exchange(batch, part)) - own).abs().sum(1).mean() / 2)
+        for part in EXCHANGES
+    }
+    return pd.Series(distances)

@@ -1,0 +1,83 @@
+"""How alike artifacts are that were made twice: byte for byte, or up to rounding, as on another processor."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+
+from dtbook.artifacts.store import ArtifactStore
+
+ROUNDING = 1e-5
+"""Of a column's or tensor's largest number: what libraries may differ by that sum in another order."""
+
+
+def compare(made: ArtifactStore, shipped: ArtifactStore, names: Sequence[str]) -> dict[str, str]:
+    """For each name: "identical" (by the manifests' sha256), "rounding", "differs", "not made" or "not shipped"."""
+    ours, theirs = made.entries(), shipped.entries()
+    verdicts = {}
+    for name in names:
+        if name not in theirs or name not in ours:
+            verdicts[name] = "not made" if name in theirs else "not shipped"
+        elif ours[name]["sha256"] == theirs[name]["sha256"]:
+            verdicts[name] = "identical"
+        else:
+            distance = largest_difference(made.path(name), shipped.path(name))
+            verdicts[name] = "differs" if distance > ROUNDING else "rounding"
+    return verdicts
+
+
+def largest_difference(ours: Path, theirs: Path) -> float:
+    """Return the largest difference between two artifacts' numbers, each relative to its column's or tensor's largest.
+
+    Infinite where anything else is not the same: names, shapes, texts, whole numbers, which numbers are missing, or
+    files that hold neither tables nor tensors.
+    """
+    inside, others = _files(ours), _files(theirs)
+    if inside != others:
+        return np.inf
+    return max(_between(ours / name, theirs / name) for name in inside)
+
+
+def _files(artifact: Path) -> list[Path]:
+    """A folder's files; of a file, nothing more to go on from it."""
+    if artifact.is_file():
+        return [Path()]
+    return sorted(path.relative_to(artifact) for path in artifact.rglob("*") if path.is_file())
+
+
+def _between(ours: Path, theirs: Path) -> float:
+    if ours.read_bytes() == theirs.read_bytes():
+        return 0.0
+    columns, others = _columns(ours), _columns(theirs)
+    if not columns or list(columns) != list(others):
+        return np.inf
+    return max(_apart(columns[name], others[name]) for name in columns)
+
+
+def _columns(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return dict(arrays)
+    if path.suffix not in (".parquet", ".csv"):
+        return {}
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    return {str(name): column.to_numpy() for name, column in table.items()}
+
+
+def _apart(ours: np.ndarray, theirs: np.ndarray) -> float:
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return np.inf
+    if ours.dtype.kind != "f":
+        return 0.0 if pd.Series(ours.ravel()).equals(pd.Series(theirs.ravel())) else np.inf
+    if (np.isnan(ours) != np.isnan(theirs)).any():
+        return np.inf
+    a, b = (values[np.isfinite(values)] for values in (ours, theirs))
+    if len(a) != len(b):
+        return np.inf
+    scale = np.abs(b).max(initial=0.0)
+    largest = np.abs(a.astype(float) - b).max(initial=0.0)
+    return float(largest / scale) if scale else float(largest)

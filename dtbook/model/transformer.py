@@ -1,0 +1,346 @@
+"""The Decision Transformer, hooked under TransformerLens's names; saving, loading, and reading the post's checkpoint.
+
+The architecture is the post's (Figure 6): tokens R₀ s₀ a₀ R₁ s₁ …, no LayerNorm and no tanh anywhere, so the
+action logits at a state token are exactly the sum of what each component writes there, times `W_U`, plus
+`b_U`.
+
+Vectors are rows, as in TransformerLens: a weight `W` of shape (in, out) is applied as `x @ W`, W_QK = W_Q
+W_Kᵀ and W_OV = W_V W_O. Axes of the activations (`time` counts timesteps, `pos` tokens; pos = 3·time − 1):
+
+| hook | axes |
+|---|---|
+| hook_rtg_embed, hook_state_embed, hook_time_embed | batch time d_model |
+| hook_action_embed (absent when there is one timestep) | batch time−1 d_model |
+| hook_embed (token + time), hook_pos_embed, blocks.L.hook_resid_pre / mid / post, hook_attn_out, hook_mlp_in, hook_mlp_out | batch pos d_model |
+| blocks.L.attn.hook_q / k / v / z | batch pos head d_head |
+| blocks.L.attn.hook_result, blocks.L.hook_q_input / k_input / v_input (computed only when hooked) | batch pos head d_model |
+| blocks.L.attn.hook_attn_scores / pattern | batch head query key |
+| blocks.L.mlp.hook_pre / post | batch pos d_mlp |
+
+Sources: the post, https://www.lesswrong.com/posts/bBuBDJBYHt39Q5zZy/decision-transformer-interpretability;
+Chen et al. 2021, https://arxiv.org/abs/2106.01345; Elhage et al. 2021 (the circuits' vocabulary).
+"""  # noqa: E501
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.hook_points import HookPoint
+
+from dtbook.model.config import Actions, DTConfig, Rtgs, States, Timesteps, check_inputs, one_hot
+from dtbook.model.files import (
+    POST_MODEL_SHA256,
+    POST_MODEL_URL,
+    FolderMixin,
+    read_folder,
+    read_post_checkpoint,
+)
+from dtbook.model.fused import Weights, one_timestep
+
+# The weights of a block, and where in it they are.
+STACKED = {f"{kind}_{part}": "attn" for kind in "Wb" for part in "QKVO"}
+STACKED |= {f"{kind}_{part}": "mlp" for kind in "Wb" for part in ("in", "out")}
+
+
+def _linear(n_inputs: int, *shape: int, generator: torch.Generator) -> nn.Parameter:
+    """Uniform within ±1/√inputs, as PyTorch draws a linear layer."""
+    return nn.Parameter((2 * torch.rand(*shape, generator=generator) - 1) / n_inputs**0.5)
+
+
+def _normal(std: float, *shape: int, generator: torch.Generator) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, generator=generator) * std)
+
+
+def _zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*shape))
+
+
+def _by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x (batch, pos, d_model), or (batch, pos, head, d_model), through weight (head, d_model, d_head)."""
+    if x.ndim == 4:
+        return torch.einsum("bphm,hmd->bphd", x, weight)
+    return (x @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (weight.shape[0], weight.shape[2]))
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention, weights by head."""
+
+    def __init__(self, cfg: DTConfig, std: float, generator: torch.Generator) -> None:
+        """Draw the weights; see `DecisionTransformer` for their scale."""
+        super().__init__()
+        h, m, d = cfg.n_heads, cfg.d_model, cfg.d_head
+        self.W_Q, self.W_K, self.W_V = (_normal(std, h, m, d, generator=generator) for _ in range(3))
+        self.W_O = _normal(std, h, d, m, generator=generator)
+        self.b_Q, self.b_K, self.b_V, self.b_O = _zeros(h, d), _zeros(h, d), _zeros(h, d), _zeros(m)
+        self.hook_q, self.hook_k, self.hook_v, self.hook_z = (HookPoint() for _ in range(4))
+        self.hook_attn_scores, self.hook_pattern, self.hook_result = (HookPoint() for _ in range(3))
+
+    def forward(
+        self, q_input: Tensor, k_input: Tensor, v_input: Tensor
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return what all heads and b_O write."""
+        q = self.hook_q(_by_head(q_input, self.W_Q) + self.b_Q)
+        k = self.hook_k(_by_head(k_input, self.W_K) + self.b_K)
+        v = self.hook_v(_by_head(v_input, self.W_V) + self.b_V)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / self.W_Q.shape[-1] ** 0.5
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = self.hook_attn_scores(scores.masked_fill(future, float("-inf")))
+        pattern = self.hook_pattern(scores.softmax(-1))
+        z = self.hook_z(torch.einsum("bhqk,bkhd->bqhd", pattern, v))
+        if self.hook_result.has_hooks():
+            return self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2) + self.b_O
+        return z.flatten(2) @ self.W_O.flatten(0, 1) + self.b_O
+
+
+class MLP(nn.Module):
+    """One hidden layer of ReLU neurons."""
+
+    def __init__(self, cfg: DTConfig, std: float, generator: torch.Generator) -> None:
+        """Draw the weights; see `DecisionTransformer` for their scale."""
+        super().__init__()
+        self.W_in = _normal(std, cfg.d_model, cfg.d_mlp, generator=generator)
+        self.W_out = _normal(std, cfg.d_mlp, cfg.d_model, generator=generator)
+        self.b_in, self.b_out = _zeros(cfg.d_mlp), _zeros(cfg.d_model)
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Return what all neurons and b_out write."""
+        return self.hook_post(self.hook_pre(x @ self.W_in + self.b_in).relu()) @ self.W_out + self.b_out
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each reading the residual stream as it is and adding to it."""
+
+    def __init__(self, cfg: DTConfig, std: float, generator: torch.Generator) -> None:
+        """Draw the weights; see `DecisionTransformer` for their scale."""
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.attn, self.mlp = Attention(cfg, std, generator), MLP(cfg, std, generator)
+        self.hook_q_input, self.hook_k_input, self.hook_v_input = (HookPoint() for _ in range(3))
+        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = (HookPoint() for _ in range(3))
+        self.hook_attn_out, self.hook_mlp_in, self.hook_mlp_out = (HookPoint() for _ in range(3))
+
+    def _fork(self, hook: HookPoint, resid: Tensor) -> Tensor:
+        """One copy of the stream a head where somebody hooks it (path patching), else the stream itself."""
+        return hook(resid.unsqueeze(2).repeat(1, 1, self.n_heads, 1)) if hook.has_hooks() else resid
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the residual stream after this block."""
+        resid = self.hook_resid_pre(resid)
+        inputs = (self._fork(h, resid) for h in (self.hook_q_input, self.hook_k_input, self.hook_v_input))
+        resid = self.hook_resid_mid(resid + self.hook_attn_out(self.attn(*inputs)))
+        return self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(self.hook_mlp_in(resid))))
+
+
+class DecisionTransformer(HookedRootModule, FolderMixin):
+    """The Decision Transformer; called as model(states, rtgs, timesteps, actions=None), see `forward`."""
+
+    blocks: Sequence[Block]
+
+    def __init__(
+        self, cfg: DTConfig, seed: int | torch.Generator = 0, metadata: dict[str, Any] | None = None
+    ) -> None:
+        """Draw the weights of a new model from `seed`, an integer or a torch.Generator on the CPU.
+
+        The maps of RTG and observation are drawn as PyTorch draws a linear layer, uniformly within
+        ±1/√inputs: an RTG embedding that starts small leaves returns near 0 hard to tell apart. All else is
+        normal with standard deviation 0.02 (W_U: 0.8/√d_model), biases 0. (The original drew its time and
+        positional embeddings with standard deviation 1.) `metadata` is a JSON-like dict saved with the
+        weights: where the model comes from, which head is which.
+        """
+        super().__init__()
+        self.cfg, self.metadata = cfg, dict(metadata or {})
+        generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        m, std, n_inputs = cfg.d_model, 0.02, cfg.n_channels * cfg.view_size**2
+        self.W_E_rtg = _linear(1, m, generator=generator)
+        self.W_E_state = _linear(n_inputs, n_inputs, m, generator=generator)
+        self.W_E_action = _normal(std, cfg.n_actions, m, generator=generator)
+        self.W_E_time = _normal(std, cfg.max_steps + 1, m, generator=generator)
+        self.W_pos = _normal(std, cfg.n_ctx, m, generator=generator)
+        blocks = nn.ModuleList(Block(cfg, std, generator) for _ in range(cfg.n_layers))
+        self.blocks = blocks  # type: ignore[assignment]
+        self.W_U = _normal(0.8 / m**0.5, m, cfg.n_actions, generator=generator)
+        self.b_U = _zeros(cfg.n_actions)
+        self.hook_rtg_embed, self.hook_state_embed, self.hook_action_embed = (HookPoint() for _ in range(3))
+        self.hook_time_embed, self.hook_embed, self.hook_pos_embed = (HookPoint() for _ in range(3))
+        self.setup()
+
+    def forward(
+        self, states: States, rtgs: Rtgs, timesteps: Timesteps, actions: Actions | None = None
+    ) -> Float[Tensor, "batch time action"]:
+        """Return the action logits (left, right, forward) read at each state token.
+
+        `states` are minigrid's partial views, `states[..., i, j, channel]` = `obs["image"][i, j, channel]`;
+        `timesteps` count the steps of the episode from 0; `actions` are those between the given states. Fewer
+        timesteps than the context take the first rows of the positional embedding, in training and in play;
+        attention is causal, so shorter episodes in a batch are padded at the end and those logits ignored.
+
+        Raises TypeError or ValueError naming the argument. Invariant: logits = (sum of what the components
+        write at the state token) @ W_U + b_U, see `attribution.decompose`.
+        """
+        resid = self.embed(states, rtgs, timesteps, actions)
+        return self.unembed(self.run_blocks(resid))
+
+    def embed(
+        self, states: States, rtgs: Rtgs, timesteps: Timesteps, actions: Actions | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the residual stream that enters the first block: tokens, time and position."""
+        check_inputs(self.cfg, states, rtgs, timesteps, actions)
+        time = self.hook_time_embed(self.W_E_time[timesteps])
+        rtg = self.hook_rtg_embed(rtgs.to(self.W_E_rtg.dtype).unsqueeze(-1) * self.W_E_rtg)
+        tokens = [rtg + time, self.hook_state_embed(self.embed_states(states)) + time]
+        if actions is not None and actions.shape[1]:
+            action = self.hook_action_embed(self.W_E_action[actions])
+            # the last timestep's action is what the model is asked for: a zero row, cut off below
+            tokens.append(nn.functional.pad(action, (0, 0, 0, 1)) + time)
+        n_pos = 3 * states.shape[1] - 1
+        embed = self.hook_embed(torch.stack(tokens, dim=2).flatten(1, 2)[:, :n_pos])
+        return embed + self.hook_pos_embed(self.W_pos[:n_pos].expand_as(embed))
+
+    def embed_states(
+        self, states: UInt8[Tensor, "*batch view view channel"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return states @ W_E_state, whose rows are channel-major: row channel·view² + i·view + j.
+
+        The front cell `image[3, 5]` of a 7×7 view is row 26 (object), 75 (colour), 124 (state) of an
+        index-encoded model. One-hot channels are OneHotPartialObsWrapper's: 11 objects, 6 colours, 3 states.
+        """
+        view, m = self.cfg.view_size, self.cfg.d_model
+        x = one_hot(states) if self.cfg.encoding == "one-hot" else states
+        # permuting 147 rows of weights is cheaper than permuting every observation
+        weight = self.W_E_state.view(-1, view, view, m).permute(1, 2, 0, 3).reshape(-1, m)
+        return x.flatten(-3).to(weight.dtype) @ weight
+
+    def run_blocks(
+        self, resid: Float[Tensor, "batch pos d_model"], start_at_layer: int = 0
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the residual stream after the last block, given it before block `start_at_layer`."""
+        for block in self.blocks[start_at_layer:]:
+            resid = block(resid)
+        return resid
+
+    def unembed(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch time action"]:
+        """Return the logits at the state tokens (positions 1, 4, 7, …)."""
+        return resid[:, 1::3] @ self.W_U + self.b_U
+
+    def fast_forward(
+        self, states: States, rtgs: Rtgs, timesteps: Timesteps, actions: Actions | None = None
+    ) -> Float[Tensor, "batch time action"]:
+        """Return `forward`'s logits, up to rounding, faster where one layer sees one timestep.
+
+        That path has no hook points, so where a hook is attached `forward` itself runs. Raises as `forward`.
+        """
+        hooked = any(hook.has_hooks() for hook in self.hook_dict.values())
+        if hooked or self.cfg.n_layers != 1 or states.ndim != 5 or states.shape[1] != 1:
+            return self(states, rtgs, timesteps, actions)
+        check_inputs(self.cfg, states, rtgs, timesteps, actions)
+        return self._fused_logits(states[:, 0], rtgs[:, 0], timesteps[:, 0]).unsqueeze(1)
+
+    def _fused_logits(
+        self,
+        states: UInt8[Tensor, "batch view view channel"],
+        rtgs: Float[Tensor, " batch"],
+        timesteps: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch action"]:
+        """Return the logits of one timestep through one layer, by `fused.one_timestep`."""
+        attn, mlp, state = self.blocks[0].attn, self.blocks[0].mlp, self.embed_states(states)
+        parts = dict(self.named_parameters(recurse=False)) | dict(attn.named_parameters())
+        parts |= dict(mlp.named_parameters())
+        weights = Weights(*(parts[name] for name in Weights._fields))
+        time = nn.functional.embedding(timesteps, self.W_E_time)
+        return one_timestep(state, time, rtgs.to(state.dtype), weights)
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
+        """Return the logits and TransformerLens's ActivationCache of the run."""
+        logits, cache = super().run_with_cache(*args, **kwargs)
+        return logits, ActivationCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return W_Q, b_Q, …, W_out, b_out stacked over layers: (layer, …), as TransformerLens does."""
+        if name in STACKED and len(self.blocks):
+            return torch.stack([getattr(getattr(block, STACKED[name]), name) for block in self.blocks])
+        return super().__getattr__(name)
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Return the sum of b_O (and b_out) written before block `layer`; ActivationCache asks for it."""
+        bias = torch.zeros_like(self.W_pos[0])
+        for block in self.blocks[:layer]:
+            bias = bias + block.attn.b_O + (block.mlp.b_out if include_mlp_biases else 0)
+        return bias + self.blocks[layer].attn.b_O if mlp_input else bias
+
+    def tokens_to_residual_directions(self, tokens: int | Tensor) -> Float[Tensor, "*tokens d_model"]:
+        """Return the W_U column of each action ("tokens" are actions), for ActivationCache.logit_attrs."""
+        return self.W_U.T[tokens]
+
+    def permute_heads(self, layer: int, order: Sequence[int]) -> "DecisionTransformer":
+        """Return a copy whose head i is this model's head order[i]: the same function, other names.
+
+        `metadata["head_order"][layer]` keeps, for each head, its index when the model was trained.
+        Raises ValueError where the layer does not exist or `order` is no permutation.
+        """
+        n_heads = self.cfg.n_heads
+        if layer not in range(self.cfg.n_layers):
+            raise ValueError(f"layer is {layer}; the model has layers 0 to {self.cfg.n_layers - 1}.")
+        if sorted(order) != list(range(n_heads)):
+            raise ValueError(f"order is {list(order)}; it must be a permutation of 0 to {n_heads - 1}.")
+        model = copy.deepcopy(self)
+        attn = model.blocks[layer].attn
+        with torch.no_grad():
+            for weight in (attn.W_Q, attn.W_K, attn.W_V, attn.W_O, attn.b_Q, attn.b_K, attn.b_V):
+                weight.copy_(weight[list(order)])
+        recorded = model.metadata.setdefault("head_order", {})
+        trained = recorded.get(str(layer), list(range(n_heads)))
+        recorded[str(layer)] = [trained[head] for head in order]
+        return model
+
+    def description(self) -> dict[str, Any]:
+        """Return what `save_pretrained` writes to config.json."""
+        return {"cfg": asdict(self.cfg), "metadata": self.metadata}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "DecisionTransformer":  # type: ignore[override]
+        """Return the model that `save_pretrained` wrote to a local folder, in float32 and evaluation mode.
+
+        For a model on the Hugging Face hub, call `huggingface_hub.snapshot_download` first. Raises
+        FileNotFoundError for a missing file, ValueError naming the file that is truncated, altered or of
+        another kind.
+        """
+        config, weights = read_folder(folder)
+        try:
+            model = cls(DTConfig(**config["cfg"]), metadata=config["metadata"])
+            model.load_state_dict(weights)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder} does not hold a Decision Transformer: {reason}") from error
+        return model.eval()
+
+    @classmethod
+    def from_post_checkpoint(cls, path: str | Path | None = None) -> "DecisionTransformer":
+        """Return the post's own model, read from `path` or else from `fetch_post_checkpoint()`.
+
+        Its unused heads (`predict_rewards`, `predict_states`), its mask and the padding row of its action
+        embedding are left out: nothing of them reaches an action logit. Raises as `read_post_checkpoint`.
+        """
+        post = read_post_checkpoint(path)
+        weights = {
+            "W_E_rtg": post["reward_embedding.0.weight"][:, 0],
+            "W_E_state": post["state_encoder.weight"].T,
+            "W_E_action": post["action_embedding.0.weight"][:-1],
+            "W_E_time": post["time_embedding.weight"],
+            "W_pos": post["transformer.pos_embed.W_pos"],
+            "W_U": post["predict_actions.weight"].T,
+            "b_U": post["predict_actions.bias"],
+        }
+        for name, part in STACKED.items():
+            weights[f"blocks.0.{part}.{name}"] = post[f"transformer.blocks.0.{part}.{name}"]
+        model = cls(DTConfig(), metadata={"source": POST_MODEL_URL, "sha256": POST_MODEL_SHA256})
+        model.load_state_dict(weights)
+        return model.eval()

@@ -1,0 +1,1 @@
+"""The pages: the notebook runner, and the book on paper."""

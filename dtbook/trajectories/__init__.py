@@ -1,0 +1,11 @@
+"""Who plays and what is kept of it: PPO, recorded episodes, collection by quota, episodes of any task."""
+
+from dtbook.trajectories.recording import EPISODE_COLUMNS, STEP_COLUMNS, RecordEpisodes, Trajectories, play
+
+__all__ = [
+    "EPISODE_COLUMNS",
+    "STEP_COLUMNS",
+    "RecordEpisodes",
+    "Trajectories",
+    "play",
+]

@@ -1,0 +1,317 @@
+"""Episodes as columns: playing them in lockstep, recording PPO's own history, saving, loading and exporting.
+
+A `Trajectories` stores *states* (agent cell, direction, obstacle cells), one row a step, and not observations:
+twenty times smaller, and the observation follows exactly from the state (`gridworld.observe`).
+"""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+from jaxtyping import Bool, Float32, Int, Int32, Int64, UInt8
+
+from dtbook import gridworld
+from dtbook.artifacts.store import atomic_write
+from dtbook.gridworld.rules import GridState, Task
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+
+CLASS_NAMES = ("−1", "0", "+")
+"""The three classes of episodes, by the sign of their return: died, truncated, reached the goal."""
+
+Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""`policy(images, episodes, timesteps) -> actions`, each with a row for every episode that is still running:
+what it sees (uint8, 7 × 7 × 3), which episode it is, and the timestep it has reached."""
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Whole episodes of one task, as columns; row i of a step column is what was seen and done at step i.
+
+    Steps of one episode are consecutive; episode e holds rows `episode_starts[e]` up to the next start.
+    `final_*` is the state that the last action led to. `checkpoint` (environment steps PPO had taken) and
+    `temperature` (of the softmax; negative: ε-greedy with ε = −temperature over the sampled policy) say who
+    played. Raises ValueError, naming the column, where columns do not fit together.
+    """
+
+    task: Task
+    agent: UInt8[np.ndarray, " steps"]
+    direction: UInt8[np.ndarray, " steps"]
+    obstacles: UInt8[np.ndarray, "steps n_obstacles"]
+    actions: UInt8[np.ndarray, " steps"]
+    rewards: Float32[np.ndarray, " steps"]
+    episode_starts: Int64[np.ndarray, " episodes"]
+    truncated: Bool[np.ndarray, " episodes"]
+    final_agent: UInt8[np.ndarray, " episodes"]
+    final_direction: UInt8[np.ndarray, " episodes"]
+    final_obstacles: UInt8[np.ndarray, "episodes n_obstacles"]
+    checkpoint: Int32[np.ndarray, " episodes"]
+    temperature: Float32[np.ndarray, " episodes"]
+
+    def __post_init__(self) -> None:
+        steps, episodes = len(self.actions), len(self.episode_starts)
+        for name in ("agent", "direction", "obstacles", "rewards"):
+            _check_rows(name, getattr(self, name), steps, "step")
+        for name in EPISODE_COLUMNS:
+            _check_rows(name, getattr(self, name), episodes, "episode")
+        starts = self.episode_starts
+        if episodes and (starts[0] != 0 or starts[-1] >= steps or np.any(np.diff(starts) <= 0)):
+            raise ValueError(f"episode_starts must rise from 0 and stay below the {steps} steps there are")
+        if steps and (self.actions.max() > 2 or not np.isfinite(self.rewards).all()):
+            raise ValueError("actions must be 0, 1 or 2 and rewards finite numbers")
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " episodes"]:
+        """Steps in each episode."""
+        return np.diff(self.episode_starts, append=len(self.actions))
+
+    @property
+    def returns(self) -> Float32[np.ndarray, " episodes"]:
+        """Undiscounted return of each episode, which is its last reward: all others are zero."""
+        return self.rewards[self.episode_starts + self.lengths - 1]
+
+    @property
+    def classes(self) -> Int64[np.ndarray, " episodes"]:
+        """0, 1 or 2 for a return of −1, of 0, or above 0 (`CLASS_NAMES`)."""
+        return np.sign(self.returns).astype(np.int64) + 1
+
+    def timesteps(self, rows: Int[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
+        """Timestep within its episode of each step row."""
+        episode = np.searchsorted(self.episode_starts, rows, side="right") - 1
+        return np.asarray(rows - self.episode_starts[episode], dtype=np.int64)
+
+    def states(self, rows: Int[np.ndarray, " batch"]) -> GridState:
+        """The states at some step rows, their step counts included."""
+        t = self.timesteps(rows).astype(np.int32)
+        return GridState(self.agent[rows], self.direction[rows], self.obstacles[rows], t)
+
+    def observations(self, rows: Int[np.ndarray, " batch"]) -> UInt8[np.ndarray, "batch 7 7 3"]:
+        """What the agent saw at some step rows."""
+        return gridworld.observe(self.states(rows), self.task.size)
+
+    def episodes(self, chosen: Int[np.ndarray, " chosen"] | Bool[np.ndarray, " episodes"]) -> "Trajectories":
+        """Some of the episodes (indices or a mask), as new Trajectories."""
+        index = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        lengths = self.lengths[index]
+        starts = np.cumsum(lengths) - lengths
+        rows = np.repeat(self.episode_starts[index] - starts, lengths) + np.arange(lengths.sum())
+        columns = {name: getattr(self, name)[rows] for name in STEP_COLUMNS}
+        columns |= {name: getattr(self, name)[index] for name in EPISODE_COLUMNS}
+        return Trajectories(self.task, episode_starts=starts, **columns)
+
+    @staticmethod
+    def concatenate(parts: "Iterable[Trajectories]") -> "Trajectories":
+        """All episodes of several Trajectories of the same task, in order."""
+        parts = list(parts)
+        if len({part.task for part in parts}) != 1:
+            raise ValueError(f"parts must share one task, not {sorted({str(part.task) for part in parts})}")
+        offsets = np.cumsum([0] + [len(part.actions) for part in parts[:-1]])
+        starts = [part.episode_starts + offset for part, offset in zip(parts, offsets, strict=True)]
+        columns = {name: np.concatenate([getattr(p, name) for p in parts]) for name in STEP_COLUMNS}
+        columns |= {name: np.concatenate([getattr(p, name) for p in parts]) for name in EPISODE_COLUMNS}
+        return Trajectories(parts[0].task, episode_starts=np.concatenate(starts), **columns)
+
+    def save(self, path: str | Path) -> None:
+        """Write one compressed .npz, without pickle, atomically; the same episodes give the same bytes."""
+        columns = {name: getattr(self, name) for name in (*STEP_COLUMNS, *EPISODE_COLUMNS, "episode_starts")}
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, task=np.array(json.dumps(asdict(self.task))), **columns)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Trajectories":
+        """Read what `save` wrote. Raises ValueError, naming the file, where it is not whole or not ours."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                columns = {name: file[name] for name in file.files}
+            task = Task(**json.loads(str(columns.pop("task"))))
+            return cls(task, **columns)
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole trajectory file ({error}); make it again") from error
+
+    def to_minari(self, dataset_id: str, **metadata: Any) -> "MinariDataset":
+        """Write the episodes as a Minari dataset (observations are images; the states travel in `infos`).
+
+        `metadata` goes to `minari.create_dataset_from_buffers` (author, algorithm_name …).
+        """
+        import minari  # an optional dependency, slow to import
+        from minari.data_collector import EpisodeBuffer
+
+        buffers = [EpisodeBuffer(id=e, **self._minari_episode(e)) for e in range(len(self.episode_starts))]
+        return minari.create_dataset_from_buffers(
+            dataset_id,
+            buffers,
+            observation_space=gym.spaces.Box(0, 255, (7, 7, 3), np.uint8),
+            action_space=gym.spaces.Discrete(3),
+            description=json.dumps(asdict(self.task)),
+            **metadata,
+        )
+
+    def _minari_episode(self, e: int) -> dict[str, Any]:
+        rows = self.episode_starts[e] + np.arange(self.lengths[e])
+        last = np.zeros(len(rows), dtype=bool)
+        last[-1] = True
+        states = GridState(
+            np.append(self.agent[rows], self.final_agent[e]),
+            np.append(self.direction[rows], self.final_direction[e]),
+            np.concatenate([self.obstacles[rows], self.final_obstacles[[e]]]),
+            np.arange(len(rows) + 1, dtype=np.int32),
+        )
+        who = {"checkpoint": self.checkpoint[e], "temperature": self.temperature[e]}
+        return {
+            "observations": gridworld.observe(states, self.task.size),
+            "actions": self.actions[rows].astype(np.int64),
+            "rewards": self.rewards[rows],
+            "terminations": last & ~self.truncated[e],
+            "truncations": last & self.truncated[e],
+            "infos": states._asdict() | {name: np.full(len(rows) + 1, value) for name, value in who.items()},
+        }
+
+    @classmethod
+    def from_minari(cls, dataset: "MinariDataset") -> "Trajectories":
+        """Read back what `to_minari` wrote, from a dataset opened with Minari's own loader."""
+        task = Task(**json.loads(dataset.storage.metadata["description"]))
+        episodes = list(dataset.iterate_episodes())
+        infos: list[dict[str, np.ndarray]] = [episode.infos for episode in episodes]
+        lengths = np.array([len(episode.actions) for episode in episodes])
+        columns = {name: np.concatenate([i[name][:-1] for i in infos]) for name in GridState._fields[:3]}
+        columns |= {f"final_{name}": np.stack([i[name][-1] for i in infos]) for name in GridState._fields[:3]}
+        return cls(
+            task,
+            actions=np.concatenate([e.actions for e in episodes]).astype(np.uint8),
+            rewards=np.concatenate([e.rewards for e in episodes]).astype(np.float32),
+            episode_starts=np.cumsum(lengths) - lengths,
+            truncated=np.array([bool(e.truncations[-1]) for e in episodes]),
+            checkpoint=np.array([i["checkpoint"][0] for i in infos], dtype=np.int32),
+            temperature=np.array([i["temperature"][0] for i in infos], dtype=np.float32),
+            **columns,
+        )
+
+
+STEP_COLUMNS = ("agent", "direction", "obstacles", "actions", "rewards")
+EPISODE_COLUMNS = tuple(
+    field.name
+    for field in fields(Trajectories)
+    if field.name not in (*STEP_COLUMNS, "task", "episode_starts")
+)
+
+
+def _check_rows(name: str, column: np.ndarray, rows: int, unit: str) -> None:
+    if len(column) != rows:
+        raise ValueError(f"{name} has {len(column)} rows, but there are {rows} {unit}s")
+
+
+def play(
+    task: Task,
+    policy: Policy,
+    episodes: int,
+    rng: np.random.Generator,
+    checkpoint: Int[np.ndarray, " episodes"] | int = -1,
+    temperature: Float32[np.ndarray, " episodes"] | float = 1.0,
+) -> Trajectories:
+    """Play whole episodes in lockstep, one timestep of all of them at a time, and return them.
+
+    Those that have ended leave the batch, so a step costs only what is still running.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, not {episodes}")
+    state, active = gridworld.reset(task, episodes, rng), np.arange(episodes)
+    recorder = _Recorder(task)
+    for timestep in range(task.max_steps):
+        images = gridworld.observe(state, task.size)
+        actions = policy(images, active, np.full(len(active), timestep)).astype(np.uint8)
+        after = gridworld.step(task, state, actions, rng)
+        recorder.add(active, state, actions, after.reward, after.truncated & ~after.terminated, after.state)
+        going = ~(after.terminated | after.truncated)
+        active, state = active[going], GridState(*(column[going] for column in after.state))
+        if not len(active):
+            break
+    return recorder.trajectories(checkpoint, temperature)
+
+
+class _Recorder:
+    """Steps of many episodes, as they come in from the lockstep, packed episode after episode at the end."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.episode: list[np.ndarray] = []
+        self.columns: dict[str, list[np.ndarray]] = {name: [] for name in (*STEP_COLUMNS, "truncated")}
+        self.after: dict[str, list[np.ndarray]] = {name: [] for name in GridState._fields[:3]}
+
+    def add(
+        self,
+        episode: np.ndarray,
+        before: GridState,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        truncated: np.ndarray,
+        after: GridState,
+    ) -> None:
+        self.episode.append(episode.copy())
+        row = (*before[:3], actions, rewards, truncated)
+        for column, value in zip(self.columns.values(), row, strict=True):
+            column.append(np.array(value))
+        for column, value in zip(self.after.values(), after[:3], strict=True):
+            column.append(np.array(value))
+
+    def trajectories(self, checkpoint: np.ndarray | int, temperature: np.ndarray | float) -> Trajectories:
+        episode = np.concatenate(self.episode)
+        order = np.argsort(episode, kind="stable")
+        lengths = np.bincount(episode)
+        last = order[np.cumsum(lengths) - 1]
+        columns = {name: np.concatenate(parts) for name, parts in self.columns.items()}
+        return Trajectories(
+            self.task,
+            episode_starts=np.cumsum(lengths) - lengths,
+            truncated=columns.pop("truncated")[last],
+            checkpoint=np.broadcast_to(np.int32(checkpoint), lengths.shape).copy(),
+            temperature=np.broadcast_to(np.float32(temperature), lengths.shape).copy(),
+            **{name: column[order] for name, column in columns.items()},
+            **{f"final_{name}": np.concatenate(parts)[last] for name, parts in self.after.items()},
+        )
+
+
+class RecordEpisodes(gym.vector.VectorWrapper):
+    """Records every step of a `DynamicObstaclesVectorEnv`: wrap the environment that PPO learns in, read
+    `trajectories()` afterwards. This is the post's way of collecting: PPO's own history.
+    """
+
+    env: gridworld.DynamicObstaclesVectorEnv
+
+    def __init__(self, env: gridworld.DynamicObstaclesVectorEnv) -> None:
+        super().__init__(env)
+        self.recorder = _Recorder(env.task)
+        self.playing = np.arange(env.num_envs)  # the episode that each sub-environment is in
+        self.begun_at = [0] * env.num_envs  # environment steps taken when each episode began
+        self.ended: list[np.ndarray] = []
+        self.steps = 0
+
+    def step(self, actions: Any) -> tuple[Any, ...]:
+        """Step the environment, keeping the states before and after."""
+        before, taken = self.env.state, np.asarray(actions, dtype=np.uint8)
+        images, rewards, terminated, truncated, infos = self.env.step(actions)
+        final = infos.get(
+            "final_info", self.env.state._asdict()
+        )  # of an episode that goes on it is never used
+        after = GridState(*(final[name] for name in GridState._fields))
+        self.recorder.add(self.playing, before, taken, rewards, truncated & ~terminated, after)
+        self.steps += self.num_envs
+        done = terminated | truncated
+        self.ended.append(self.playing[done])
+        self.playing[done] = len(self.begun_at) + np.arange(done.sum())
+        self.begun_at += [self.steps] * int(done.sum())
+        return images, rewards, terminated, truncated, infos
+
+    def trajectories(self) -> Trajectories:
+        """All episodes that have ended, in the order in which they did; `checkpoint` is when they began."""
+        episodes = int(max(rows.max() for rows in self.recorder.episode)) + 1
+        whole = self.recorder.trajectories(np.array(self.begun_at[:episodes]), 1.0)
+        return whole.episodes(np.concatenate(self.ended))
