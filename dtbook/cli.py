@@ -15,6 +15,7 @@ from typing import Any
 import click
 from filelock import FileLock
 
+from dtbook.artifacts.kernels import choose_portable
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
 from dtbook.pages.notebooks import (
     NotebookError,
@@ -234,7 +235,9 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
     help="Processes [default: one a core].",
 )
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "reproduce", show_default=True
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where it goes.  [default: runs/reproduce, or runs/portable]",
 )
 @click.option("--publish", is_flag=True, help="Put what was made into data/, for the next commit.")
 @click.option(
@@ -242,19 +245,26 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
     is_flag=True,
     help="Also what chapters 9, 11, 12 and 15 start from.",
 )
-def reproduce(seeds: str, workers: int, folder: Path, publish: bool, everything: bool) -> None:
+@click.option("--portable", is_flag=True, help="Slower, but the same bytes on every x86-64 processor.")
+def reproduce(
+    seeds: str, workers: int, folder: Path | None, publish: bool, everything: bool, portable: bool
+) -> None:
     """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration, claims.
 
     Seed 0 is the reference: with it come the controls and the post's weights. An interrupted call goes on where it
-    stopped. Bytes are the same on the same machine with the same libraries; on another, sums are rounded otherwise, and
-    what is equal up to that is called "rounding".
+    stopped. Bytes are the same on the same kind of processor with the same libraries. Another one rounds otherwise and
+    so takes another path: then a replication must meet the bars of behaviour, and each claim's effect must lie in the
+    range over the replications of data/.
     """
+    if portable:
+        choose_portable()  # before anything computes
     from dtbook import measures, replicas, reproduction  # import torch and TransformerLens
 
     try:
         chosen = replicas.parse_seeds(seeds)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--seeds") from error
+    folder = folder or CHECKOUT / "runs" / ("portable" if portable else "reproduce")
     made, shipped = ArtifactStore(folder.absolute()), ArtifactStore()
     made.root.mkdir(parents=True, exist_ok=True)
     # of two at once the second waits, and finds what the first made
@@ -293,16 +303,21 @@ def _say_stage(seed: int, stage: str, seconds: float) -> None:
 
 
 def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool) -> None:
+    """Say how alike two stores are; raise ClickException for what is not reproduced, unless it is published."""
+    from dtbook import replicas
     from dtbook.artifacts.comparison import compare
+    from dtbook.claims.reproduced import judge
 
     verdicts = compare(made, shipped, names)
-    for name, verdict in verdicts.items():
-        click.echo(f"{verdict:12} {name}")
-        if publish and verdict != "not made":
+    report = judge(made, shipped, verdicts, replicas.BARS, replicas.measures)
+    click.echo(report.table.to_string(index=False))
+    if report.notes:
+        click.echo("Claims decided otherwise than in data/:\n  " + "\n  ".join(report.notes))
+    if publish:
+        for name in (name for name, verdict in verdicts.items() if verdict != "not made"):
             shipped.take(name, made)
-    different = [name for name, verdict in verdicts.items() if verdict in ("differs", "not made")]
-    if different and not publish:
-        raise click.ClickException(f"{', '.join(different)} in {made.root} is not what data/ ships")
+    elif report.problems:
+        raise click.ClickException("not reproduced:\n  " + "\n  ".join(report.problems))
 
 
 @main.command()
