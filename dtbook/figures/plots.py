@@ -32,7 +32,7 @@ AGENT_CELL = (3, 6)
 def new_figure(
     *, alt: str, height: int = 380, narrow: Mapping[str, Any] | None = None, **layout: Any
 ) -> go.Figure:
-    """An empty figure in the book's style; `alt` says in words what it will show.
+    """Return an empty figure in the book's style; `alt` says in words what it will show.
 
     `height` is in pixels; `narrow` is what changes on a phone. Raises ValueError for an empty `alt`.
     """
@@ -51,7 +51,7 @@ def panel_figure(
     gaps: tuple[float, float] = (0.22, 0.4),
     **layout: Any,
 ) -> go.Figure:
-    """An empty figure with a panel for each title, in rows of `columns`; on a phone one under the other.
+    """Return an empty figure with a panel for each title, in rows of `columns`, one under the other on a phone.
 
     Panel k has the axes x{k} and y{k}, counted from 1; `height` is that of one row, in pixels, and `gaps` are
     the shares of a panel's width and height that lie between two of them. Raises ValueError for no title.
@@ -77,13 +77,13 @@ def panel_figure(
 
 
 def axes(panel: int) -> tuple[str, str]:
-    """plotly's names of the axes of a panel, counted from 1: x and y, x2 and y2 …"""
+    """Return plotly's names of the axes of a panel, counted from 1: x and y, x2 and y2 …"""
     suffix = "" if panel == 1 else str(panel)
     return f"x{suffix}", f"y{suffix}"
 
 
 def _slot(index: int, count: int, gap: float) -> list[float]:
-    """The part of 0…1 that slot `index` of `count` takes; gaps between them are a share `gap` of a slot."""
+    """Return the part of 0…1 that slot `index` of `count` takes; gaps between them are a share `gap` of a slot."""
     width = 1 / (count + gap * (count - 1))
     start = index * width * (1 + gap)
     return [round(start, 4), round(min(start + width, 1.0), 4)]
@@ -94,7 +94,7 @@ def _fade(color: str, opacity: float) -> str:
 
 
 def _make_room(fig: go.Figure, entries: int) -> go.Figure:
-    """Above the panels of a figure on a phone, room for the rows of a legend: two entries each."""
+    """Make room for a legend above the panels of a figure on a phone, in rows of two entries."""
     fig.layout.meta["narrow"]["margin.t"] = 24 + 24 * -(-entries // 2)
     return fig.update_layout(showlegend=True)
 
@@ -108,7 +108,7 @@ def lines(
     height: int = 360,
     markers: bool = False,
 ) -> go.Figure:
-    """Lines, with a band where there is one: panels[title][name] is drawn over its index.
+    """Return a figure of lines, with a band where there is one: panels[title][name] is drawn over its index.
 
     A Series is a line; a DataFrame has a column `mean` for the line and `low`, `high` for the band. One name
     has one colour and dash in all panels. `y_title` labels the first panel.
@@ -150,7 +150,7 @@ def _add_line(
 def calibration(
     panels: Mapping[str, Mapping[str, pd.DataFrame]], *, alt: str, height: int = 420
 ) -> go.Figure:
-    """Return achieved against return asked for (the post's Fig. 5), with the line of perfect calibration.
+    """Return a figure of the return achieved against the RTG (the post's Fig. 5), with the line of perfect calibration.
 
     panels[title][name] is a curve of `rollout.calibration_curve`: columns `rtg`, `mean`, `low`, `high`.
     """
@@ -179,7 +179,7 @@ def learning_curves(
     alt: str,
     height: int = 300,
 ) -> go.Figure:
-    """A panel for each column in `panels`, which maps it to a title and unit; a line for each run's table."""
+    """Return a figure with a panel for each column in `panels` (column → title and unit) and a line for each run."""
     drawn = {
         title: {name: run.set_index(x)[column] for name, run in runs.items()}
         for column, title in panels.items()
@@ -194,9 +194,10 @@ def return_by_length(
     alt: str,
     height: int = 460,
 ) -> go.Figure:
-    """Return against length of each episode with their histograms (the post's Fig. 4), by the return's sign.
+    """Return a figure of return against length, an episode a point, with histograms (the post's Fig. 4).
 
-    Episodes of equal return and length make one disc; its area grows with their number.
+    Colours tell the signs of the returns. Episodes of equal return and length make one disc; its area grows with
+    their number.
     """
     fig = new_figure(
         alt=alt,
@@ -221,7 +222,7 @@ def return_by_length(
 
 
 def _histogram(values: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Middles of the bins, and how many values fall into each."""
+    """Return the middles of the bins, and how many values fall into each."""
     return ((edges[1:] + edges[:-1]) / 2).astype(np.float32), np.histogram(values, edges)[0]
 
 
@@ -245,7 +246,7 @@ def view_maps(
     labels: bool = False,
     height: int = 340,
 ) -> go.Figure:
-    """Values of the 7×7 cells of the view, one panel each, drawn where the agent (▲) sees them.
+    """Return a figure of values of the view's 7×7 cells, one panel each, drawn where the agent (▲) sees them.
 
     `values[panel, i, j]` belongs to `image[i, j]`; the agent sits at (3, 6) and looks up. All panels share
     one scale: `signed` values a diverging one centred on 0, others a sequential one from 0. `labels` prints
@@ -298,7 +299,7 @@ def grouped_bars(
     height: int = 360,
     colors: Sequence[str] = PALETTE,
 ) -> go.Figure:
-    """One group of bars for each row of `table`, one colour for each of its columns."""
+    """Return a figure with a group of bars for each row of `table` and a colour for each of its columns."""
     fig = new_figure(alt=alt, height=height, barmode="group", bargap=0.25, bargroupgap=0.08)
     x = [str(label) for label in table.index]
     for column, color in zip(table.columns, itertools.cycle(colors), strict=False):
@@ -318,7 +319,7 @@ def forest(
     x_range: tuple[float, float] | None = None,
     row_height: int = 34,
 ) -> go.Figure:
-    """Effects with their intervals over replications, one row a claim, first row on top.
+    """Return a figure of effects with their intervals over replications, one row a claim, first row on top.
 
     `card` has a row a claim: `label`, the mean `effect` with `low` and `high`, `posts_weights` (the effect on the
     post's own weights) and `none` (the effect that speaks against the claim); `points` the replications' own effects:
@@ -359,7 +360,7 @@ def forest(
 def before_after(
     cases: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], *, unit: str, alt: str, height: int = 300
 ) -> go.Figure:
-    """Contributions before and after an intervention beside the probabilities that follow (the post's Figs. 8 to 10).
+    """Return a figure of contributions before and after an intervention, and the probabilities (the post's Figs. 8–10).
 
     cases[title] = (contributions, probabilities), each with a column for either run ("before", "after"); the rows
     are components, and actions. One row of two panels a case.
@@ -385,9 +386,9 @@ def before_after(
 def distributions(
     panels: Mapping[str, pd.DataFrame], *, at: Sequence[float], alt: str, height: int = 300
 ) -> go.Figure:
-    """Distributions over the log odds of a probability: an outline for each column of each panel's table.
+    """Return a figure of distributions over the log odds of a probability, an outline for each column of each table.
 
-    The index is the middles of equal bins (nats), the values shares of the whole; `at` are the probabilities that are
+    The index is the middles of equal bins (nats), the values shares of all; `at` are the probabilities that are
     written under the axis in the place of their log odds.
     """
     drawn = {title: {str(name): table[name] for name in table.columns} for title, table in panels.items()}

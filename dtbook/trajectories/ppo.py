@@ -204,7 +204,7 @@ class ActorCritic(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- collecting
 class Rollout(NamedTuple):
-    """What num_steps steps of every environment gave."""
+    """The columns of num_steps steps of every environment."""
 
     images: UInt8[Tensor, "steps+1 envs view view 3"]
     """What the agent saw before each step, and after the last."""
@@ -256,7 +256,7 @@ class Episodes:
 
 # ------------------------------------------------------------------------------------------------ learning
 class Batch(NamedTuple):
-    """What the agent learns from: a rollout's steps and environments, flattened into one axis."""
+    """A rollout as the agent learns from it: steps and environments flattened into one axis."""
 
     inputs: Inputs
     actions: Int64[Tensor, " batch"]
@@ -362,7 +362,7 @@ def learn(
 
 # ------------------------------------------------------------------------------------------------- the run
 class PPOResult(NamedTuple):
-    """What a run leaves."""
+    """The result of a run."""
 
     agent: ActorCritic
     checkpoints: dict[int, dict[str, Tensor]]
