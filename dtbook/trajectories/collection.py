@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dtbook.gridworld.kernels import GOAL
 from dtbook.gridworld.rules import FRONT, Task
-from dtbook.trajectories.ppo import ActorCritic
+from dtbook.trajectories.agent import ActorCritic
 from dtbook.trajectories.recording import CLASS_NAMES, Trajectories, play
 
 
