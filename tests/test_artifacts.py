@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dtbook import artifacts
 from dtbook.artifacts import ArtifactError, ArtifactStore, atomic_write, provenance
+from dtbook.artifacts import store as artifact_store
 
 MADE_BY = {"stage": "test", "code": ["dtbook.artifacts.provenance"]}
 
@@ -430,7 +430,7 @@ def test_a_package_installed_from_git_fetches_from_that_very_commit(monkeypatch)
     def address(record):
         distribution = SimpleNamespace(read_text=lambda name: record and json.dumps(record))
         monkeypatch.setattr("importlib.metadata.distribution", lambda name: distribution)
-        return artifacts._installed_from()
+        return artifact_store._installed_from()
 
     assert address(record) == "https://example.org/a/book/raw/c0ffee/data"
     assert address({"url": "file:///a/book", "dir_info": {}}) == "file:///a/book/data"

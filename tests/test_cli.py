@@ -39,7 +39,7 @@ def checkout(tmp_path, monkeypatch):
     (folder / "book").mkdir(parents=True)
     write_notebook(folder / "notebooks/01_task.ipynb", "print(episodes * temperature)", parameters=PARAMETERS)
     monkeypatch.setattr(cli, "CHECKOUT", folder)
-    monkeypatch.setattr("dtbook.artifacts.CHECKOUT", folder)
+    monkeypatch.setattr("dtbook.artifacts.store.CHECKOUT", folder)
     (folder / "pyproject.toml").touch()
     return folder
 

@@ -23,8 +23,9 @@ from dtbook.artifacts import ArtifactStore, provenance
 COMMAND = """
 import sys
 from pathlib import Path
-from dtbook import artifacts, cli
-artifacts.CHECKOUT = cli.CHECKOUT = Path(sys.argv[1])
+from dtbook import cli
+from dtbook.artifacts import store
+store.CHECKOUT = cli.CHECKOUT = Path(sys.argv[1])
 cli.main(sys.argv[2:])
 """
 
@@ -37,7 +38,7 @@ def checkout(tmp_path, monkeypatch):
     (folder / "pyproject.toml").touch()
     write_notebook(folder / "notebooks/01_task.ipynb", "print(episodes)", parameters=PARAMETERS)
     monkeypatch.setattr(cli, "CHECKOUT", folder)
-    monkeypatch.setattr("dtbook.artifacts.CHECKOUT", folder)
+    monkeypatch.setattr("dtbook.artifacts.store.CHECKOUT", folder)
     return folder
 
 
@@ -132,9 +133,10 @@ def test_a_run_on_a_full_disk_is_one_sentence_and_the_next_one_carries_on(tmp_pa
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from pathlib import Path
         from click.testing import CliRunner
-        from dtbook import artifacts, cli
+        from dtbook import cli
+        from dtbook.artifacts import store
         from test_cli import write_notebook
-        artifacts.CHECKOUT = cli.CHECKOUT = folder = Path(sys.argv[1])
+        store.CHECKOUT = cli.CHECKOUT = folder = Path(sys.argv[1])
         (folder / "pyproject.toml").touch()
         path, cell = folder / "notebooks/01_big.ipynb", "print(*range(n), sep=chr(10))"
         write_notebook(path, cell, parameters="n = 200_000  # lines")

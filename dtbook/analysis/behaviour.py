@@ -19,12 +19,11 @@ from dtbook.analysis.attribution import contrast
 from dtbook.analysis.heads import forward_preference
 from dtbook.analysis.interventions import ablate
 from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
-from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
 from dtbook.gridworld.situations import SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.protocol import AVOIDS, TABLE_1
+from dtbook.protocol import AVOIDS, RTGS, TABLE_1, TIMESTEPS
 from dtbook.rollout import CALIBRATION_RTGS, OUTCOMES, episode_table, rollout, summarise
 
 FACING = tuple(name for name in SITUATIONS if name != "empty")
@@ -125,7 +124,8 @@ def over_time(
 
     Columns: `situation`, `rtg`, `timestep`; `forward` (mean), `low`, `high`; `over`, the share of the weight with
     P(forward) above `protocol.AVOIDS`, and `n_over`, how many observations that is; `greedy`, the share on which
-    forward is the likeliest action; `worst` and `mildest`, the rows of the observations with the highest and the lowest.
+    forward is the likeliest action; `worst` and `mildest`, the rows of the observations with the highest and the
+    lowest.
     """
     parts = []
     for situation in situations:

@@ -15,14 +15,13 @@ from dtbook.analysis.ablations import situation_table
 from dtbook.analysis.attribution import contrast, preference_direction
 from dtbook.analysis.heads import THRESHOLD, forward_preference, obstacle_head_scores
 from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
-from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.analysis.stats import weighted_correlation
 from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import counterfactual_pairs, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.protocol import HIGH
+from dtbook.protocol import HIGH, RTGS, TIMESTEPS
 from dtbook.trajectories.recording import Trajectories
 
 AT = 10
