@@ -21,6 +21,8 @@ HTML = ROOT / "book" / "_build" / "html"
 CONFIG = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())
 TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 CHAPTERS = [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
+API = next(chapter for chapter in TOC["parts"][-1]["chapters"] if chapter["file"] == "book/api")
+ROOMS = [f"{section['file']}.html" for section in API["sections"]]
 PAGES = [f"{name}.html" for name in (TOC["root"], *CHAPTERS)]
 NOTEBOOK_PAGES = [page for page in PAGES if page.startswith("notebooks/")]
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
@@ -29,7 +31,7 @@ SCREENSHOTS = os.environ.get(
     "DTBOOK_SCREENSHOTS"
 )  # a folder for a picture of every page, where one wants them
 WIDTHS = (360, 768, 1440)
-OTHER_PAGES = ["404.html", "genindex.html", "search.html?q=agent"]
+OTHER_PAGES = ["book/api/model.html", "404.html", "genindex.html", "search.html?q=agent"]
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +177,7 @@ def test_definition_shows_when_the_term_is_reached(browser, address):
         assert term.locator(".definition").is_visible()
 
 
-@pytest.mark.parametrize("page", [*PAGES, "404.html", "genindex.html"])
+@pytest.mark.parametrize("page", [*PAGES, *ROOMS, "404.html", "genindex.html"])
 def test_links_lead_somewhere(book, page):
     assert links.broken(book / page, book, UNDER) == []
 
@@ -234,7 +236,8 @@ def test_the_playground_is_light_and_every_model_and_preset_can_be_chosen(browse
 def test_every_page_is_on_the_map_and_has_a_picture_to_share(book):
     sitemap = ElementTree.parse(book / "sitemap.xml").getroot()
     base = URLS["Book"]
-    assert {place.text for place in sitemap.iterfind("{*}url/{*}loc")} >= {base + page for page in PAGES}
+    places = [place.text for place in sitemap.iterfind("{*}url/{*}loc")]
+    assert sorted(places) == sorted(base + page for page in PAGES + ROOMS)
     picture = (book / "_static" / "social.png").read_bytes()
     assert (int.from_bytes(picture[16:20]), int.from_bytes(picture[20:24])) == (1200, 630)
     for page in PAGES:
@@ -243,13 +246,29 @@ def test_every_page_is_on_the_map_and_has_a_picture_to_share(book):
         assert soup.select_one("link[rel=canonical]")["href"] == base + page
 
 
-def test_api_page_has_every_room(book):
-    soup = BeautifulSoup((book / "book/api.html").read_text(), "html.parser")
-    rooms = {f"dtbook.{path.stem}" for path in (ROOT / "dtbook").glob("[a-z]*.py")}
-    assert {title.text.rstrip("#") for title in soup.select("article h2")} == rooms
-    entry = soup.find(id="dtbook.rollout.rollout")
-    assert "model: " in entry.text
-    assert len(soup.select("dl.py.function")) > 50
+def test_api_has_a_page_for_every_room_with_all_its_modules(book):
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0][
+        "layers"
+    ]
+    rooms = [room for layer in reversed(layers) for room in re.findall(r"\w+", layer)]
+    assert [f"book/api/{room}.html" for room in rooms] == ROOMS
+    listed = BeautifulSoup((book / "book/api.html").read_text(), "html.parser").select("article li > p > a")
+    assert [link["href"] for link in listed] == [f"api/{room}.html" for room in rooms]
+    for room, page in zip(rooms, ROOMS, strict=True):
+        soup = BeautifulSoup((book / page).read_text(), "html.parser")
+        modules = [
+            f"dtbook.{room}.{path.stem}" for path in sorted((ROOT / "dtbook" / room).glob("[a-z]*.py"))
+        ]
+        assert [title.text.rstrip("#") for title in soup.select("article h2")] == modules
+
+
+def test_api_says_what_a_name_takes_and_where_it_can_be_imported(book):
+    rollout = BeautifulSoup((book / "book/api/rollout.html").read_text(), "html.parser")
+    assert "model: " in rollout.find(id="dtbook.rollout.rollout").text
+    model = BeautifulSoup((book / "book/api/model.html").read_text(), "html.parser")
+    links = {link.text: link["href"] for link in model.select("article section > p > a")}
+    assert links["DecisionTransformer"] == "#dtbook.model.transformer.DecisionTransformer"
+    assert len(model.select("dl.py.function")) > 20
 
 
 @pytest.mark.parametrize("page", PAGES)

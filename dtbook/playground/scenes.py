@@ -1,4 +1,4 @@
-"""What the scene of a playground may hold: the checks of scene.js, for what Python is given."""
+"""The checks of a playground's scene: those of scene.js, for what Python is given."""
 
 import re
 from collections.abc import Mapping
@@ -111,7 +111,7 @@ class _Check:
 
 
 def editable(cfg: DTConfig) -> dict[str, tuple[str, ...]]:
-    """Which components of a model can be edited, neurons aside, and in which ways: `editable` of engine.js."""
+    """Return the components of a model that can be edited, neurons aside, with the ways: `editable` of engine.js."""
     ways: dict[str, tuple[str, ...]] = dict.fromkeys(("rtg", "state", "time"), ("patch",))
     for layer in range(cfg.n_layers):
         for head in range(cfg.n_heads):
