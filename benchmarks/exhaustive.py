@@ -21,11 +21,11 @@ import torch
 
 from dtbook.analysis.ablations import situation_table
 from dtbook.analysis.population import logits
-from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.artifacts import ArtifactStore
 from dtbook.gridworld import ObservationSet, all_observations
 from dtbook.gridworld.situations import batches, sample
 from dtbook.model import DecisionTransformer
+from dtbook.protocol import RTGS, TIMESTEPS
 
 TARGETS = {"one (RTG, t) pass, listing included": 6.0, "table behind chapter 06": 240.0}
 """Seconds on one core."""

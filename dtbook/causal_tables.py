@@ -19,6 +19,7 @@ from dtbook.gridworld.rules import Task
 from dtbook.model.files import POST_MODEL_SHA256
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import Writer, folder_of, run_stage, table_writer
+from dtbook.protocol import TIMESTEP
 from dtbook.trajectories.ppo import one_thread
 
 FILES = {
@@ -56,17 +57,17 @@ def make_tables(
 
     run(
         "causal",
-        {"cases": counterfactuals.CASES, "timestep": counterfactuals.TIMESTEP},
+        {"cases": counterfactuals.CASES, "timestep": TIMESTEP},
         lambda model: [counterfactuals.causal_table(model, all_observations())],
     )
     run(
         "circuits",
-        {"cases": faithfulness.CASES, "timestep": counterfactuals.TIMESTEP, "keep": faithfulness.KEEP},
+        {"cases": faithfulness.CASES, "timestep": TIMESTEP, "keep": faithfulness.KEEP},
         lambda model: _circuits(model, seed),
     )
     run(
         "program",
-        {"rtgs": program.RTGS, "timesteps": program.TIMESTEPS, "episodes": EPISODES},
+        {"rtgs": program.FITTED_RTGS, "timesteps": program.FITTED_TIMESTEPS, "episodes": EPISODES},
         lambda model: _program(model, task, seed),
     )
 

@@ -14,7 +14,6 @@ from dtbook.analysis import behaviour
 from dtbook.analysis.ablations import HOW, situation_table
 from dtbook.analysis.head_circuit import measure_circuit
 from dtbook.analysis.heads import obstacle_head_scores, order_heads
-from dtbook.analysis.program import RTGS, TIMESTEPS
 from dtbook.analysis.views import embeddings
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
 from dtbook.claims.evidence import Evidence
@@ -35,6 +34,7 @@ from dtbook.pipeline import (
     run_stage,
     table_writer,
 )
+from dtbook.protocol import RTGS, TIMESTEPS
 from dtbook.replicas import in_processes
 from dtbook.rollout import CALIBRATION_RTGS
 from dtbook.trajectories.recording import Trajectories
