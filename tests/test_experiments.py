@@ -199,6 +199,7 @@ def swept(tmp_path_factory):
     return root, points
 
 
+@pytest.mark.slow
 def test_a_sweep_is_collected_into_a_row_a_model_and_its_front_cells(swept, probe, tmp_path, monkeypatch):
     root, points = swept
     monkeypatch.setattr(experiments, "make_probe", lambda: probe)
@@ -224,6 +225,7 @@ def test_a_sweep_is_collected_into_a_row_a_model_and_its_front_cells(swept, prob
     experiments.collect(store, "encodings", root, root / "runs", progress=False)
 
 
+@pytest.mark.slow
 def test_an_incomplete_sweep_is_not_collected(swept, tmp_path):
     root, _ = swept
     with pytest.raises(

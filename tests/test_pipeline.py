@@ -17,6 +17,8 @@ from dtbook.model import DecisionTransformer
 from dtbook.pipeline import REFERENCE_ONLY, name_of, shipped_names
 from dtbook.trajectories import Trajectories
 
+pytestmark = pytest.mark.slow
+
 SMALL = """
 import sys
 from dtbook import pipeline
