@@ -272,8 +272,8 @@ def reproduce(
         names = reproduction.reproduce(made, shipped, chosen, workers, everything, click.echo, _say_stage)
     card = shipped.entries().get(measures.SCORECARD[0], {"parameters": {"seeds": chosen}})
     if not publish and card["parameters"]["seeds"] != chosen:
-        click.echo("The scorecard of data/ is over other seeds: it is not compared")
-        names = [name for name in names if name not in measures.SCORECARD]
+        click.echo("The tables of data/ over all replications are over other seeds: they are not compared")
+        names = [name for name in names if name not in (*measures.SCORECARD, replicas.TABLE)]
     _compare(made, shipped, names, publish)
 
 
