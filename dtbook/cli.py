@@ -331,15 +331,17 @@ def reproduce(
     if portable:
         choose_portable()  # before anything computes
     from dtbook.pipeline import measure, reproduce  # imports torch and TransformerLens
+    from dtbook.pipeline.replication import TABLE
 
     folder = folder or CHECKOUT / "runs" / ("portable" if portable else "reproduce")
     made, shipped = ArtifactStore(folder.absolute()), ArtifactStore()
     with _goes_on(made.root):
         names = reproduce.reproduce(made, shipped, seeds, workers, scheduler, everything, say=click.echo)
-    card = shipped.entries().get(measure.SCORECARD[0], {"seeds": seeds})
+    over_all = (*measure.SCORECARD, TABLE)
+    card = shipped.entries().get(over_all[0], {"seeds": seeds})
     if not publish and card["seeds"] != seeds:
-        click.echo("The scorecard of data/ is over other seeds: it is not compared")
-        names = [name for name in names if name not in measure.SCORECARD]
+        click.echo("The tables of data/ over all replications are over other seeds: they are not compared")
+        names = [name for name in names if name not in over_all]
     _compare(made, shipped, names, publish)
 
 
