@@ -1,12 +1,13 @@
 """The `dtbook` command: run the notebooks, build the book, check what it starts from, measure."""
 
-import itertools
 import os
 import platform
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 
 import click
 from filelock import FileLock
+from tqdm import tqdm
 
+from dtbook.artifacts.post_weights import named_copy
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
 from dtbook.pages.notebooks import (
     NotebookError,
     check_parameters,
     declared_parameters,
     find_notebooks,
+    in_order,
     inputs_digest,
     is_current,
     run_notebook,
@@ -47,7 +51,13 @@ def main() -> None:
 @click.argument("names", nargs=-1, metavar="[NN]...")
 @click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Set a parameter; repeatable.")
 @click.option("--again", is_flag=True, help="Execute once more, and compare with the book's copies.")
-def run(names: tuple[str, ...], assignments: tuple[str, ...], again: bool) -> None:
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=min(os.cpu_count() or 1, 4),
+    help="Notebooks at once, of which each takes up to 1 GB  [default: one a core, at most 4].",
+)
+def run(names: tuple[str, ...], assignments: tuple[str, ...], again: bool, workers: int) -> None:
     """Execute notebooks in order: those numbered NN, or all of them.
 
     A copy that is up to date is not made again. With -p the copies go to runs/ and never reach the book. With --again
@@ -56,53 +66,89 @@ def run(names: tuple[str, ...], assignments: tuple[str, ...], again: bool) -> No
     if again and assignments:
         raise click.UsageError("--again compares with the book's copies, which know no -p")
     paths = find_notebooks(CHECKOUT / "notebooks", names)
+    named_copy()  # refused at once where there is none
     if again:
-        return _run_again(paths)
+        return _run_again(paths, workers)
     folder = CHECKOUT / "runs" if assignments else CHECKOUT / "book" / "_executed"
     given = dict(_assignment(text) for text in assignments)
     parameters = {path: check_parameters(path, given) for path in paths}
-    for position, path in enumerate(paths, start=1):
-        line = f"[{position}/{len(paths)}] {path.stem}"
-        click.echo(f"{line}: {_run(path, folder / path.name, parameters[path], line)}")
+    for job, outcome in _run_all(_jobs(parameters, folder), workers):
+        click.echo(f"{job.line}: {outcome}")
     click.echo(f"Executed notebooks are in {folder}")
 
 
-def _run(path: Path, target: Path, parameters: dict[str, object], line: str) -> str:
-    """Make `target` unless it is current, and return what was done; `line` labels a bar that counts cells.
+@dataclass(frozen=True)
+class _Job:
+    """A notebook to execute, with its line on the screen and the digest of all that its outputs follow from."""
 
-    Of two runs at once the second waits, and finds the copy of the first.
+    line: str
+    path: Path
+    target: Path
+    parameters: dict[str, object]
+    inputs: str
+
+    def is_done(self) -> bool:
+        return is_current(self.target, self.inputs)
+
+
+def _jobs(parameters: dict[Path, dict[str, object]], folder: Path) -> list[_Job]:
+    store = ArtifactStore()
+    return [
+        _Job(
+            f"[{position}/{len(parameters)}] {path.stem}",
+            path,
+            folder / path.name,
+            given,
+            inputs_digest(path, given, store),
+        )
+        for position, (path, given) in enumerate(parameters.items(), start=1)
+    ]
+
+
+def _run_all(jobs: list[_Job], workers: int) -> Iterator[tuple[_Job, str]]:
+    """Make the copies that are not current, and yield what was done for each job, in their order.
+
+    On a terminal a bar counts the cells of the notebook that is executed, or of several at once the notebooks.
     """
-    inputs = inputs_digest(path, parameters, ArtifactStore())
-    if is_current(target, inputs):
-        return "up to date"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.stem}.lock")):
-        if is_current(target, inputs):
+    todo = [job for job in jobs if not job.is_done()]
+    several, terminal = min(workers, len(todo)) > 1, sys.stderr.isatty()
+    outcomes = in_order(_run, [(job, terminal and not several) for job in todo], workers)
+    with tqdm(total=len(jobs), desc="notebooks", leave=False, disable=not (terminal and several)) as bar:
+        for job in jobs:
+            outcome = next(outcomes) if job in todo else "up to date"
+            with bar.external_write_mode():
+                yield job, outcome
+            bar.update()
+
+
+def _run(job: _Job, bar: bool) -> str:
+    """Make one copy and return how long it took; of two runs at once the second waits, and finds it made."""
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(job.target.with_name(f".{job.target.stem}.lock")):
+        if job.is_done():
             return "up to date"
         start = time.perf_counter()
-        run_notebook(path, target, parameters, inputs, progress=line if sys.stderr.isatty() else "")
+        run_notebook(job.path, job.target, job.parameters, job.inputs, progress=job.line if bar else "")
     return f"done in {time.perf_counter() - start:.1f} s"
 
 
-def _run_again(paths: list[Path]) -> None:
-    store, copies, different = ArtifactStore(), CHECKOUT / "book" / "_executed", []
-    inputs = {path: inputs_digest(path, {}, store) for path in paths}
-    if stale := [path.stem for path in paths if not is_current(copies / path.name, inputs[path])]:
+def _run_again(paths: list[Path], workers: int) -> None:
+    copies, folder = CHECKOUT / "book" / "_executed", CHECKOUT / "runs" / "again"
+    jobs = _jobs({path: {} for path in paths}, folder)
+    if stale := [job.path.stem for job in jobs if not is_current(copies / job.path.name, job.inputs)]:
         raise click.ClickException(
             f"the book's copies of {', '.join(stale)} are not current: first `dtbook run`"
         )
-    for position, path in enumerate(paths, start=1):
-        line, target = f"[{position}/{len(paths)}] {path.stem}", CHECKOUT / "runs" / "again" / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        run_notebook(path, target, {}, inputs[path], progress=line if sys.stderr.isatty() else "")
-        same = target.read_bytes() == (copies / path.name).read_bytes()
-        click.echo(f"{line}: {'identical' if same else 'differs'}")
+    for job in jobs:
+        job.target.unlink(missing_ok=True)
+    different = []
+    for job, _ in _run_all(jobs, workers):
+        same = job.target.read_bytes() == (copies / job.path.name).read_bytes()
+        click.echo(f"{job.line}: {'identical' if same else 'differs'}")
         if not same:
-            different.append(path.stem)
+            different.append(job.path.stem)
     if different:
-        raise click.ClickException(
-            f"run again, {', '.join(different)} came out otherwise: see {target.parent}"
-        )
+        raise click.ClickException(f"run again, {', '.join(different)} came out otherwise: see {folder}")
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -200,24 +246,15 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
     Leaves an artifact for each point, a manifest, and table.parquet with one row a point. The same command goes on
     with a sweep that was interrupted, or whose points failed: what is there is not run again.
     """
-    from dtbook import sweep as sweeps  # imports pandas, which the other commands do without
+    from dtbook.pipeline.sweep import read_sweep, run_sweep  # imports torch and TransformerLens
 
-    points = sweeps.read_sweep(file, CHECKOUT / "notebooks")
+    points = read_sweep(file, CHECKOUT / "notebooks")
     folder = (folder or CHECKOUT / "runs" / "sweeps" / file.stem).absolute()
     if dry_run:
         click.echo("\n".join(f"{point.id}  {point}" for point in points))
         return
-    count = itertools.count(1)
-
-    def report(point: sweeps.Point, outcome: sweeps.Outcome) -> None:
-        done = f"done in {outcome.seconds:.1f} s" if outcome.seconds is not None else "up to date"
-        click.echo(f"[{next(count)}/{len(points)}] {point}: {outcome.error or done}")
-
-    try:
-        table = sweeps.run_sweep(points, folder, workers, scheduler, report)
-    except KeyboardInterrupt:
-        click.echo(f"Interrupted. What is done lies in {folder}; the same command goes on with the rest.")
-        raise
+    with _goes_on(folder):
+        table = run_sweep(points, folder, workers, scheduler, click.echo)
     click.echo(f"The table is {folder / 'table.parquet'}: {len(table)} rows, {len(table.columns)} columns")
     if failed := table["error"].notna().sum():
         raise click.ClickException(
@@ -225,71 +262,125 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
         )
 
 
-@main.command()
-@click.option("--seeds", default="0-9", show_default=True, help="Replications to make, like 0-9 or 0,3,5-7.")
-@click.option(
+@contextmanager
+def _goes_on(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted. What is done lies in {folder}; the same command goes on with the rest.")
+        raise
+
+
+class _Seeds(click.ParamType):
+    name = "seeds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        from dtbook.pipeline.replication import parse_seeds
+
+        try:
+            return parse_seeds(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+_workers = click.option(
     "--workers",
     type=click.IntRange(min=1),
     default=os.cpu_count() or 1,
-    help="Processes [default: one a core].",
+    help="Processes  [default: one a core].",
 )
+_scheduler = click.option(
+    "--scheduler", metavar="ADDRESS", help="A Dask scheduler (tcp://…) in place of local processes."
+)
+
+
+def _run_jobs(jobs: Any, workers: int, scheduler: str | None, folder: Path) -> None:
+    from dtbook.pipeline.engine import failures, run_graph
+
+    with _goes_on(folder):
+        failed = failures(run_graph(jobs, workers, scheduler, click.echo))
+    if failed:
+        raise click.ClickException(f"{', '.join(failed)} failed; the same command tries again")
+
+
+@main.command()
+@click.option(
+    "--seeds", type=_Seeds(), default="0-9", show_default=True, help="Those to make, like 0-9 or 0,3,5-7."
+)
+@_workers
+@_scheduler
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "reproduce", show_default=True
 )
 @click.option("--publish", is_flag=True, help="Put what was made into data/, for the next commit.")
-@click.option(
-    "--everything",
-    is_flag=True,
-    help="Also what chapters 9, 11, 12 and 15 start from.",
-)
-def reproduce(seeds: str, workers: int, folder: Path, publish: bool, everything: bool) -> None:
+@click.option("--everything", is_flag=True, help="Also what chapters 9, 11, 12 and 15 start from.")
+def reproduce(
+    seeds: list[int], workers: int, scheduler: str | None, folder: Path, publish: bool, everything: bool
+) -> None:
     """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration, claims.
 
     Seed 0 is the reference: with it come the controls and the post's weights. An interrupted call goes on where it
     stopped. Bytes are the same on the same machine with the same libraries; on another, sums are rounded otherwise, and
     what is equal up to that is called "rounding".
     """
-    from dtbook import measures, replicas, reproduction  # import torch and TransformerLens
+    from dtbook.pipeline import measure, reproduce  # imports torch and TransformerLens
 
-    try:
-        chosen = replicas.parse_seeds(seeds)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--seeds") from error
     made, shipped = ArtifactStore(folder.absolute()), ArtifactStore()
-    made.root.mkdir(parents=True, exist_ok=True)
-    # of two at once the second waits, and finds what the first made
-    with FileLock(made.root / ".reproduce.lock"):
-        names = reproduction.reproduce(made, shipped, chosen, workers, everything, click.echo, _say_stage)
-    card = shipped.entries().get(measures.SCORECARD[0], {"parameters": {"seeds": chosen}})
-    if not publish and card["parameters"]["seeds"] != chosen:
+    with _goes_on(made.root):
+        names = reproduce.reproduce(made, shipped, seeds, workers, scheduler, everything, say=click.echo)
+    card = shipped.entries().get(measure.SCORECARD[0], {"seeds": seeds})
+    if not publish and card["seeds"] != seeds:
         click.echo("The scorecard of data/ is over other seeds: it is not compared")
-        names = [name for name in names if name not in measures.SCORECARD]
+        names = [name for name in names if name not in measure.SCORECARD]
     _compare(made, shipped, names, publish)
 
 
 @main.command()
-@click.option("--seeds", default="0-9", show_default=True, help="Replications of data/, like 0-9 or 0,3,5-7.")
-@click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Processes.")
-def causes(seeds: str, workers: int) -> None:
+@click.option(
+    "--seeds", type=_Seeds(), default="0-9", show_default=True, help="Those of data/, like 0-9 or 0,3,5-7."
+)
+@_workers
+def causes(seeds: list[int], workers: int) -> None:
     """Make the tables of causal effects, circuits and programs in data/, of its models and the post's.
 
     Tables that are there, of the same model and code, are not made again.
     """
-    from dtbook import causal_tables, replicas
+    from dtbook.pipeline import measure
+    from dtbook.pipeline.replication import Recipe
 
-    try:
-        chosen = replicas.parse_seeds(seeds)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--seeds") from error
     store = ArtifactStore()
-    for name in causal_tables.make_all(store, chosen, workers):
-        click.echo(store.root / name)
+    _run_jobs(measure.causes(store, seeds, Recipe()), workers, None, store.root)
 
 
-def _say_stage(seed: int, stage: str, seconds: float) -> None:
-    click.echo(
-        f"seed {seed}: {stage} done in {seconds:.0f} s" if seconds > 1 else f"seed {seed}: {stage} is there"
-    )
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where the tables go.  [default: runs/measure/FOLDER]"
+)
+@click.option("--only", multiple=True, metavar="STAGE", help="Only what this stage makes; repeatable.")
+@_workers
+def measure(folder: Path, out: Path | None, only: tuple[str, ...], workers: int) -> None:
+    """Make every table of chapters 4 to 9 and 15 for a model of your own, in a FOLDER that `save_pretrained` wrote.
+
+    What is there already, of the same model, is not made again, so an interrupted call goes on where it stopped.
+    """
+    from dtbook.pipeline import measure as rooms
+
+    out = (out or CHECKOUT / "runs" / "measure" / folder.resolve().name).absolute()
+    try:
+        jobs = rooms.of_folder(folder, ArtifactStore(out), only=only)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    _run_jobs(jobs, workers, None, out)
+    click.echo(f"The tables are in {out / rooms.OWN}")
+
+
+@main.command()
+def stages() -> None:
+    """Say what makes each file of data/, which command that is, and which chapters use it."""
+    from dtbook.pipeline.listing import listing
+
+    click.echo(listing(CHECKOUT / "notebooks").to_string(index=False))
 
 
 def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool) -> None:
@@ -312,16 +403,18 @@ def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publ
 @click.option(
     "--made", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "reproduce", show_default=True
 )
-def experiments(sweeps: Path, made: Path) -> None:
+@_workers
+def experiments(sweeps: Path, made: Path, workers: int) -> None:
     """Measure what the sweeps in sweeps/ and the replications' snapshots have left, put the tables into data/.
 
     First `dtbook sweep sweeps/NAME.yml` for each of them and `dtbook reproduce`. What is current is not done again.
     """
-    from dtbook import experiments as rooms  # imports torch and TransformerLens
+    from dtbook.pipeline import experiments as rooms
+    from dtbook.pipeline.replication import Recipe, seeds_with
 
-    parts = rooms.run_all(ArtifactStore(), ArtifactStore(made.absolute()), CHECKOUT, sweeps.absolute())
-    for name, outcome in parts:
-        click.echo(f"{name}: {outcome}")
+    store, source = ArtifactStore(), ArtifactStore(made.absolute())
+    seeds = seeds_with(source, "snapshots.safetensors")
+    _run_jobs(rooms.graph(store, source, seeds, sweeps.absolute(), Recipe()), workers, None, store.root)
 
 
 @main.command()

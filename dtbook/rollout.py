@@ -1,5 +1,7 @@
 """Acting in the task: a Decision Transformer given an RTG, all episodes of all RTGs in lockstep."""
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import gymnasium as gym
@@ -205,6 +207,26 @@ def calibration_error(curve: pd.DataFrame, low: float = 0.0, high: float = 0.9) 
     if within.empty:
         raise ValueError(f"the curve has no RTG between {low} and {high}")
     return float((within["mean"] - within["rtg"]).abs().mean())
+
+
+def calibration_row(
+    calibration: pd.DataFrame,
+    columns: Mapping[str, Sequence[float]] = MappingProxyType({"mean": (-1.0, 0.0, 0.9), "survived": (0.0,)}),
+) -> dict[str, float]:
+    """Return figures of a table of calibration curves by name, each way of acting for itself.
+
+    "greedy 0.9" is the mean return, "sampled survived 0" that column, at the RTG at the end of the name; with the means
+    goes "greedy error", `calibration_error`. RTGs that a curve does not have are left out.
+    """
+    row: dict[str, float] = {}
+    for acting, curve in calibration.groupby("acting"):
+        at = curve.set_index(curve["rtg"].round(3))
+        for column, rtgs in columns.items():
+            name = f"{acting} " if column == "mean" else f"{acting} {column} "
+            row |= {f"{name}{rtg:g}": float(at[column][rtg]) for rtg in rtgs if rtg in at.index}
+        if "mean" in columns and curve["rtg"].between(0, 0.9).any():
+            row[f"{acting} error"] = calibration_error(curve)
+    return row
 
 
 def _check_rtgs(rtgs: npt.ArrayLike) -> np.ndarray:

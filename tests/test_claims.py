@@ -150,6 +150,7 @@ def test_the_table_has_every_claim():
     assert set(CLAIMS) - set(RULES) == {"C25", "C26", "C27", "C28"}
 
 
+@pytest.mark.post_weights
 def test_the_posts_weights_give_the_posts_numbers(post, observations):
     """RTG, Table 3, Figs. 14, 16 and 17: what it printed of its own weights."""
     e = Evidence(post, observations)

@@ -7,12 +7,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from dtbook import experiments, sweep
 from dtbook.analysis import dynamics
 from dtbook.analysis.heads import obstacle_head_scores
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.gridworld import FRONT, Task
 from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.pipeline import Recipe, experiments, sweep
+from dtbook.pipeline.engine import Job, run_job
+from dtbook.pipeline.replication import seeds_with
 from dtbook.trajectories import play
 
 SMALL = {"d_model": 16, "d_head": 8, "d_mlp": 16, "max_steps": 30}
@@ -202,9 +204,10 @@ def swept(tmp_path_factory):
 
 def test_a_sweep_is_collected_into_a_row_a_model_and_its_front_cells(swept, probe, tmp_path, monkeypatch):
     root, points = swept
-    monkeypatch.setattr(experiments, "make_probe", lambda: probe)
+    monkeypatch.setattr(experiments, "make_probe", lambda task: probe)
     store = ArtifactStore(tmp_path / "data")
-    experiments.collect(store, "encodings", root, root / "runs", progress=False)
+    job = experiments.collected(store, "encodings", points, root / "runs", Recipe())
+    assert job.ensure() > 0
     table = pd.read_parquet(store.path("experiments/encodings.parquet"))
     cells = pd.read_parquet(store.path(experiments.FRONT_CELLS))
     assert table["encoding"].tolist() == ["index", "one-hot"]
@@ -221,20 +224,18 @@ def test_a_sweep_is_collected_into_a_row_a_model_and_its_front_cells(swept, prob
             cells[cells["point"] == point.id][["kind", "name", "value"]].reset_index(drop=True),
             experiments.front_cells(model),
         )
-    monkeypatch.setattr(experiments, "make_probe", lambda: pytest.fail("it was current"))
-    experiments.collect(store, "encodings", root, root / "runs", progress=False)
+    assert job.ensure() is None, "it was current"
 
 
 def test_an_incomplete_sweep_is_not_collected(swept, tmp_path):
-    root, _ = swept
-    with pytest.raises(
-        ArtifactError, match=r"lacks 2 of 2 points: `dtbook sweep sweeps/encodings\.yml` makes them"
-    ):
-        experiments.collect(ArtifactStore(tmp_path / "data"), "encodings", root, tmp_path)
+    _, points = swept
+    job = experiments.collected(ArtifactStore(tmp_path / "data"), "encodings", points, tmp_path, Recipe())
+    missing = f"{tmp_path / 'encodings'} has no {points[0].artifact} and 1 more"
+    assert run_job(job).error == f"{missing}: `dtbook sweep sweeps/encodings.yml` makes it"
 
 
 def test_dynamics_follow_the_finished_models_head_numbers(probe, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "make_probe", lambda: probe)
+    monkeypatch.setattr(experiments, "make_probe", lambda task: probe)
     made, store = ArtifactStore(tmp_path / "made"), ArtifactStore(tmp_path / "data")
     trained = {step: DecisionTransformer(DTConfig(**SMALL), seed=step) for step in (0, 7)}
     flat = {f"{at}/{k}": v.clone() for at, m in trained.items() for k, v in m.state_dict().items()}
@@ -242,11 +243,14 @@ def test_dynamics_follow_the_finished_models_head_numbers(probe, tmp_path, monke
         save_file(flat, path)
     with made.write("seed_4/model", stage="heads", code=["dtbook.analysis.heads"]) as path:
         trained[7].permute_heads(0, [1, 0]).save_pretrained(path)
-    assert experiments.seeds_with(made, "snapshots.safetensors") == [4]
-    experiments.measure_dynamics(store, 4, made, progress=False)
+    assert seeds_with(made, "snapshots.safetensors") == [4]
+    row = experiments.ROWS["dynamics"]
+    Job(row, store, "seed_4", Recipe(), (4,), source=made).ensure()
     table = pd.read_parquet(store.path("seed_4/dynamics.parquet")).set_index("step")
     for step, model in trained.items():
         before = dynamics.inspect(model.eval(), probe)
         assert table["score L0H1"][step] == pytest.approx(before["score L0H0"], abs=1e-5)
-    with pytest.raises(ArtifactError, match=r"has no seed_5/snapshots\.safetensors"):
-        experiments.measure_dynamics(store, 5, made)
+    with pytest.raises(
+        ArtifactError, match=r"has no seed_5/snapshots\.safetensors and 1 more: `dtbook repro"
+    ):
+        Job(row, store, "seed_5", Recipe(), (5,), source=made).ensure()

@@ -12,6 +12,8 @@ from dtbook.analysis import long_context
 from dtbook.artifacts import ArtifactStore
 from dtbook.gridworld import DynamicObstaclesVectorEnv
 from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.pipeline.engine import Job
+from dtbook.pipeline.replication import LONG_CONTEXT, ROWS, LongContext
 from dtbook.training import TrainConfig
 from dtbook.trajectories import RecordEpisodes
 
@@ -130,17 +132,21 @@ def test_the_model_is_made_once_of_the_references_trajectories(tmp_path, data):
         "seed_0/trajectories.npz", stage="collection", code=["dtbook.trajectories.collection"]
     ) as path:
         data.save(path)
-    arguments = {"shape": replace(CFG, max_steps=12), "config": CONFIG, "progress": False}
-    assert long_context.make(store, **arguments) == [long_context.NAME]
-    entry, made = store.entries()[long_context.NAME], store.path(long_context.NAME)
-    assert entry["parameters"]["data"] == store.entries()["seed_0/trajectories.npz"]["sha256"]
+
+    def job(config):
+        return Job(ROWS["long context"], store, recipe=LongContext(replace(CFG, max_steps=12), config))
+
+    job(CONFIG).ensure()
+    entry, made = store.entries()[LONG_CONTEXT], store.path(LONG_CONTEXT)
+    trajectories = "seed_0/trajectories.npz"
+    assert entry["parameters"]["from"] == {trajectories: store.entries()[trajectories]["sha256"]}
     assert entry["parameters"]["model"]["n_timesteps"] == N_TIMESTEPS
     assert json.loads((made / "config.json").read_text())["cfg"]["n_timesteps"] == N_TIMESTEPS
-    assert [path.name for path in made.parent.iterdir()] == ["model"], "nothing of the training is left"
+    assert list((tmp_path / ".running").iterdir()) == [], "nothing of the training is left"
     weights = made / "model.safetensors"
     stamp = weights.stat().st_mtime_ns
-    long_context.make(store, **arguments)
+    assert job(CONFIG).ensure() is None
     assert weights.stat().st_mtime_ns == stamp
-    long_context.make(store, **(arguments | {"config": replace(CONFIG, steps=2)}))
-    assert DecisionTransformer.from_pretrained(store.path(long_context.NAME)).cfg.n_timesteps == N_TIMESTEPS
+    assert job(replace(CONFIG, steps=2)).ensure() > 0
+    assert DecisionTransformer.from_pretrained(store.path(LONG_CONTEXT)).cfg.n_timesteps == N_TIMESTEPS
     assert weights.stat().st_mtime_ns != stamp

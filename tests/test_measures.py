@@ -1,19 +1,28 @@
 """Findings and scorecard as artifacts: put together from what the store holds, made once, named where absent."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import small
+from click.testing import CliRunner
 
-from dtbook import measures
+from dtbook import cli
 from dtbook.analysis import behaviour
 from dtbook.analysis.attribution import preference_direction
 from dtbook.analysis.head_circuit import Circuit, measure_circuit
 from dtbook.analysis.views import Embeddings
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.claims import CLAIMS, RULES
+from dtbook.claims.evidence import Evidence
+from dtbook.claims.rules import measure as decide_claims
 from dtbook.gridworld import all_observations
+from dtbook.gridworld.rules import Task
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.pipeline import table_writer
+from dtbook.model.subject import Subject
+from dtbook.pipeline import Recipe, measure, replication
+from dtbook.pipeline.engine import Job, failures, run_graph, table_writer
 
 
 def put(store, name, table):
@@ -28,22 +37,26 @@ def store(tmp_path):
         rows = [{"claim": id, "effect": 1.0 + seed / 10, "passed": float(seed < 9)} for id in RULES]
         put(store, f"seed_{seed}/claims.parquet", pd.DataFrame(rows))
     rows = pd.DataFrame({"claim": list(RULES), "effect": 0.5, "passed": 1.0})
-    put(store, measures.POST_CLAIMS, rows)
-    put(store, measures.CONTROL_CLAIMS, rows.assign(passed=0.0, model="untrained_0"))
+    put(store, measure.POST_CLAIMS, rows)
+    put(store, measure.CONTROL_CLAIMS, rows.assign(passed=0.0, model="untrained_0"))
     return store
 
 
+def scorecard_of(store, n):
+    return Job(measure.ROWS["scorecard"], ArtifactStore(store.root), seeds=tuple(range(n)))
+
+
 def test_scorecard_is_put_together_and_kept(store):
-    measures.make_scorecard(store, range(10))
+    scorecard_of(store, 10).ensure()
     card = pd.read_parquet(store.path("scorecard.parquet")).set_index("claim")
     assert list(card.index) == list(CLAIMS)
     assert card.loc["C14", ["passed", "n", "verdict", "posts_weights"]].tolist() == [9, 10, "replicated", 0.5]
     assert card.loc["C14", "effect"] == pytest.approx(1.45)
     assert len(pd.read_csv(store.path("scorecard.csv"))) == len(CLAIMS)
     made = store.path("scorecard.parquet").stat().st_mtime_ns
-    measures.make_scorecard(ArtifactStore(store.root), range(10))
+    assert scorecard_of(store, 10).ensure() is None
     assert store.path("scorecard.parquet").stat().st_mtime_ns == made
-    measures.make_scorecard(ArtifactStore(store.root), range(9))  # other replications, another card
+    scorecard_of(store, 9).ensure()  # other replications, another card
     assert pd.read_parquet(store.root / "scorecard.parquet")["n"].max() == 9
 
 
@@ -51,59 +64,59 @@ def test_experiments_decide_the_claims_about_training(store):
     runs = pd.DataFrame(
         {"claim": "C26", "effect": [0.95, 0.97, 0.99], "passed": 1.0, "model": ["a", "b", "c"]}
     )
-    put(store, measures.EXPERIMENT_CLAIMS, runs)
-    measures.make_scorecard(store, range(10))
+    put(store, measure.EXPERIMENT_CLAIMS, runs)
+    scorecard_of(store, 10).ensure()
     card = pd.read_parquet(store.path("scorecard.parquet")).set_index("claim")
     assert card.loc["C26", ["passed", "n", "verdict"]].tolist() == [3, 3, "replicated"]
     assert card.loc["C27", "verdict"] == "undecided"
 
 
 def test_findings_name_their_replication(store):
-    table = measures.findings(store, [3, 7])
+    table = measure.findings(store, [3, 7])
     assert table.groupby("model")["seed"].unique().map(list).to_dict() == {"seed_3": [3], "seed_7": [7]}
 
 
-def test_tables_of_the_anatomy_are_kept_by_the_models_hash(tmp_path, monkeypatch):
+TINY = DTConfig(d_model=8, d_head=4, d_mlp=8, max_steps=10)
+RECIPE = Recipe(task=Task(5, 2, max_steps=10))
+
+
+def put_model(store, seed):
+    model = DecisionTransformer(TINY, seed=seed).eval()
+    with store.write("seed_0/model", stage="heads", code=["dtbook.model.transformer"], seeds=[seed]) as path:
+        model.save_pretrained(path)
+    return model
+
+
+def jobs_of(store, **settings):
+    """The jobs of these stages, with these settings."""
+    recipe = replace(RECIPE, settings=settings)
+    return measure.of_subject(store, "seed_0", recipe, [measure.ROWS[name] for name in settings])
+
+
+def test_tables_are_kept_by_the_models_hash(tmp_path):
     store, small = ArtifactStore(tmp_path), {"rtgs": (0.9,), "timesteps": (3,)}
-    monkeypatch.setattr(measures, "ANATOMY", {"neurons": (behaviour.neurons, small)})
-    monkeypatch.setattr(
-        measures, "PLAY_SETTINGS", {"rtgs": (0.9,), "episodes": 2, "max_steps": 10, "seed": 0}
-    )
-    monkeypatch.setattr(measures, "_observations", lambda task: all_observations(5, 2))
-    made = []
-    for seed in (1, 1, 2):  # the second call makes nothing, the third all
-        with store.write(
-            "seed_0/model", stage="training", code=["dtbook.model.transformer"], seeds=[seed]
-        ) as path:
-            DecisionTransformer(
-                DTConfig(d_model=8, d_head=4, d_mlp=8, max_steps=10), seed=seed
-            ).save_pretrained(path)
-        measures.measure_anatomy(ArtifactStore(tmp_path), "seed_0", progress=False)
-        entry = store.entries()["seed_0/neurons.parquet"]
-        assert entry["parameters"]["model"] == store.entries()["seed_0/model"]["sha256"]
-        made.append((tmp_path / "seed_0/neurons.parquet").stat().st_mtime_ns)
-    assert made[0] == made[1] < made[2]
-    model = DecisionTransformer.from_pretrained(tmp_path / "seed_0/model")
+    play = {"rtgs": (0.9,), "episodes": 2, "max_steps": 10}
+    for seed, is_made in ((1, True), (1, False), (2, True)):
+        model = put_model(store, seed)
+        done = [job.ensure() for job in jobs_of(ArtifactStore(tmp_path), neurons=small, ablated_play=play)]
+        assert [seconds is not None for seconds in done] == [is_made, is_made]
+        entry = store.entries()["seed_0/neurons.parquet"]["parameters"]
+        assert entry["from"] == {"seed_0/model": store.entries()["seed_0/model"]["sha256"]}
+        assert (entry["task"]["size"], entry["timesteps"], entry["seed"]) == (5, [3], 0)
     expected = behaviour.neurons(model, all_observations(5, 2), **small)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "seed_0/neurons.parquet"), expected)
-    assert set(pd.read_parquet(tmp_path / "seed_0/ablated_play.parquet")["ablated"]) == {
-        "none",
-        "L0H0",
-        "L0H1",
-        "L0 MLP",
-    }
+    played = pd.read_parquet(tmp_path / "seed_0/ablated_play.parquet")
+    assert set(played["ablated"]) == {"none", "L0H0", "L0H1", "L0 MLP"}
+    expected = behaviour.ablated_play(model, task=RECIPE.task, **play)
+    pd.testing.assert_frame_equal(played, expected)
 
 
-def test_the_circuit_is_kept_by_the_models_hash(tmp_path, monkeypatch):
+def test_the_circuit_is_what_is_measured_of_the_model(tmp_path):
     few = {"head": 0, "rtgs": (0.9,), "rtg": 0.9, "timesteps": (3,), "timestep": 3, "situations": ("goal",)}
-    monkeypatch.setattr(measures, "CIRCUIT_SETTINGS", few)
-    monkeypatch.setattr(measures, "_observations", lambda task: all_observations(5, 2))
-    store, config = ArtifactStore(tmp_path), DTConfig(d_model=8, d_head=4, d_mlp=8, max_steps=10)
-    model = DecisionTransformer(config, seed=1).eval()
-    with store.write("seed_0/model", stage="training", code=["dtbook.model.transformer"], seeds=[1]) as path:
-        model.save_pretrained(path)
-    for _ in range(2):  # the second call finds it made
-        measures.measure_circuit_of(store, "seed_0", progress=False)
+    store = ArtifactStore(tmp_path)
+    model = put_model(store, 1)
+    for job in jobs_of(store, circuit=few, embeddings={}):
+        job.ensure()
     found = Circuit.load(store.path("seed_0/circuit"))
     expected = measure_circuit(model, all_observations(5, 2), **few)
     assert np.array_equal(found.maps["OV"], expected.maps["OV"])
@@ -113,5 +126,85 @@ def test_the_circuit_is_kept_by_the_models_hash(tmp_path, monkeypatch):
 
 
 def test_absent_controls_are_named(tmp_path):
-    with pytest.raises(ArtifactError, match="has no controls/shuffled_0"):
-        measures.measure_controls(ArtifactStore(tmp_path))
+    job = Job(measure.ROWS["control claims"], ArtifactStore(tmp_path), recipe=RECIPE)
+    with pytest.raises(
+        ArtifactError, match="has no controls/shuffled_0 and 2 more: `dtbook reproduce` makes"
+    ):
+        job.ensure()
+
+
+# A subject, and a model of the reader's own
+
+
+def test_a_subject_is_found_by_its_name_or_its_folder(tmp_path):
+    shipped, entries = Subject.find("seed_1"), ArtifactStore().entries()
+    assert (shipped.name, shipped.sha256, shipped.data) == ("seed_1", entries["seed_1/model"]["sha256"], None)
+    assert len(Subject.find("seed_0").data.lengths) > 1000
+    assert Subject.find("controls/shuffled_0").sha256 == entries["controls/shuffled_0"]["sha256"]
+    own = Subject.find(str(ArtifactStore().path("seed_1/model")))
+    assert own.sha256 == shipped.sha256
+    assert (own.model.W_E_rtg == shipped.model.W_E_rtg).all()
+    with pytest.raises(
+        ValueError, match="there is no subject 'seed_77': give post, .*seed_0, .* or a model's folder"
+    ):
+        Subject.find("seed_77")
+
+
+def test_a_folder_that_cannot_be_measured_is_one_sentence_at_once(tmp_path):
+    def said(*arguments):
+        command = ["measure", *map(str, arguments), "--out", str(tmp_path / "out")]
+        result = CliRunner().invoke(cli.main, command)
+        assert (result.exit_code, len(result.output.splitlines())) == (1, 1), result.output
+        return result.output
+
+    assert "there is no subject" in said(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "model.safetensors" in said(tmp_path / "empty")
+    DecisionTransformer(replace(TINY, n_layers=2)).save_pretrained(tmp_path / "two")
+    assert "model has 2 layers" in said(tmp_path / "two")
+    DecisionTransformer(TINY).save_pretrained(tmp_path / "short")
+    assert "model has max_steps 10; the tables need at least 300" in said(tmp_path / "short")
+    (tmp_path / "short/model.safetensors").write_bytes(b"altered")
+    assert "model.safetensors" in said(tmp_path / "short")
+    shipped = ArtifactStore().path("seed_1/model")
+    assert "there is no stage 'casual': there are calibration, claims, " in said(shipped, "--only", "casual")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_ones_own_gets_the_tables_that_the_shipped_ones_have(tmp_path):
+    """A copy of seed 1 with its heads exchanged: they come back in order, and the table is that of `data/`."""
+    shipped = ArtifactStore()
+    model = DecisionTransformer.from_pretrained(shipped.path("seed_1/model"))
+    model.permute_heads(0, [1, 0]).save_pretrained(tmp_path / "mine")
+    command = [
+        "measure",
+        str(tmp_path / "mine"),
+        "--out",
+        str(tmp_path / "out"),
+        "--only",
+        "causal",
+        "--workers",
+        "1",
+    ]
+    first, second = (CliRunner().invoke(cli.main, command) for _ in range(2))
+    assert [result.exit_code for result in (first, second)] == [0, 0], first.output
+    assert [line.rpartition(": ")[2] for line in second.output.splitlines()[:2]] == ["up to date"] * 2
+    ours = pd.read_parquet(ArtifactStore(tmp_path / "out").path("own/causal.parquet"))
+    pd.testing.assert_frame_equal(
+        ours, pd.read_parquet(shipped.path("seed_1/causal.parquet")), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_all_tables_of_a_small_model_are_made(tmp_path):
+    model, _ = replication.in_order(DecisionTransformer(small.RECIPE.model, seed=1).eval(), small.RECIPE.task)
+    model.save_pretrained(tmp_path / "mine")
+    store = ArtifactStore(tmp_path / "out")
+    jobs = measure.of_folder(tmp_path / "mine", store, small.RECIPE)
+    assert failures(run_graph(jobs, 2)) == []
+    files = {name.removeprefix("own/") for name in store.entries()}
+    reference = {name.removeprefix("post/") for name in ArtifactStore().entries() if name.startswith("post/")}
+    assert files == reference - {"front_paths.parquet"} | {"model"}
+    found = pd.read_parquet(store.path("own/claims.parquet"))
+    calibration = pd.read_parquet(store.path("own/calibration.parquet"))
+    observations = all_observations(small.RECIPE.task.size, small.RECIPE.task.n_obstacles)
+    pd.testing.assert_frame_equal(found, decide_claims(Evidence(model, observations, calibration)))

@@ -14,45 +14,45 @@ import pytest
 from dtbook.artifacts import ArtifactStore
 from dtbook.artifacts.comparison import compare
 from dtbook.model import DecisionTransformer
-from dtbook.pipeline import REFERENCE_ONLY, name_of, shipped_names
+from dtbook.pipeline import name_of
+from dtbook.pipeline.replication import REPLICATION, ROWS
 from dtbook.trajectories import Trajectories
 
 SMALL = """
 import sys
-from dtbook import pipeline
-from dtbook.artifacts import ArtifactStore
-recipe = pipeline.Recipe(
-    task=pipeline.Task(size=5, n_obstacles=1, max_steps=30),
-    ppo=pipeline.PPOConfig(total_steps=16 * 32 * 12, num_steps=32, minibatches=4),
-    envs=16,
-    quota=pipeline.QuotaConfig(steps_per_class=300, round_episodes=64, max_rounds=20),
-    model=pipeline.DTConfig(d_model=16, d_head=8, d_mlp=16, max_steps=30),
-    train=pipeline.TrainConfig(steps=30, batch_size=32, checkpoint_every=5, evaluation_episodes=3),
-    calibration={"rtgs": [-1.0, 0.9], "episodes": 4, "max_steps": 30},
-)
-pipeline.replicate(ArtifactStore(sys.argv[1]), 3, recipe, progress=False)
+from dtbook.artifacts.store import ArtifactStore
+from dtbook.pipeline import replicate
+from small import RECIPE
+replicate(ArtifactStore(sys.argv[1]), 3, RECIPE, progress=False)
 """
 DYING = SMALL.replace(
-    "pipeline.replicate(",
+    "replicate(Art",
     """
 import os, signal
-run_stage, dies = pipeline.run_stage, sys.argv[2]
-def dying(store, seed, stage, code, parameters, names, make):
+from dataclasses import replace
+from dtbook.pipeline import engine
+made = engine.Job.writers
+def dying(job):
     def half(path):
         path.write_bytes(b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
-    run_stage(store, seed, stage, code, parameters, names, lambda: [*make()[:-1], half] if stage == dies else make())
-pipeline.run_stage = dying
-pipeline.replicate(""",
+    return [*made(job)[:-1], half] if job.stage.name == sys.argv[2] else made(job)
+engine.Job.writers = dying
+replicate(Art""",
 )
-NOT_SHIPPED = ("trained", "checkpoints.safetensors")
-FILES = shipped_names(3) + [name_of(3, file) for file in (*REFERENCE_ONLY, *NOT_SHIPPED)]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+FILES = [name.format(of="seed_3") for stage in REPLICATION for name in ROWS[stage].makes]
+
+
+def run(script, *arguments):
+    """Run a script in a process of its own."""
+    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    subprocess.run([sys.executable, "-c", SMALL, str(folder)], check=True)
+    assert run(SMALL, folder).wait() == 0
     return ArtifactStore(folder)
 
 
@@ -69,7 +69,7 @@ def test_every_artifact_is_there_and_says_what_made_it(whole):
     data = Trajectories.load(whole.path(name_of(3, "trajectories.npz")))
     assert data.task.size == 5
     curve = pd.read_parquet(whole.path(name_of(3, "calibration.parquet")))
-    assert curve["acting"].tolist() == ["greedy", "greedy", "sampled", "sampled"]
+    assert curve["acting"].tolist() == ["greedy"] * 4 + ["sampled"] * 4
     losses = pd.read_parquet(whole.path(name_of(3, "training.parquet")))["loss"]
     assert len(losses) == 30
     assert np.isfinite(losses).all()
@@ -79,7 +79,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(whole, tmp_path):
     """Killed four times, each at a random moment after one more artifact was there: nothing damaged lies about."""
     rng, kills = random.Random(5), 0
     for artifacts in (1, 3, 5, 7):
-        process = subprocess.Popen([sys.executable, "-c", SMALL, str(tmp_path)])
+        process = run(SMALL, tmp_path)
         while process.poll() is None and len(ArtifactStore(tmp_path).entries()) < artifacts:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))
@@ -94,27 +94,26 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(whole, tmp_path):
             elif path.name in ("model", "trained"):
                 DecisionTransformer.from_pretrained(path)
     assert kills >= 2, "the runs should have been killed on their way"
-    subprocess.run([sys.executable, "-c", SMALL, str(tmp_path)], check=True)
+    assert run(SMALL, tmp_path).wait() == 0
     assert compare(ArtifactStore(tmp_path), whole, FILES) == dict.fromkeys(FILES, "identical")
     assert ArtifactStore(tmp_path).verify() == []
 
 
 def test_killed_while_each_stage_writes_it_keeps_what_is_whole(whole, tmp_path):
     had = -1
-    for stage in ("ppo", "collection", "training", "heads", "calibration"):
-        command = [sys.executable, "-c", DYING, str(tmp_path), stage]
-        assert subprocess.run(command).returncode == -signal.SIGKILL
+    for stage in REPLICATION:
+        assert run(DYING, tmp_path, stage).wait() == -signal.SIGKILL
         store = ArtifactStore(tmp_path)
         entries = set(store.entries())
         assert store.verify() == []
         assert len(entries) > had, "what the stages before made is there"
         assert not entries >= set(FILES)
         had = len(entries)
-    subprocess.run([sys.executable, "-c", SMALL, str(tmp_path)], check=True)
+    assert run(SMALL, tmp_path).wait() == 0
     assert compare(ArtifactStore(tmp_path), whole, FILES) == dict.fromkeys(FILES, "identical")
 
 
 def test_a_second_call_makes_nothing_again(whole):
     before = {name: (whole.root / name).stat().st_mtime_ns for name in FILES}
-    subprocess.run([sys.executable, "-c", SMALL, str(whole.root)], check=True)
+    assert run(SMALL, whole.root).wait() == 0
     assert before == {name: (whole.root / name).stat().st_mtime_ns for name in FILES}

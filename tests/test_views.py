@@ -114,11 +114,9 @@ def test_slope_is_scipys():
         slope(y[:2])
 
 
+@pytest.mark.post_weights
 def test_the_posts_numbers():
-    try:
-        post = embeddings(DecisionTransformer.from_post_checkpoint())
-    except OSError as reason:
-        pytest.skip(f"{reason} It is fetched where there is a network.")
+    post = embeddings(DecisionTransformer.from_post_checkpoint())
     on = post.on("F-R")
     assert float(on["rtg"]) == pytest.approx(1.13, abs=0.005)
     assert float(post.on("R-L")["rtg"]) == pytest.approx(-0.16, abs=0.005)

@@ -1,13 +1,27 @@
-"""What the site has besides its text: the printed book, pages whose scripts wait, names for the menu's buttons."""
+"""What the site has besides its text: its address, the printed book, templates, names for the menu's buttons."""
 
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from front import pdf_of
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.util.typing import ExtensionMetadata
+
+
+def publish_at(app: Sphinx, config: Config) -> None:
+    """Take where sources and pages are published from pyproject.toml: for buttons, map, shared links and 404 page."""
+    project = tomllib.loads((Path(app.srcdir) / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pages = project["urls"]["Book"]
+    config.html_theme_options = {
+        **config.html_theme_options,
+        "repository_url": project["urls"]["Repository"],
+    }
+    config.html_baseurl = config.ogp_site_url = pages
+    config.notfound_urls_prefix = urlparse(pages).path
 
 
 def take_pdf(app: Sphinx, exception: Exception | None) -> None:
@@ -39,6 +53,7 @@ def name_toggles(
 
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Connect all of it."""
+    app.connect("config-inited", publish_at)
     app.connect("config-inited", add_templates)
     app.connect("html-page-context", name_toggles, priority=900)  # after the theme
     app.connect("build-finished", take_pdf)

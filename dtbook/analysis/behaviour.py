@@ -21,6 +21,7 @@ from dtbook.analysis.interventions import ablate
 from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
+from dtbook.gridworld.rules import Task
 from dtbook.gridworld.situations import SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import AVOIDS, RTGS, TABLE_1, TIMESTEPS
@@ -380,6 +381,7 @@ def ablated_play(
     seed: int = 0,
     ways: Sequence[str] = WAYS,
     progress: bool = False,
+    task: Task | None = None,
 ) -> pd.DataFrame:
     """Return calibration and causes of death, intact and with each component zero-ablated at every step.
 
@@ -391,7 +393,7 @@ def ablated_play(
     for name, acting in tqdm(variants, desc="play", disable=not progress):
         context: AbstractContextManager[Any] = nullcontext() if name == "none" else ablate(model, name)
         with context:
-            table = episode_table(rollout(model, asked, acting == "greedy", max_steps, seed), asked)
+            table = episode_table(rollout(model, asked, acting == "greedy", max_steps, seed, task), asked)
         shares = pd.crosstab(table["rtg"], table["outcome"], normalize="index")
         shares = shares.reindex(columns=list(OUTCOMES), fill_value=0.0).rename_axis(columns=None)
         curve = summarise(table).merge(shares.reset_index(), on="rtg")

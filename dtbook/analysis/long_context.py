@@ -1,13 +1,11 @@
-"""A model that sees nine timesteps: its training as an artifact, and what it makes of those before the last.
+"""A model that sees several timesteps: what it makes of those before the last.
 
 A window's tokens are R s a R s a … R s. *Lag* counts timesteps back from the last one, whose state token says the
 action. The task is Markov, so the last observation tells all that matters for what happens next; but the data come
 from many policies, and which of them an episode is from shows in what went before.
 """
 
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -15,49 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dtbook.artifacts.store import ArtifactStore
-from dtbook.model.config import DTConfig
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.pipeline import Writer, name_of, run_stage
-from dtbook.training import Batch, Sampler, TrainConfig, train
-from dtbook.trajectories.ppo import one_thread
+from dtbook.training import Batch, Sampler, TrainConfig
 from dtbook.trajectories.recording import Trajectories
 
-NAME = "long_context/model"
-CONFIG = DTConfig(d_model=64, d_head=32, d_mlp=128, n_timesteps=9)
-"""Half the width of the book's model, nine timesteps instead of one."""
-TRAINING = TrainConfig(steps=4_000, batch_size=64, lr=1e-3, weight_decay=1e-4, evaluation_episodes=0)
-"""A window has nine actions to predict, so that a batch of 64 has more of them than one of 384 single steps."""
 KINDS = ("RTG", "state", "action")
 EXCHANGES = ("RTG", "earlier states", "earlier actions", "last state")
 """Parts of a window that `exchange` takes from another."""
 CHUNK = 256
-
-
-def make(
-    store: ArtifactStore,
-    seed: int = 0,
-    shape: DTConfig = CONFIG,
-    config: TrainConfig = TRAINING,
-    progress: bool = True,
-) -> list[str]:
-    """Train the model on the reference's trajectories unless it is there and current; return the artifacts' names."""
-    data = name_of(0, "trajectories.npz")
-    folder = store.root / "long_context" / ".training"
-
-    def make() -> list[Writer]:
-        episodes = Trajectories.load(store.path(data))
-        return [train(episodes, shape, config, seed, folder, progress).model.save_pretrained]
-
-    parameters = {
-        "data": store.entries()[data]["sha256"],
-        "model": asdict(shape),
-        "train": asdict(config),
-    }
-    with one_thread():
-        run_stage(store, seed, "long context", ("dtbook.training",), parameters, [NAME], make)
-    shutil.rmtree(folder, ignore_errors=True)
-    return [NAME]
 
 
 def windows(data: Trajectories, n_timesteps: int, n: int, seed: int = 0) -> Batch:

@@ -33,14 +33,9 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
+from dtbook.artifacts.post_weights import POST_MODEL_SHA256, POST_MODEL_URL
 from dtbook.model.config import Actions, DTConfig, Rtgs, States, Timesteps, check_inputs, one_hot
-from dtbook.model.files import (
-    POST_MODEL_SHA256,
-    POST_MODEL_URL,
-    FolderMixin,
-    read_folder,
-    read_post_checkpoint,
-)
+from dtbook.model.files import FolderMixin, read_folder, read_post_checkpoint
 from dtbook.model.fused import Weights, one_timestep
 
 # The weights of a block, and where in it they are.

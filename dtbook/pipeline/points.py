@@ -1,11 +1,14 @@
-"""Single stages of the pipeline as functions of flat parameters, for sweeps: training, calibration, ppo, replication.
+"""What a sweep can run besides notebooks: stages as functions of flat parameters, by their dotted names (`train.lr`).
 
-A stage is given parameters by their dotted names (`train.lr`, `model.n_layers`), a folder to leave its artifacts
-in and a folder to keep what a killed run goes on from; it returns one row of figures.
+Each is given its parameters, a folder to leave its artifacts in and a folder to keep what a killed run goes on from; it
+returns one row of figures.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +16,60 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import save_file
 
-from dtbook import pipeline, training
-from dtbook.analysis import heads
+from dtbook import training
 from dtbook.artifacts.store import ArtifactStore, describe
-from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
 from dtbook.gridworld.rules import Task
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.pages.notebooks import Parameter
-from dtbook.pipeline import Recipe
-from dtbook.rollout import calibration_error
+from dtbook.pages.notebooks import Parameter, accept_all
+from dtbook.pipeline import replication
+from dtbook.pipeline.engine import Job, Stage, Writer
+from dtbook.pipeline.replication import Recipe, calibrate, calibration_of, in_order
+from dtbook.rollout import calibration_row
 from dtbook.trajectories import ppo
-from dtbook.trajectories.recording import RecordEpisodes, Trajectories
+from dtbook.trajectories.recording import Trajectories
 
 Row = dict[str, Any]
 Run = Callable[[Mapping[str, Any], Path, Path], Row]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage: the rooms that do it, its parameters and those of them that name an artifact, and how it is run."""
+class Kind:
+    """What runs at a point, its parameters, and those of them that name an artifact."""
 
-    code: tuple[str, ...]
-    defaults: Mapping[str, Any]
-    inputs: tuple[str, ...]
     run: Run
+    defaults: Mapping[str, Any]
+    inputs: tuple[str, ...] = ()
 
-    def check(self, given: Mapping[str, Any]) -> Row:
+    def check(self, name: str, given: Mapping[str, Any]) -> Row:
         """Return `given` in the defaults' types; raise ValueError, one sentence, for a name or value that is wrong."""
-        unknown = [name for name in given if name not in self.defaults]
-        if unknown:
-            raise ValueError(f"there is no parameter {unknown[0]!r}: there are {', '.join(self.defaults)}")
-        checked = {
-            name: Parameter(name, self.defaults[name], "").accept(value) for name, value in given.items()
-        }
-        whole = {**self.defaults, **checked}
-        recipe_of(whole)
-        for name in self.inputs:
-            locate(whole[name])
+        declared = {each: Parameter(each, default, "") for each, default in self.defaults.items()}
+        checked = accept_all(name, declared, given)
+        recipe_of({**self.defaults, **checked})
+        self.digests(checked)
         return checked
 
     def digests(self, given: Mapping[str, Any]) -> dict[str, str]:
         """Return the sha256 of the artifacts that the parameters name."""
-        whole = {**self.defaults, **given}
+        whole, entries = {**self.defaults, **given}, ArtifactStore().entries()
         named = {name: whole[name] for name in self.inputs}
-        entries = ArtifactStore().entries()
         return {
             name: (entries[at] if at in entries else describe(locate(at)))["sha256"]
             for name, at in named.items()
         }
+
+    def stage(self, name: str) -> Stage:
+        """Return the row of the table of stages that runs a point."""
+        return Stage(name, ("points/{of}",), partial(run_kind, self.run, self.defaults))
+
+
+def run_kind(run: Run, defaults: Mapping[str, Any], job: Job) -> list[Writer]:
+    """Run a point: its artifact is a folder, in which `row.json` has the figures."""
+    folder = job.resume / "made"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    row = run({**defaults, **job.given}, folder, job.resume / "run")
+    (folder / "row.json").write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    return [lambda path: shutil.copytree(folder, path)]
 
 
 def locate(artifact: str) -> Path:
@@ -107,7 +116,7 @@ def recipe_of(parameters: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-# ------------------------------------------------------------------------------------------------- stages
+# ------------------------------------------------------------------------------------------------- what is run
 def run_training(parameters: Mapping[str, Any], folder: Path, resume: Path) -> Row:
     """Train one transformer on the trajectories that `data` names, score its heads and calibrate it."""
     recipe, seed = recipe_of(parameters), parameters["seed"]
@@ -115,8 +124,7 @@ def run_training(parameters: Mapping[str, Any], folder: Path, resume: Path) -> R
     result = training.train(data, recipe.model, recipe.train, seed, resume, progress=False)
     model, row = result.model, {"loss": result.curve["loss"].tail(100).mean()}
     if parameters["head_scores"] and recipe.model.n_layers:
-        scores = heads.obstacle_head_scores(model, all_observations(data.task.size, data.task.n_obstacles))
-        model = heads.order_heads(model, scores)
+        model, scores = in_order(model, data.task)
         scores.to_parquet(folder / "heads.parquet", index=False)
         named = model.metadata["obstacle_head"]
         row |= {"obstacle_head": named["head"], "whole_change": named["whole_change"]}
@@ -135,23 +143,21 @@ def run_calibration(parameters: Mapping[str, Any], folder: Path, resume: Path) -
     return _calibrate(model, recipe, recipe.task, parameters["seed"], folder)
 
 
+def _calibrate(model: DecisionTransformer, recipe: Recipe, task: Task, seed: int, folder: Path) -> Row:
+    curves = calibrate(model, calibration_of(recipe, task), seed)
+    curves.to_parquet(folder / "calibration.parquet", index=False)
+    return calibration_row(curves)
+
+
 def run_ppo(parameters: Mapping[str, Any], folder: Path, resume: Path) -> Row:
     """Train one PPO agent; its greedy return in 500 episodes says what it has learnt."""
     recipe, seed = recipe_of(parameters), parameters["seed"]
-    task = recipe.task
-
-    def envs(number: int) -> DynamicObstaclesVectorEnv:
-        return DynamicObstaclesVectorEnv(
-            number, task.size, task.n_obstacles, task.max_steps, task.random_start
-        )
-
-    recorder = RecordEpisodes(envs(recipe.envs))
-    result = ppo.train(recorder, recipe.ppo, seed, progress=False)
-    history = recorder.trajectories()
+    result, history = replication.run_ppo(recipe, seed)
     history.save(folder / "history.npz")
     result.diagnostics.to_parquet(folder / "ppo.parquet", index=False)
     save_file(result.agent.state_dict(), folder / "agent.safetensors")
-    returns = ppo.evaluate(result.agent, envs(500), 500, greedy=True, seed=seed)["return"]
+    envs = replication.environments(recipe.task, 500)
+    returns = ppo.evaluate(result.agent, envs, 500, greedy=True, seed=seed)["return"]
     shares = np.bincount(history.classes, minlength=3) / len(history.classes)
     row = {"greedy": float(returns.mean()), "episodes": len(history.lengths)}
     return row | {f"share {name}": float(share) for name, share in zip("-0+", shares, strict=True)}
@@ -160,40 +166,20 @@ def run_ppo(parameters: Mapping[str, Any], folder: Path, resume: Path) -> Row:
 def run_replication(parameters: Mapping[str, Any], folder: Path, resume: Path) -> Row:
     """Everything from nothing: PPO, collection, training, calibration, and the head scores."""
     recipe, seed = recipe_of(parameters), parameters["seed"]
-    made = ArtifactStore(resume)
-    pipeline.replicate(made, seed, recipe, progress=False)
-    for name in pipeline.SHIPPED:
-        ArtifactStore(folder).take(pipeline.name_of(seed, name), made)
-    at = ArtifactStore(folder).root / pipeline.folder_of(seed)
+    made, kept = ArtifactStore(resume), ArtifactStore(folder)
+    replication.replicate(made, seed, recipe, progress=False)
+    for name in made.entries():
+        if name.rpartition("/")[2] not in (*replication.NOT_SHIPPED, *replication.REFERENCE_ONLY):
+            kept.take(name, made)
+    at = kept.root / replication.folder_of(seed)
     scores = pd.read_parquet(at / "heads.parquet").to_dict("records")
     row = {f"score L{score['layer']}H{score['head']}": float(score["score"]) for score in scores}
-    return row | _summary(pd.read_parquet(at / "calibration.parquet"))
+    return row | calibration_row(pd.read_parquet(at / "calibration.parquet"))
 
 
-def _calibrate(model: DecisionTransformer, recipe: Recipe, task: Task, seed: int, folder: Path) -> Row:
-    task = replace(task, max_steps=recipe.calibration["max_steps"])
-    curves = pipeline.calibrate(model, {**recipe.calibration, "task": task}, seed)
-    curves.to_parquet(folder / "calibration.parquet", index=False)
-    return _summary(curves)
-
-
-def _summary(curves: pd.DataFrame) -> Row:
-    """The mean return at each RTG asked for by the claims, the survival at 0, the error over 0 … 0.9; two ways."""
-    row: Row = {}
-    for acting, curve in curves.groupby("acting"):
-        at = curve.set_index(curve["rtg"].round(3))
-        row |= {f"{acting} {rtg:g}": float(at["mean"][rtg]) for rtg in (-1.0, 0.0, 0.9) if rtg in at.index}
-        if 0.0 in at.index:
-            row[f"{acting} survived 0"] = float(at["survived"][0.0])
-        if curve["rtg"].between(0, 0.9).any():
-            row[f"{acting} error"] = calibration_error(curve)
-    return row
-
-
-_CALIBRATION = {"seed": 0, **flat_defaults("task", "calibration")}
-STAGES = {
-    "training": Stage(
-        ("dtbook.analysis.heads", "dtbook.rollout", "dtbook.training"),
+KINDS = {
+    "training": Kind(
+        run_training,
         {
             "seed": 0,
             "data": "seed_0/trajectories.npz",
@@ -201,22 +187,16 @@ STAGES = {
             **flat_defaults("model", "train", "calibration"),
         },
         ("data",),
-        run_training,
     ),
-    "calibration": Stage(
-        ("dtbook.rollout",), {"weights": "seed_0/model", **_CALIBRATION}, ("weights",), run_calibration
+    "calibration": Kind(
+        run_calibration,
+        {"weights": "seed_0/model", "seed": 0, **flat_defaults("task", "calibration")},
+        ("weights",),
     ),
-    "ppo": Stage(
-        ("dtbook.trajectories.ppo", "dtbook.trajectories.recording"),
-        {"seed": 0, **flat_defaults("task", "ppo")},
-        (),
-        run_ppo,
-    ),
-    "replication": Stage(
-        ("dtbook.pipeline",),
-        {"seed": 0, **flat_defaults("task", "ppo", "quota", "model", "train", "calibration")},
-        (),
+    "ppo": Kind(run_ppo, {"seed": 0, **flat_defaults("task", "ppo")}),
+    "replication": Kind(
         run_replication,
+        {"seed": 0, **flat_defaults("task", "ppo", "quota", "model", "train", "calibration")},
     ),
 }
-"""The stages that a sweep can run, by name."""
+"""What a sweep can run, by name."""

@@ -4,9 +4,8 @@ What is trained, and how long, stands in `sweeps/*.yml`, which `dtbook sweep` ru
 """
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,15 @@ from tqdm import tqdm
 from dtbook.analysis.attribution import channel_slices, preference_direction
 from dtbook.analysis.dynamics import Probe, forward_probability, inspect, make_probe, settles, trace
 from dtbook.analysis.weights import CELLS, front_cell_table, state_maps
-from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
-from dtbook.model.files import POST_MODEL_SHA256
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.pipeline import Writer, load_snapshots, name_of, run_stage, table_writer
-from dtbook.sweep import Point, read_sweep
+from dtbook.pipeline.engine import Job, Stage, Writer, table_writer
+from dtbook.pipeline.replication import Recipe, folder_of, load_snapshots, name_of, seeds_with
+from dtbook.pipeline.sweep import Point, read_sweep
+from dtbook.protocol import HIGH
+from dtbook.rollout import calibration_row
 
 SWEEPS = ("encodings", "weight_decay", "size")
 """The files in `sweeps/`, in the order in which they are run."""
@@ -42,44 +43,16 @@ def table_of(sweep: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------- sweeps, collected
-def collect(store: ArtifactStore, sweep: str, checkout: Path, folder: Path, progress: bool = True) -> None:
-    """Measure every model of a sweep that has been run in `folder`, and keep one row a model in the store.
-
-    Raises ArtifactError where the sweep is not complete. Of `encodings`, the front cells are kept too.
-    """
-    points = read_sweep(checkout / "sweeps" / f"{sweep}.yml", checkout / "notebooks")
-    made = ArtifactStore(folder / sweep)
-    entries = made.entries()
-    if missing := [point for point in points if point.artifact not in entries]:
-        raise ArtifactError(
-            f"{made.root} lacks {len(missing)} of {len(points)} points: `dtbook sweep sweeps/{sweep}.yml` makes them"
-        )
-    hashes = {point.id: entries[point.artifact]["sha256"] for point in points}
-    names = [table_of(sweep)] + ([FRONT_CELLS] if sweep == "encodings" else [])
-
-    def make() -> list[Writer]:
-        probe = make_probe()
-        rows: list[Row] = []
-        fronts: list[pd.DataFrame] = []
-        for point in tqdm(points, desc=sweep, disable=not progress):
-            row, cells = measure_point(point, made.path(point.artifact), probe)
-            rows.append(row)
-            fronts.append(cells.assign(**_settings(point)))
-        frames = [pd.DataFrame(rows), pd.concat(fronts, ignore_index=True)]
-        return [table_writer(frame) for frame in frames[: len(names)]]
-
-    run_stage(
-        store,
-        0,
-        f"collect {sweep}",
-        (
-            "dtbook.analysis.dynamics",
-            "dtbook.rollout",
-        ),
-        {"points": hashes},
-        names,
-        make,
-    )
+def _collect(job: Job) -> list[Writer]:
+    """Measure every model of a sweep that has been run, one row each; of `encodings`, keep the front cells too."""
+    probe = make_probe(job.recipe.task)
+    rows, fronts = [], []
+    for point in tqdm(job.given, desc=str(job), disable=not job.progress):
+        row, cells = measure_point(point, job.path(point.artifact), probe)
+        rows.append(row)
+        fronts.append(cells.assign(**_settings(point)))
+    tables = [pd.DataFrame(rows), pd.concat(fronts, ignore_index=True)]
+    return [table_writer(table) for table in tables[: len(job.makes)]]
 
 
 def measure_point(point: Point, folder: Path, probe: Probe) -> tuple[Row, pd.DataFrame]:
@@ -90,10 +63,8 @@ def measure_point(point: Point, folder: Path, probe: Probe) -> tuple[Row, pd.Dat
     """
     model = DecisionTransformer.from_pretrained(folder / "model")
     row = _settings(point) | json.loads((folder / "row.json").read_text(encoding="utf-8"))
-    curves = pd.read_parquet(folder / "calibration.parquet").set_index(["acting", "rtg"])
-    for acting in ("greedy", "sampled"):
-        for column in ("succeeded", "survived", "died"):
-            row[f"{acting} {column} 0.9"] = float(curves[column][acting, 0.9])
+    curves = pd.read_parquet(folder / "calibration.parquet")
+    row |= calibration_row(curves, dict.fromkeys(("succeeded", "survived", "died"), (HIGH,)))
     row |= inspect(model, probe) | {"state_channel": _largest_state_weight(model)}
     return row, front_cells(model)
 
@@ -193,50 +164,15 @@ def front_paths(
     return pd.concat(tables, ignore_index=True)
 
 
-def measure_post_paths(store: ArtifactStore) -> None:
-    """Keep `front_paths` of the post's own weights, which are fetched, or found, only where they are needed."""
-
-    def make() -> list[Writer]:
-        return [table_writer(front_paths(DecisionTransformer.from_post_checkpoint(), make_probe()))]
-
-    run_stage(
-        store,
-        0,
-        "front paths",
-        ("dtbook.analysis.dynamics",),
-        {"model": POST_MODEL_SHA256},
-        [POST_PATHS],
-        make,
-    )
+def _post_paths(job: Job) -> list[Writer]:
+    return [table_writer(front_paths(job.subject().model, make_probe(job.recipe.task)))]
 
 
-# ---------------------------------------------------------------------------------------- training, traced
-def measure_dynamics(store: ArtifactStore, seed: int, made: ArtifactStore, progress: bool = True) -> None:
-    """Trace a replication along its training: `seed_N/dynamics.parquet`, from the snapshots that `made` has of it.
-
-    Head numbers are those of the finished model. Raises ArtifactError where `made` has no snapshots of the seed.
-    """
-    snapshots, final = name_of(seed, "snapshots.safetensors"), name_of(seed, "model")
-    entries = made.entries()
-    if snapshots not in entries:
-        raise ArtifactError(
-            f"{made.root} has no {snapshots}: `dtbook reproduce` keeps them when it trains the model"
-        )
-
-    def make() -> list[Writer]:
-        models = load_snapshots(made, seed)
-        return [table_writer(trace(models, make_probe(), seed=seed, progress=progress))]
-
-    parameters = {name: entries[name]["sha256"] for name in (snapshots, final)}
-    run_stage(
-        store,
-        seed,
-        "dynamics",
-        ("dtbook.analysis.dynamics", "dtbook.rollout"),
-        parameters,
-        [name_of(seed, "dynamics.parquet")],
-        make,
-    )
+def _dynamics(job: Job) -> list[Writer]:
+    """Trace a replication along its training, from its snapshots; head numbers are those of the finished model."""
+    models = load_snapshots(job.origin, job.seed)
+    traced = trace(models, make_probe(job.recipe.task), seed=job.seed, progress=job.progress, **job.settings)
+    return [table_writer(traced)]
 
 
 # --------------------------------------------------------------------------------------------- claims, decided
@@ -289,55 +225,76 @@ def interpretability_delay(traced: pd.DataFrame) -> dict[str, float]:
     return {"scores": scores, "returns": returns, "ratio": scores / returns}
 
 
-def decide_claims(store: ArtifactStore) -> None:
-    """Decide those of C25 to C28 that the store has tables for: sweeps, and traces of replications.
+def _experiment_claims(job: Job) -> list[Writer]:
+    """Decide those of C25 to C28 that the store has tables for: sweeps, and traces of replications."""
+    encodings, size = (
+        job.table(name) if job.has(name) else None for name in map(table_of, ("encodings", "size"))
+    )
+    traces = {folder_of(seed): name_of(seed, "dynamics.parquet") for seed in job.seeds}
+    traced = {run: job.table(name) for run, name in traces.items() if job.has(name)}
+    if encodings is None and size is None and not traced:
+        raise ArtifactError(f"{job.store.root} has neither tables of sweeps nor traces of replications")
+    return [table_writer(decide(encodings, size, traced))]
 
-    Raises ArtifactError where it has none.
+
+# ------------------------------------------------------------------------------------------- the table, and its graph
+STAGES = (
+    *(
+        Stage(
+            f"collect {sweep}",
+            (table_of(sweep), *([FRONT_CELLS] if sweep == "encodings" else [])),
+            _collect,
+            recipe=("task",),
+            before=f"dtbook sweep sweeps/{sweep}.yml",
+        )
+        for sweep in SWEEPS
+    ),
+    Stage(
+        "dynamics",
+        ("{of}/dynamics.parquet",),
+        _dynamics,
+        ("{of}/snapshots.safetensors", "{of}/model"),
+        recipe=("task",),
+    ),
+    Stage("front paths", (POST_PATHS,), _post_paths, ("post/model",), recipe=("task",)),
+    Stage(
+        "experiment claims",
+        (CLAIMS,),
+        _experiment_claims,
+        uses=(table_of("encodings"), table_of("size"), "seed_{seed}/dynamics.parquet"),
+        before="dtbook experiments",
+    ),
+)
+ROWS = {stage.name: stage for stage in STAGES}
+
+
+def collected(store: ArtifactStore, sweep: str, points: Sequence[Point], folder: Path, recipe: Recipe) -> Job:
+    """Return the job that measures what a sweep has left in `folder`."""
+    stage = replace(ROWS[f"collect {sweep}"], needs=tuple(point.artifact for point in points))
+    source = ArtifactStore(folder / sweep)
+    return Job(stage, store, recipe=recipe, source=source, given=points)
+
+
+def graph(
+    store: ArtifactStore,
+    made: ArtifactStore,
+    seeds: Sequence[int],
+    folder: Path,
+    recipe: Recipe,
+    post: bool = True,
+) -> list[Job]:
+    """Return the jobs of chapters 11 and 12: sweeps collected, replications that `made` has traced, claims decided.
+
+    The sweeps have been run, or are run with them, in `folder`.
     """
-    entries, encodings, size = store.entries(), table_of("encodings"), table_of("size")
-    traces = {
-        f"seed_{seed}": name_of(seed, "dynamics.parquet") for seed in seeds_with(store, "dynamics.parquet")
-    }
-    sources = [name for name in (encodings, size, *traces.values()) if name in entries]
-    if not sources:
-        raise ArtifactError(f"{store.root} has neither {encodings} nor {size} nor traces of replications")
-
-    def read(name: str) -> pd.DataFrame | None:
-        return pd.read_parquet(store.path(name)) if name in entries else None
-
-    def make() -> list[Writer]:
-        traced = {run: pd.read_parquet(store.path(name)) for run, name in traces.items()}
-        return [table_writer(decide(read(encodings), read(size), traced))]
-
-    parameters = {"from": {name: entries[name]["sha256"] for name in sources}}
-    run_stage(store, 0, "experiment claims", ("dtbook.analysis.dynamics",), parameters, [CLAIMS], make)
+    jobs = [collected(store, sweep, read(sweep), folder, recipe) for sweep in SWEEPS]
+    jobs += [Job(ROWS["dynamics"], store, folder_of(seed), recipe, (seed,), source=made) for seed in seeds]
+    if post:
+        jobs.append(Job(ROWS["front paths"], store, "post", recipe, label="post front paths"))
+    traced = tuple(dict.fromkeys([*seeds, *seeds_with(store, "dynamics.parquet")]))
+    return [*jobs, Job(ROWS["experiment claims"], store, seeds=traced)]
 
 
-def run_all(
-    store: ArtifactStore, made: ArtifactStore, checkout: Path, folder: Path
-) -> Iterator[tuple[str, str]]:
-    """Do whatever can be done; yield each part's name with "done" or the sentence that says what it lacks.
-
-    The parts: each sweep run in `folder`, each replication that `made` has snapshots of, the claims over all that the
-    store then holds.
-    """
-    parts: dict[str, Callable[[], None]] = {
-        sweep: partial(collect, store, sweep, checkout, folder) for sweep in SWEEPS
-    }
-    for seed in seeds_with(made, "snapshots.safetensors"):
-        parts[f"dynamics of seed {seed}"] = partial(measure_dynamics, store, seed, made)
-    parts["the post's weights"] = partial(measure_post_paths, store)
-    parts["claims"] = partial(decide_claims, store)
-    for name, step in parts.items():
-        try:
-            step()
-        except (ArtifactError, OSError) as error:
-            yield name, str(error)
-        else:
-            yield name, "done"
-
-
-def seeds_with(store: ArtifactStore, file: str) -> list[int]:
-    """Return the replications of which a store has an artifact of that file name."""
-    matches = (re.fullmatch(rf"seed_(\d+)/{re.escape(file)}", name) for name in store.entries())
-    return sorted(int(match[1]) for match in matches if match)
+def read(sweep: str) -> list[Point]:
+    """Return the points of one of `SWEEPS`."""
+    return read_sweep(CHECKOUT / "sweeps" / f"{sweep}.yml", CHECKOUT / "notebooks")

@@ -1,0 +1,291 @@
+"""Measuring subjects and keeping what was found: tables over every observation, findings, the scorecard."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dtbook.analysis import behaviour, counterfactuals, faithfulness, frames, program
+from dtbook.analysis.ablations import HOW, situation_table
+from dtbook.analysis.head_circuit import measure_circuit
+from dtbook.analysis.views import embeddings
+from dtbook.artifacts.store import ArtifactStore
+from dtbook.claims.evidence import Evidence
+from dtbook.claims.rules import measure
+from dtbook.claims.scorecard import scorecard
+from dtbook.gridworld.env import ObservationSet, all_observations
+from dtbook.gridworld.rules import Task
+from dtbook.model.subject import Subject
+from dtbook.model.transformer import DecisionTransformer
+from dtbook.pipeline import replication
+from dtbook.pipeline.engine import Job, Stage, Writer, table_writer
+from dtbook.pipeline.replication import (
+    CONTROLS,
+    Recipe,
+    calibrate,
+    calibration_of,
+    folder_of,
+    in_order,
+    name_of,
+)
+from dtbook.protocol import HIGH, RTGS, TIMESTEPS
+from dtbook.rollout import CALIBRATION_RTGS
+from dtbook.trajectories.recording import Trajectories
+
+UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
+"""Control models without training, by the seed of their weights."""
+POST_CLAIMS, CONTROL_CLAIMS = "post/claims.parquet", "controls/claims.parquet"
+EXPERIMENT_CLAIMS = "experiments/claims.parquet"
+SCORECARD = ("scorecard.parquet", "scorecard.csv")
+OWN = "own"
+"""The folder, in a store of its own, of a reader's model and of what is measured of it."""
+ROWS_OF = program.STEPS[4]
+"""The step of the program whose rows are kept: RTG band, what is in front, walls, quadrant."""
+
+
+# ------------------------------------------------------------------------------------------- the stages' functions
+@lru_cache(maxsize=1)
+def observations_of(task: Task) -> ObservationSet:
+    """Return every observation of a task; the last ones are kept, which many stages look at."""
+    return all_observations(task.size, task.n_obstacles)
+
+
+def _over_observations(table: Callable[..., pd.DataFrame], job: Job) -> list[Writer]:
+    observations = observations_of(job.recipe.task)
+    return [table_writer(table(job.subject().model, observations, progress=job.progress, **job.settings))]
+
+
+def _over(table: Callable[..., pd.DataFrame]) -> Callable[[Job], list[Writer]]:
+    """Return the stage's function that makes a table of a model and of every observation."""
+    return partial(_over_observations, table)
+
+
+def _play(job: Job) -> list[Writer]:
+    task = replace(job.recipe.task, max_steps=job.settings["max_steps"])
+    model = job.subject().model
+    return [table_writer(behaviour.ablated_play(model, progress=job.progress, task=task, **job.settings))]
+
+
+def _embeddings(job: Job) -> list[Writer]:
+    return [embeddings(job.subject().model).save]
+
+
+def _circuit(job: Job) -> list[Writer]:
+    observations = observations_of(job.recipe.task)
+    return [measure_circuit(job.subject().model, observations, progress=job.progress, **job.settings).save]
+
+
+def _causal(job: Job) -> list[Writer]:
+    return [table_writer(counterfactuals.causal_table(job.subject().model, observations_of(job.recipe.task)))]
+
+
+def _circuits(job: Job) -> list[Writer]:
+    model, observations = job.subject().model, observations_of(job.recipe.task)
+    tables = [
+        faithfulness.circuit_tables(model, observations, case, **job.settings) for case in faithfulness.CASES
+    ]
+    return [table_writer(pd.concat(parts, ignore_index=True)) for parts in zip(*tables, strict=True)]
+
+
+def _program(job: Job) -> list[Writer]:
+    summary = program.summarise_model(job.subject().model, observations_of(job.recipe.task))
+    steps = program.program_table(summary, task=job.recipe.task, **job.settings)
+    return [table_writer(steps), table_writer(program.Program(summary, ROWS_OF).table())]
+
+
+def _claims(job: Job) -> list[Writer]:
+    """Decide the claims for one subject; C01 where there is PPO's own history."""
+    calibration, history = job.table("{of}/calibration.parquet"), "{of}/history.npz"
+    played = Trajectories.load(job.path(history)) if job.has(history) else None
+    found = measure(Evidence(job.subject().model, observations_of(job.recipe.task), calibration, played))
+    return [table_writer(found)]
+
+
+def _control_claims(job: Job) -> list[Writer]:
+    """Decide the claims for models that learnt nothing: untrained ones, and those trained on shuffled actions."""
+    recipe, tables = job.recipe, []
+    untrained = [
+        Subject(name, DecisionTransformer(recipe.model, seed).eval(), "") for name, seed in UNTRAINED.items()
+    ]
+    trained = [Subject.find(name, job.origin) for name in CONTROLS]
+    for seed, subject in [*zip(UNTRAINED.values(), untrained, strict=True), *enumerate(trained)]:
+        ordered, _ = in_order(subject.model, recipe.task)
+        curves = calibrate(ordered, calibration_of(recipe), seed)
+        found = measure(Evidence(ordered, observations_of(recipe.task), curves))
+        tables.append(found.assign(model=Path(subject.name).name))
+    return [table_writer(pd.concat(tables, ignore_index=True))]
+
+
+def _scorecard(job: Job) -> list[Writer]:
+    experiments = job.table(EXPERIMENT_CLAIMS) if job.has(EXPERIMENT_CLAIMS) else None
+    ours = findings(job.origin, job.seeds)
+    card = scorecard(ours, job.table(POST_CLAIMS), job.table(CONTROL_CLAIMS), experiments)
+    return [table_writer(card), lambda path: card.to_csv(path, index=False)]
+
+
+def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
+    """Return what each replication says to each claim: `model`, `seed`, `claim`, `effect`, `passed`."""
+    tables = [
+        pd.read_parquet(store.path(name_of(seed, "claims.parquet"))).assign(model=f"seed_{seed}", seed=seed)
+        for seed in seeds
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _own_model(job: Job) -> list[Writer]:
+    """Take a reader's model over, its heads in order."""
+    model = DecisionTransformer.from_pretrained(job.given)
+    return [in_order(model, job.recipe.task)[0].save_pretrained]
+
+
+# ------------------------------------------------------------------------------------------- the table, and its graphs
+def _row(
+    name: str,
+    function: Callable[[Job], Sequence[Writer]],
+    makes: Sequence[str] = (),
+    needs: Sequence[str] = (),
+    uses: Sequence[str] = (),
+    recipe: Sequence[str] = ("task",),
+    **settings: Any,
+) -> Stage:
+    """Return a row of what is measured of a subject; without `makes` it is a table of the row's name."""
+    made = tuple(f"{{of}}/{file}" for file in makes or [f"{name}.parquet"])
+    return Stage(name, made, function, ("{of}/model", *needs), tuple(uses), tuple(recipe), settings)
+
+
+BEHAVIOUR = (
+    _row("distributions", _over(behaviour.distributions), rtgs=RTGS, timesteps=TIMESTEPS),
+    _row("turns", _over(behaviour.turns), rtgs=RTGS, timestep=10),
+    _row("over_time", _over(behaviour.over_time), rtgs=RTGS, timesteps=behaviour.EVERY_TIMESTEP),
+    _row("exceptions", _over(behaviour.exceptions), rtgs=RTGS, timesteps=behaviour.CERTIFIED),
+    _row(
+        "scans",
+        _over(behaviour.situation_scans),
+        rtgs=behaviour.SCAN_RTGS,
+        timesteps=behaviour.SCAN_TIMESTEPS,
+    ),
+    _row(
+        "neurons",
+        _over(behaviour.neurons),
+        rtgs=RTGS,
+        timesteps=TIMESTEPS,
+        how=behaviour.NEURON_WAYS,
+        seed=0,
+    ),
+    _row("frames", _over(frames.median_frames), timestep=10, preference="F-R"),
+    _row("means", _over(frames.kept_by_means), rtg=HIGH, timestep=10, seed=0),
+    _row("directions", _over(frames.along_preference), rtg=HIGH, timestep=10, preference="F-R", seed=0),
+    _row("ablated_play", _play, rtgs=CALIBRATION_RTGS, episodes=100, max_steps=300, seed=0),
+    _row(
+        "situations",
+        _over(situation_table),
+        rtgs=RTGS,
+        timesteps=TIMESTEPS,
+        how=HOW,
+        preference="F-R",
+        seed=0,
+    ),
+    _row("embeddings", _embeddings, ["embeddings.safetensors"], recipe=()),
+    _row(
+        "circuit",
+        _circuit,
+        ["circuit"],
+        head=1,
+        rtgs=RTGS,
+        rtg=HIGH,
+        timesteps=TIMESTEPS,
+        timestep=10,
+        situations=("obstacle", "wall", "goal"),
+    ),
+)
+"""What chapters 5 to 8 show of a subject."""
+CAUSES = (
+    _row("causal", _causal),
+    _row("circuits", _circuits, ["units.parquet", "circuits.parquet"], seed=0),
+    _row("program", _program, ["program.parquet", "program_rows.parquet"], episodes=200, seed=0),
+)
+"""What chapters 9 and 15 show of a subject."""
+CLAIMS = _row("claims", _claims, needs=["{of}/calibration.parquet"], uses=["{of}/history.npz"])
+STAGES = (
+    *BEHAVIOUR,
+    *CAUSES,
+    CLAIMS,
+    Stage(
+        "control claims",
+        (CONTROL_CLAIMS,),
+        _control_claims,
+        CONTROLS,
+        recipe=("task", "model", "calibration"),
+    ),
+    Stage(
+        "scorecard",
+        SCORECARD,
+        _scorecard,
+        ("seed_{seed}/claims.parquet", POST_CLAIMS, CONTROL_CLAIMS),
+        (EXPERIMENT_CLAIMS,),
+    ),
+    Stage("own model", (f"{OWN}/model",), _own_model, recipe=("task",)),
+)
+ROWS = {stage.name: stage for stage in STAGES}
+
+
+def of_subject(
+    store: ArtifactStore, of: str, recipe: Recipe, stages: Sequence[Stage], seeds: tuple[int, ...] = (0,)
+) -> list[Job]:
+    """Return jobs that measure a subject of a store, or the post's weights ("post")."""
+    return [Job(stage, store, of, recipe, seeds) for stage in stages]
+
+
+def measured(
+    store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: bool, everything: bool
+) -> list[Job]:
+    """Return the jobs that measure these replications, the longest ones first.
+
+    With the reference, seed 0, come the controls, what chapters 5 to 8 show of it and, where there are any, of the
+    post's weights, and the scorecard over all of `seeds`.
+    """
+    jobs, looked_at = [], [folder_of(0), *(["post"] if post else [])]
+    if 0 in seeds:
+        jobs = [Job(ROWS["control claims"], store, recipe=recipe)]
+        jobs += [Job(stage, store, of, recipe) for stage in BEHAVIOUR for of in looked_at]
+    if everything:
+        jobs += causes(store, seeds, recipe, post)
+    if post and 0 in seeds:
+        calibration = replication.ROWS["calibration"]
+        jobs += of_subject(store, "post", recipe, (calibration, CLAIMS))
+    for seed in seeds:
+        jobs += of_subject(store, folder_of(seed), recipe, (CLAIMS,), (seed,))
+    return jobs + ([Job(ROWS["scorecard"], store, seeds=tuple(seeds))] if 0 in seeds else [])
+
+
+def causes(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: bool = True) -> list[Job]:
+    """Return the jobs of chapters 9 and 15: for these replications, and for the post's weights."""
+    subjects = [*map(folder_of, seeds), *(["post"] if post else [])]
+    return [job for of in subjects for job in of_subject(store, of, recipe, CAUSES)]
+
+
+def of_folder(
+    folder: Path, store: ArtifactStore, recipe: Recipe | None = None, only: Sequence[str] = ()
+) -> list[Job]:
+    """Return the jobs that make every table, or only those of some stages, of a model of the reader's own.
+
+    Raises FileNotFoundError or ValueError, one sentence, for a folder that holds no model, a damaged one, or one of
+    another shape; ValueError for an unknown stage.
+    """
+    recipe, rows = recipe or Recipe(), (replication.ROWS["calibration"], CLAIMS, *BEHAVIOUR, *CAUSES)
+    subject = Subject.find(str(folder))
+    Evidence(subject.model, observations_of(recipe.task))
+    last = recipe.calibration["max_steps"]
+    if subject.model.cfg.max_steps < last:
+        raise ValueError(
+            f"model has max_steps {subject.model.cfg.max_steps}; the tables need at least {last}."
+        )
+    names = [stage.name for stage in rows]
+    if unknown := set(only) - set(names):
+        raise ValueError(f"there is no stage {min(unknown)!r}: there are {', '.join(names)}")
+    chosen = {*(only or names), *(["calibration"] if "claims" in only else [])}
+    own = Job(ROWS["own model"], store, OWN, recipe, given=folder, parameters={"model": subject.sha256})
+    return [own, *of_subject(store, OWN, recipe, [stage for stage in rows if stage.name in chosen])]

@@ -1,0 +1,317 @@
+"""From nothing to a replicated model: PPO, trajectories, Decision Transformer, calibration, stage by stage."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from dtbook import training
+from dtbook.analysis import heads
+from dtbook.artifacts.store import ArtifactStore
+from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
+from dtbook.gridworld.rules import Task
+from dtbook.model.config import DTConfig
+from dtbook.model.transformer import DecisionTransformer
+from dtbook.pipeline.engine import Job, Stage, Writer, table_writer
+from dtbook.rollout import CALIBRATION_RTGS, calibration_curve, calibration_row
+from dtbook.training import TrainConfig
+from dtbook.trajectories import ppo
+from dtbook.trajectories.collection import QuotaConfig, collect_by_quota
+from dtbook.trajectories.ppo import PPOConfig
+from dtbook.trajectories.recording import RecordEpisodes, Trajectories
+
+NOT_SHIPPED = ("checkpoints.safetensors", "trained")
+"""What `data/` holds of no replication: PPO's checkpoints are too large for git, the model's heads are in no order."""
+REFERENCE_ONLY = ("history.npz", "trajectories.npz", "snapshots.safetensors")
+"""What it holds of seed 0 alone."""
+CONTROLS = tuple(f"controls/shuffled_{seed}" for seed in range(3))
+"""Models trained on the reference's data set with its actions shuffled, which say nothing about what to do."""
+LONG_CONTEXT = "long_context/model"
+"""A model of half the width of the book's that sees nine timesteps instead of one (chapter 8)."""
+TABLE = "replicas.parquet"
+"""How the replications did against `BARS`."""
+BARS = {
+    "greedy 0.9": (0.93, 1.0),
+    "greedy -1": (-1.0, -0.95),
+    "sampled 0": (-0.05, 0.05),
+    "survived 0": (0.85, 1.0),
+    "error": (0.0, 0.1),
+}
+"""Lowest and highest value of each measure of `TABLE` that a replication must keep to."""
+
+
+@dataclass(frozen=True)
+class LongContext:
+    """How the model of nine timesteps is made."""
+
+    model: DTConfig = DTConfig(d_model=64, d_head=32, d_mlp=128, n_timesteps=9)
+    train: TrainConfig = TrainConfig(
+        steps=4_000, batch_size=64, lr=1e-3, weight_decay=1e-4, evaluation_episodes=0
+    )
+    """A window has nine actions to predict, so that 64 have more of them than a batch of 384 single steps."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of what is made, but the seeds."""
+
+    task: Task = Task()
+    ppo: PPOConfig = PPOConfig(
+        checkpoint_every=1
+    )  # survivors, which return 0, are there for a few updates only
+    envs: int = 64
+    """Environments that PPO learns in at once."""
+    quota: QuotaConfig = QuotaConfig()
+    model: DTConfig = DTConfig()
+    train: TrainConfig = TrainConfig()
+    snapshots: tuple[int, ...] = (0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800, 9000)
+    """Training steps after which the weights are kept."""
+    calibration: Mapping[str, Any] = field(
+        default_factory=lambda: {"rtgs": list(CALIBRATION_RTGS), "episodes": 500, "max_steps": 300}
+    )
+    long_context: LongContext = LongContext()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Stage → those of its settings that are others than in the table of stages."""
+
+
+def folder_of(seed: int) -> str:
+    """Where a replication's artifacts lie in a store: `seed_0`, `seed_1` …"""
+    return f"seed_{seed}"
+
+
+def name_of(seed: int, file: str) -> str:
+    """The name of a replication's artifact in a store."""
+    return f"{folder_of(seed)}/{file}"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds that "0-9" or "0,3,5-7" names, each once, in order; raise ValueError for anything else."""
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not found or int(found[2] or found[1]) < int(found[1]):
+            raise ValueError(f"seeds must be numbers and rising ranges like 0-9 or 0,3,5-7, not {text!r}")
+        seeds |= dict.fromkeys(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return list(seeds)
+
+
+def seeds_with(store: ArtifactStore, file: str) -> list[int]:
+    """Return the replications of which a store has an artifact of that file name."""
+    matches = (re.fullmatch(rf"seed_(\d+)/{re.escape(file)}", name) for name in store.entries())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def is_shipped(name: str) -> bool:
+    """Return whether an artifact is one that `data/` holds."""
+    folder, _, file = name.rpartition("/")
+    return file not in NOT_SHIPPED and (folder == folder_of(0) or file not in REFERENCE_ONLY)
+
+
+# ------------------------------------------------------------------------------------------- the stages' functions
+def run_ppo(recipe: Recipe, seed: int, progress: bool = False) -> tuple[ppo.PPOResult, Trajectories]:
+    """Train one PPO agent; return what came of it, and all that it played on its way."""
+    recorder = RecordEpisodes(environments(recipe.task, recipe.envs))
+    return ppo.train(recorder, recipe.ppo, seed, progress), recorder.trajectories()
+
+
+def environments(task: Task, number: int) -> DynamicObstaclesVectorEnv:
+    """Return so many environments of a task."""
+    return DynamicObstaclesVectorEnv(number, task.size, task.n_obstacles, task.max_steps, task.random_start)
+
+
+def _ppo(job: Job) -> list[Writer]:
+    result, history = run_ppo(job.recipe, job.seed, job.progress)
+    flat = {f"{at}/{name}": t for at, state in result.checkpoints.items() for name, t in state.items()}
+    return [table_writer(result.diagnostics), history.save, lambda path: save_file(flat, path)]
+
+
+def _collection(job: Job) -> list[Writer]:
+    checkpoints = _by_step(job.path("{of}/checkpoints.safetensors"))
+    collected = collect_by_quota(checkpoints, job.recipe.task, job.recipe.quota, job.seed, job.progress)
+    return [table_writer(collected.log), collected.trajectories.save]
+
+
+def _training(job: Job) -> list[Writer]:
+    recipe, data = job.recipe, Trajectories.load(job.path("{of}/trajectories.npz"))
+    result = training.train(
+        data, recipe.model, recipe.train, job.seed, job.resume, job.progress, recipe.snapshots
+    )
+    half = {
+        f"{step}/{name}": value.half()
+        for step, weights in result.snapshots.items()
+        for name, value in weights.items()
+    }
+    return [
+        table_writer(result.curve),
+        table_writer(result.evaluations),
+        lambda path: save_file(half, path),
+        result.model.save_pretrained,
+    ]
+
+
+def _heads(job: Job) -> list[Writer]:
+    trained = DecisionTransformer.from_pretrained(job.path("{of}/trained"))
+    model, scores = in_order(trained, job.recipe.task)
+    return [table_writer(scores), model.save_pretrained]
+
+
+def in_order(model: DecisionTransformer, task: Task) -> tuple[DecisionTransformer, pd.DataFrame]:
+    """Return the model with its heads in order, and the scores of the heads that it came with."""
+    scores = heads.obstacle_head_scores(model, all_observations(task.size, task.n_obstacles))
+    return heads.order_heads(model, scores), scores
+
+
+def calibrate(model: DecisionTransformer, settings: Mapping[str, Any], seed: int) -> pd.DataFrame:
+    """Greedy and sampled calibration curves of one model, told apart by the column `acting`."""
+    curves = [
+        calibration_curve(model, greedy=acting == "greedy", seed=seed, **settings).assign(acting=acting)
+        for acting in ("greedy", "sampled")
+    ]
+    return pd.concat(curves, ignore_index=True)
+
+
+def calibration_of(recipe: Recipe, task: Task | None = None) -> dict[str, Any]:
+    """Return the settings of `calibrate` in a recipe's task, or in another, as long as the calibration has it."""
+    played = replace(task or recipe.task, max_steps=recipe.calibration["max_steps"])
+    return {"task": played, **recipe.calibration}
+
+
+def _calibration(job: Job) -> list[Writer]:
+    return [table_writer(calibrate(job.subject().model, calibration_of(job.recipe), job.seed))]
+
+
+def _control(job: Job) -> list[Writer]:
+    """Train on the data set of seed 0, its actions permuted over all steps."""
+    data = Trajectories.load(job.path("seed_0/trajectories.npz"))
+    shuffled = replace(data, actions=np.random.default_rng(job.seed).permutation(data.actions))
+    config = replace(job.recipe.train, evaluation_episodes=0)
+    result = training.train(shuffled, job.recipe.model, config, job.seed, job.resume, job.progress)
+    return [in_order(result.model, job.recipe.task)[0].save_pretrained]
+
+
+def _long_context(job: Job) -> list[Writer]:
+    data, how = Trajectories.load(job.path("seed_0/trajectories.npz")), job.recipe
+    result = training.train(data, how.model, how.train, job.seed, job.resume, job.progress)
+    return [result.model.save_pretrained]
+
+
+def _summary(job: Job) -> list[Writer]:
+    return [table_writer(summary(job.origin, job.seeds))]
+
+
+def summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
+    """Return one row a replication: what `BARS` bounds, the heads' obstacle scores, and which bars it missed.
+
+    `greedy` and `sampled`: mean return when asked for −1, 0, 0.9; `survived 0`: share of sampled episodes still
+    running at the end; `error`: mean absolute error of the sampled curve over RTG 0 … 0.9; `L0H1`: score of head 1.
+    """
+    rows = []
+    for seed in seeds:
+        measured = calibration_row(pd.read_parquet(store.path(name_of(seed, "calibration.parquet"))))
+        asked = [f"{acting} {rtg}" for acting in ("greedy", "sampled") for rtg in ("-1", "0", "0.9")]
+        row = {"seed": seed} | {name: measured[name] for name in asked}
+        row |= {name: measured[f"sampled {name}"] for name in ("survived 0", "error")}
+        missed = [name for name, (low, high) in BARS.items() if not low <= row[name] <= high]
+        model = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
+        scores: dict[str, float] = model.metadata["obstacle_head"]["score"]
+        rows.append({**row, **scores, "meets": not missed, "missed": ", ".join(missed)})
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------------------------- the table, and its graph
+STAGES = (
+    Stage(
+        "ppo",
+        ("{of}/ppo.parquet", "{of}/history.npz", "{of}/checkpoints.safetensors"),
+        _ppo,
+        recipe=("task", "ppo", "envs"),
+    ),
+    Stage(
+        "collection",
+        ("{of}/collection.parquet", "{of}/trajectories.npz"),
+        _collection,
+        needs=("{of}/checkpoints.safetensors",),
+        recipe=("task", "ppo", "quota"),
+    ),
+    Stage(
+        "training",
+        ("{of}/training.parquet", "{of}/evaluations.parquet", "{of}/snapshots.safetensors", "{of}/trained"),
+        _training,
+        needs=("{of}/trajectories.npz",),
+        recipe=("model", "train", "snapshots"),
+    ),
+    Stage(
+        "heads",
+        ("{of}/heads.parquet", "{of}/model"),
+        _heads,
+        needs=("{of}/trained",),
+        recipe=("task", "model", "train"),
+    ),
+    Stage(
+        "calibration",
+        ("{of}/calibration.parquet",),
+        _calibration,
+        needs=("{of}/model",),
+        recipe=("task", "calibration"),
+    ),
+    Stage(
+        "controls", ("{of}",), _control, needs=("seed_0/trajectories.npz",), recipe=("task", "model", "train")
+    ),
+    Stage(
+        "long context",
+        (LONG_CONTEXT,),
+        _long_context,
+        needs=("seed_0/trajectories.npz",),
+        recipe=("model", "train"),
+    ),
+    Stage("replicas", (TABLE,), _summary, needs=("seed_{seed}/calibration.parquet", "seed_{seed}/model")),
+)
+ROWS = {stage.name: stage for stage in STAGES}
+REPLICATION = ("ppo", "collection", "training", "heads", "calibration")
+"""The stages of one replication, in order."""
+
+
+def replication(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool = False) -> list[Job]:
+    """Return the jobs of one replication, in order."""
+    of = folder_of(seed)
+    return [Job(ROWS[name], store, of, recipe, (seed,), progress=progress) for name in REPLICATION]
+
+
+def around(store: ArtifactStore, recipe: Recipe) -> list[Job]:
+    """Return the jobs that start from the data set of seed 0: the controls and the model of nine timesteps."""
+    controls = [Job(ROWS["controls"], store, of, recipe, (seed,)) for seed, of in enumerate(CONTROLS)]
+    return [*controls, Job(ROWS["long context"], store, recipe=recipe.long_context)]
+
+
+def replicate(store: ArtifactStore, seed: int, recipe: Recipe | None = None, progress: bool = True) -> None:
+    """Make every artifact of one replication, in this process, going on where an interrupted call stopped."""
+    for job in replication(store, seed, recipe or Recipe(), progress):
+        job.ensure()
+
+
+def load_snapshots(store: ArtifactStore, seed: int = 0) -> dict[int, DecisionTransformer]:
+    """Return training steps → the model as it was then (float16 on disk), heads numbered as the final model's."""
+    final = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
+    models = {}
+    for step, state in _by_step(store.path(name_of(seed, "snapshots.safetensors"))).items():
+        model = DecisionTransformer(final.cfg)
+        model.load_state_dict({name: value.float() for name, value in state.items()})
+        for layer, order in final.metadata["head_order"].items():
+            model = model.permute_heads(int(layer), order)
+        models[step] = model.eval()
+    return models
+
+
+def _by_step(path: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Read the weights that a file holds as `step/name`, sorted by step."""
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        at, name = key.split("/")
+        states.setdefault(int(at), {})[name] = tensor
+    return dict(sorted(states.items()))

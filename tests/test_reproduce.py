@@ -1,0 +1,109 @@
+"""`reproduce` from nothing to its end, small: what it makes, that a second call makes nothing, and what it takes over."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import small
+
+from dtbook.artifacts.comparison import compare
+from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.pipeline import Recipe, replication
+from dtbook.pipeline.experiments import SWEEPS, read
+from dtbook.pipeline.measure import CONTROL_CLAIMS, EXPERIMENT_CLAIMS, POST_CLAIMS, SCORECARD
+from dtbook.pipeline.reproduce import STAGES, plan, reproduce
+
+RECIPE = replace(
+    small.RECIPE,
+    settings={
+        "over_time": {"timesteps": (0, 5)},
+        "exceptions": {"timesteps": (5,)},
+        "scans": {"rtgs": (0.0, 0.9), "timesteps": (5,)},
+        "neurons": {"rtgs": (0.9,), "timesteps": (5,)},
+        "ablated_play": {"rtgs": (0.9,), "episodes": 2, "max_steps": 30},
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A store with two small replications and all that is measured of them, what was said, and what is compared."""
+    store, said = ArtifactStore(tmp_path_factory.mktemp("made")), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DTBOOK_POST_MODEL", str(store.root / "nowhere"))
+        names = reproduce(store, ArtifactStore(), [0, 1], workers=2, recipe=RECIPE, say=said.append)
+    return store, said, names
+
+
+def test_all_is_made_and_named_for_the_comparison(made):
+    store, said, names = made
+    assert store.verify() == []
+    assert len(said) == int(said[0].partition("/")[2].partition("]")[0])
+    assert all(": done in " in line for line in said)
+    shipped = [name for name in ArtifactStore().entries() if name.startswith(("seed_0/", "seed_1/"))]
+    of_everything = ("causal", "circuits", "units", "program", "dynamics")
+    expected = {name for name in shipped if not name.rpartition("/")[2].startswith(of_everything)}
+    expected |= {
+        *SCORECARD,
+        *replication.CONTROLS,
+        replication.LONG_CONTEXT,
+        replication.TABLE,
+        CONTROL_CLAIMS,
+    }
+    assert set(names) == expected
+    assert set(compare(store, store, names).values()) == {"identical"}
+
+
+def test_the_recipe_reaches_every_stage(made):
+    store, _, names = made
+    entries = store.entries()
+    for name in names:
+        parameters = entries[name]["parameters"]
+        assert parameters.get("task", {"size": 5})["size"] == 5, name
+        assert parameters.get("train", {"steps": 30})["steps"] in (30, 4), name
+        assert parameters.get("calibration", {"episodes": 4})["episodes"] == 4, name
+    controls = pd.read_parquet(store.path(CONTROL_CLAIMS))
+    assert controls["model"].nunique() == 6
+    table = pd.read_parquet(store.path(replication.TABLE))
+    assert table["seed"].tolist() == [0, 1]
+
+
+def test_the_scorecard_is_over_what_was_made_and_what_was_taken(made):
+    store, _, _ = made
+    shipped = ArtifactStore()
+    for name in (POST_CLAIMS, EXPERIMENT_CLAIMS):
+        assert store.entries()[name] == shipped.entries()[name]
+    card = pd.read_parquet(store.path(SCORECARD[0])).set_index("claim")
+    assert card["n"].max() >= 2
+    theirs = pd.read_parquet(shipped.path(POST_CLAIMS)).set_index("claim")["effect"]
+    assert card["posts_weights"]["C14"] == theirs["C14"]
+
+
+def test_a_second_call_makes_nothing(made, monkeypatch):
+    store, first, names = made
+    monkeypatch.setenv("DTBOOK_POST_MODEL", str(store.root / "nowhere"))
+    before = {path: path.stat().st_mtime_ns for path in store.root.rglob("*") if path.is_file()}
+    said = []
+    again = reproduce(store, ArtifactStore(), [0, 1], workers=2, recipe=RECIPE, say=said.append)
+    assert again == names
+    assert [line.rpartition(": ")[2] for line in said] == ["up to date"] * len(first)
+    assert before == {path: path.stat().st_mtime_ns for path in store.root.rglob("*") if path.is_file()}
+
+
+def test_what_failed_is_named(tmp_path):
+    (tmp_path / "seed_1").write_text("in the way of a folder")
+    with pytest.raises(
+        ArtifactError, match="seed_1 ppo, seed_1 collection, .* failed; the same command goes on"
+    ):
+        reproduce(ArtifactStore(tmp_path), ArtifactStore(), [1], recipe=RECIPE)
+
+
+def test_the_plan_of_everything_makes_each_file_of_data_once(tmp_path):
+    store = ArtifactStore(tmp_path)
+    jobs = plan(store, range(10), Recipe(), everything=True)
+    made = [name for job in jobs if job.store is store for name in job.makes]
+    assert len(made) == len(set(made))
+    assert set(ArtifactStore().entries()) == {name for name in made if replication.is_shipped(name)}
+    points = [job for job in jobs if job.store is not store]
+    assert len(points) == sum(len(read(name)) for name in SWEEPS)
+    assert {job.stage.name for job in jobs} == {stage.name for stage in STAGES} - {"own model"} | {"training"}
