@@ -17,6 +17,7 @@ import click
 from filelock import FileLock
 from tqdm import tqdm
 
+from dtbook.artifacts.kernels import choose_portable
 from dtbook.artifacts.post_weights import named_copy
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
 from dtbook.pages.notebooks import (
@@ -310,21 +311,34 @@ def _run_jobs(jobs: Any, workers: int, scheduler: str | None, folder: Path) -> N
 @_workers
 @_scheduler
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "reproduce", show_default=True
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where it goes.  [default: runs/reproduce, or runs/portable]",
 )
 @click.option("--publish", is_flag=True, help="Put what was made into data/, for the next commit.")
 @click.option("--everything", is_flag=True, help="Also what chapters 9, 11, 12 and 15 start from.")
+@click.option("--portable", is_flag=True, help="Slower, but the same bytes on every x86-64 processor.")
 def reproduce(
-    seeds: list[int], workers: int, scheduler: str | None, folder: Path, publish: bool, everything: bool
+    seeds: list[int],
+    workers: int,
+    scheduler: str | None,
+    folder: Path | None,
+    publish: bool,
+    everything: bool,
+    portable: bool,
 ) -> None:
     """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration, claims.
 
     Seed 0 is the reference: with it come the controls and the post's weights. An interrupted call goes on where it
-    stopped. Bytes are the same on the same machine with the same libraries; on another, sums are rounded otherwise, and
-    what is equal up to that is called "rounding".
+    stopped. Bytes are the same on the same kind of processor with the same libraries. Another one rounds otherwise and
+    so takes another path: then a replication must meet the bars of behaviour, and each claim's effect must lie in the
+    range over the replications of data/.
     """
+    if portable:
+        choose_portable()  # before anything computes
     from dtbook.pipeline import measure, reproduce  # imports torch and TransformerLens
 
+    folder = folder or CHECKOUT / "runs" / ("portable" if portable else "reproduce")
     made, shipped = ArtifactStore(folder.absolute()), ArtifactStore()
     with _goes_on(made.root):
         names = reproduce.reproduce(made, shipped, seeds, workers, scheduler, everything, say=click.echo)
@@ -384,16 +398,21 @@ def stages() -> None:
 
 
 def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool) -> None:
+    """Say how alike two stores are; raise ClickException for what is not reproduced, unless it is published."""
     from dtbook.artifacts.comparison import compare
+    from dtbook.claims.reproduced import judge
+    from dtbook.pipeline.replication import BARS, bar_measures
 
     verdicts = compare(made, shipped, names)
-    for name, verdict in verdicts.items():
-        click.echo(f"{verdict:12} {name}")
-        if publish and verdict != "not made":
+    report = judge(made, shipped, verdicts, BARS, bar_measures)
+    click.echo(report.table.to_string(index=False))
+    if report.notes:
+        click.echo("Claims decided otherwise than in data/:\n  " + "\n  ".join(report.notes))
+    if publish:
+        for name in (name for name, verdict in verdicts.items() if verdict != "not made"):
             shipped.take(name, made)
-    different = [name for name, verdict in verdicts.items() if verdict in ("differs", "not made")]
-    if different and not publish:
-        raise click.ClickException(f"{', '.join(different)} in {made.root} is not what data/ ships")
+    elif report.problems:
+        raise click.ClickException("not reproduced:\n  " + "\n  ".join(report.problems))
 
 
 @main.command()

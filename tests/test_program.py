@@ -1,5 +1,7 @@
 """The model as a table: facts against the grid, fits against the definition, a model that is a table found exactly."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -103,8 +105,9 @@ def test_a_fit_is_the_definition(model, observations, summary, step):
 def test_bigger_steps_are_nearer(summary):
     programs = [Program(summary, step) for step in STEPS]
     divergences = [program.kl for program in programs]
-    assert divergences == sorted(divergences, reverse=True)
-    assert divergences[-1] >= 0
+    # a fact that is the same all over this room makes no difference: then the two agree up to rounding
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(divergences)), divergences
+    assert divergences[-1] > 0.001  # timesteps and the rest of the view are left out of every table
     assert [program.n_rows for program in programs] == sorted(program.n_rows for program in programs)
 
 

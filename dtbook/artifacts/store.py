@@ -24,6 +24,7 @@ import pooch
 import psutil
 from filelock import FileLock
 
+from dtbook.artifacts.kernels import kernels
 from dtbook.artifacts.provenance import PACKAGE, Code, code_behind, digest
 
 CHECKOUT = PACKAGE.parent
@@ -251,7 +252,8 @@ class ArtifactStore:
             return False
         _sweep(self.root / name)
         made_by = _made_by(stage, code, parameters, seeds)
-        return made_by.items() <= entry.items() and self._problem(name, entry) is None
+        alike = made_by.items() <= entry.items() and made_by.get("kernels") == entry.get("kernels")
+        return alike and self._problem(name, entry) is None
 
     def verify(self) -> list[str]:
         """Return a sentence for each thing that is not as the manifest says; empty if all is well."""
@@ -344,7 +346,7 @@ def _check_entry(manifest: Path, name: str, entry: object) -> None:
 
 def _made_by(stage: str, code: Sequence[Code], parameters: object, seeds: Sequence[int]) -> dict[str, Any]:
     made_by = {"stage": stage, "parameters": _plain(parameters), "seeds": [int(seed) for seed in seeds]}
-    return made_by | code_behind(code)
+    return made_by | code_behind(code) | kernels()
 
 
 def _plain(parameters: object) -> dict[str, Any]:
