@@ -1,5 +1,7 @@
 """The experiments: settling, snapshots inspected, sweeps collected, claims decided, against values known by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -116,7 +118,7 @@ def test_the_front_cell_s_path_begins_and_ends_at_what_the_model_says_of_obstacl
     for path, share, cell in (("object", 0, (6, 2, 0)), ("both", 1, (8, 1, 0)), ("object", 1, (8, 2, 0))):
         images = o.images.copy()
         images[:, *FRONT] = cell
-        expected = dynamics.forward_probability(model, o._replace(images=images), 0.9)
+        expected = dynamics.forward_probability(model, replace(o, images=images), 0.9)
         assert row["forward"][path, share] == pytest.approx(expected, abs=1e-6)
         cells = experiments.front_cells(model).set_index(["kind", "name"])["value"]
         direct = cell[0] * cells["object", "unit"] + cell[1] * cells["colour", "unit"]

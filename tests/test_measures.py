@@ -145,7 +145,7 @@ def test_a_subject_is_found_by_its_name_or_its_folder(tmp_path):
     assert own.sha256 == shipped.sha256
     assert (own.model.W_E_rtg == shipped.model.W_E_rtg).all()
     with pytest.raises(
-        ValueError, match="there is no subject 'seed_77': give post, .*seed_0, .* or a model's folder"
+        ValueError, match=r"there is no subject 'seed_77': give post, .*seed_0, .* or a model's folder"
     ):
         Subject.find("seed_77")
 

@@ -9,10 +9,10 @@ from planted import blank, plant_head
 
 from dtbook.analysis.program import (
     FACTS,
+    FITTED_RTGS,
+    FITTED_TIMESTEPS,
     FRONTS,
-    RTGS,
     STEPS,
-    TIMESTEPS,
     TRIGRAM,
     Program,
     bands,
@@ -91,13 +91,13 @@ def test_a_fit_is_the_definition(model, observations, summary, step):
     program, share = Program(summary, step), weights(observations)
     states, n = torch.from_numpy(observations.images).unsqueeze(1), len(observations.images)
     kl = agreement = 0.0
-    for rtg in RTGS:
-        for timestep in TIMESTEPS:
+    for rtg in FITTED_RTGS:
+        for timestep in FITTED_TIMESTEPS:
             asked = torch.full((n, 1), rtg, dtype=torch.float64), torch.full((n, 1), timestep)
             p = model(states, *asked)[:, 0].softmax(-1).numpy()
             q = program(observations.images, np.full(n, rtg))
-            kl += share @ (p * np.log(p / q)).sum(1) / (len(RTGS) * len(TIMESTEPS))
-            agreement += share @ (p.argmax(1) == q.argmax(1)) / (len(RTGS) * len(TIMESTEPS))
+            kl += share @ (p * np.log(p / q)).sum(1) / (len(FITTED_RTGS) * len(FITTED_TIMESTEPS))
+            agreement += share @ (p.argmax(1) == q.argmax(1)) / (len(FITTED_RTGS) * len(FITTED_TIMESTEPS))
     assert program.kl == pytest.approx(kl)
     assert program.agreement == pytest.approx(agreement)
 

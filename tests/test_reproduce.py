@@ -1,4 +1,4 @@
-"""`reproduce` from nothing to its end, small: what it makes, that a second call makes nothing, and what it takes over."""
+"""`reproduce` from nothing to its end, small: what it makes, that a second call makes nothing, what it takes over."""
 
 from dataclasses import replace
 
@@ -93,7 +93,7 @@ def test_a_second_call_makes_nothing(made, monkeypatch):
 def test_what_failed_is_named(tmp_path):
     (tmp_path / "seed_1").write_text("in the way of a folder")
     with pytest.raises(
-        ArtifactError, match="seed_1 ppo, seed_1 collection, .* failed; the same command goes on"
+        ArtifactError, match=r"seed_1 ppo, seed_1 collection, .* failed; the same command goes on"
     ):
         reproduce(ArtifactStore(tmp_path), ArtifactStore(), [1], recipe=RECIPE)
 

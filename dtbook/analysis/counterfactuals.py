@@ -28,8 +28,8 @@ from dtbook.analysis.population import BATCH_SIZE, Folded, Run
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import SITUATIONS, select, weights, without_front
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import HIGH, RTGS, TIMESTEP
 
-TIMESTEP = 10
 FORWARD = (-0.5, -0.5, 1.0)
 """The weights of the logits in direct attribution: forward against the mean of left and right."""
 INTO_CLEAN, INTO_SOURCE = "into the clean run", "into the source run"
@@ -54,9 +54,9 @@ class Case(NamedTuple):
 
 
 FRONT_CASES = tuple(
-    Case(situation, rtg, rtg) for rtg in (-1.0, 0.0, 0.9) for situation in SITUATIONS if situation != "empty"
+    Case(situation, rtg, rtg) for rtg in RTGS for situation in SITUATIONS if situation != "empty"
 )
-CASES = (*FRONT_CASES, *(Case(situation, -1.0, 0.9) for situation in SITUATIONS if situation != "empty"))
+CASES = (*FRONT_CASES, *(Case(situation, -1.0, HIGH) for situation in SITUATIONS if situation != "empty"))
 """obstacle, wall and goal → empty at each return of the post's Table 1, and RTG −1 → 0.9 with each of them in front."""
 
 

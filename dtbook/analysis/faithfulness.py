@@ -21,12 +21,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dtbook.analysis.counterfactuals import FORWARD, TIMESTEP, Case
+from dtbook.analysis.counterfactuals import FORWARD, Case
 from dtbook.analysis.heads import forward_preference
 from dtbook.analysis.population import BATCH_SIZE, Folded, Run
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import select, weights, without_front
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import HIGH, TIMESTEP
 
 DIRECT = "state → logits"
 METHODS = ("patching", "ablation", "attribution")
@@ -41,7 +42,7 @@ SEARCH_ROWS = 2048
 MOST = 64
 """Neurons after which the search gives up."""
 
-CASES = (Case("obstacle", 0.9, 0.9), Case("goal from the top", -1.0, -1.0), Case("wall", 0.9, 0.9))
+CASES = (Case("obstacle", HIGH, HIGH), Case("goal from the top", -1.0, -1.0), Case("wall", HIGH, HIGH))
 """The behaviours that circuits are looked for: what the model avoids with each of them in front."""
 RANDOM_ORDERS = 3
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain, combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
+import numpy.typing as npt
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Int64, UInt8
@@ -39,15 +42,29 @@ from dtbook.gridworld.rules import (
     unchecked_step,
 )
 
+Rows = slice | npt.NDArray[Any] | Sequence[int] | int | np.integer
+"""Which observations: a slice, a mask, integers, or one."""
 MAX_OBSERVATIONS = 10_000_000  # that `all_observations` lists; 147 bytes each
 
 
-class ObservationSet(NamedTuple):
-    """Distinct observations, how many states show each, and one state that does."""
+@dataclass(frozen=True, eq=False)
+class ObservationSet:
+    """Distinct observations, how many states show each, and one state that does.
+
+    It is indexed by rows: `observations[rows]` is the set of those, for a slice, a mask, integers or one integer.
+    """
 
     images: UInt8[np.ndarray, "n 7 7 3"]
     multiplicity: Int64[np.ndarray, " n"]
     witness: GridState
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: Rows) -> ObservationSet:
+        rows = [int(rows)] if isinstance(rows, int | np.integer) else rows
+        witness = GridState(*(value[rows] for value in self.witness))
+        return ObservationSet(self.images[rows], self.multiplicity[rows], witness)
 
 
 def all_observations(size: int = 8, n_obstacles: int = 4) -> ObservationSet:
