@@ -102,6 +102,32 @@ def source(tmp_path):
     return folder
 
 
+def test_a_wheel_holds_every_room_and_each_module_can_be_imported(source, tmp_path):
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", tmp_path]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", *options, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "unpacked", "zip")
+    files = [
+        path for path in (ROOT / "dtbook").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    packed = {
+        path.relative_to(tmp_path / "unpacked").as_posix() for path in tmp_path.glob("unpacked/dtbook/**/*.*")
+    }
+    assert packed == {path.relative_to(ROOT).as_posix() for path in files} | {"dtbook/data/manifest.json"}
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files if path.suffix == ".py"
+    ]
+    code = f"""import dtbook, importlib
+for name in {modules}: importlib.import_module(name.removesuffix(".__init__"))
+print(dtbook.__file__)"""
+    environment = clean_environment(tmp_path / "home") | {"PYTHONPATH": str(tmp_path / "unpacked")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+
+
 def test_on_colab_a_notebook_s_file_alone_runs_to_the_end(elsewhere, colab_python, source, tmp_path):
     startup = tmp_path / "home/profile_default/startup"
     startup.mkdir(parents=True)

@@ -8,7 +8,7 @@ source − clean, so that effect ÷ whole change is a share: 1 for what does all
 
 One layer only: with two tokens, what another run's RTG token can change is the keys and values of the heads, and what
 its state token can change is the queries too, the heads' outputs, the MLP, and what the embedding says directly.
-All of this is exact (`dtbook.exhaustive`); `dtbook.interventions` does the same with hooks, for small batches.
+All of this is exact (`population`); `interventions` does the same with hooks, for small batches.
 
 Sources: https://arxiv.org/abs/2202.05262 (activation patching), https://arxiv.org/abs/2211.00593 (path patching).
 """
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     """Which observations are shown, and what is changed."""
 
     situation: str
-    """One of `scenarios.SITUATIONS`."""
+    """One of `situations.SITUATIONS`."""
     rtg: float
     """The return asked for in the clean run."""
     source_rtg: float
@@ -272,7 +272,7 @@ def causal_table(
     mean of left and right; over all components it sums to the whole change of that.
 
     A mean effect says nothing of single observations, and shares of parts that act together need not sum to 1. Cases
-    that no observation shows are left out. Raises ValueError as `exhaustive.Folded`.
+    that no observation shows are left out. Raises ValueError as `population.Folded`.
     """
     folded, frames = Folded(model), []
     shown = [case for case in cases if len(select(observations, case.situation).images)]

@@ -5,7 +5,7 @@ on the logits directly. A unit that is not kept is *resampled*: it writes what i
 same one for all units, drawn as often as states show it. A kept neuron sees the present observation, and of the heads
 what they write now: their own output where they are kept, the other observation's where not.
 
-The *behaviour* is how much more likely forward is in the source run of a case (`dtbook.causal`) than in the clean one:
+The *behaviour* is how much more likely forward is in the source run of a counterfactual case than in the clean one:
 for an obstacle in front, by how much it lowers P(forward). With nothing kept both runs are the other observation's, so
 it is exactly 0; with everything kept it is the model's own, so its share is exactly 1.
 

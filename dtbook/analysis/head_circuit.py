@@ -80,7 +80,7 @@ def measure_circuit(
     """Measure one head of a one-layer model; its effects and neurons at `rtg` and `timestep`.
 
     `situations` are those that have counterfactuals; neurons are those of the first. Raises ValueError for a head or
-    situation that does not exist, and as `exhaustive.Folded`.
+    situation that does not exist, and as `population.Folded`.
     """
     maps = weight_maps(model, head)
     for situation in situations:

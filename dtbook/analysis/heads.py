@@ -123,7 +123,7 @@ def changes_by_patching(model: DecisionTransformer, clean: Batch, counterfactual
 def changes_fused(model: DecisionTransformer, clean: Batch, counterfactual: Batch) -> Changes:
     """Return the changes for one layer, sharing all that is linear; up to rounding `changes_by_patching`'s.
 
-    A batch is of one RTG and timestep, as `scenarios.batches` makes them.
+    A batch is of one RTG and timestep, as `situations.batches` makes them.
     """
     folded, asked = Folded(model), (float(clean.rtgs[0]), int(clean.timesteps[0]))
     runs = [folded.share(batch.states[:, 0]).at(*asked) for batch in (clean, counterfactual)]

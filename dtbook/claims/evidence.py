@@ -65,7 +65,7 @@ class Evidence:
 
     @cached_property
     def situations(self) -> pd.DataFrame:
-        """`tables.situation_table` of all that is no empty cell in front, zero ablation, timesteps averaged."""
+        """`ablations.situation_table` of all that is no empty cell in front, zero ablation, timesteps averaged."""
         facing = self.observations[~showing(self.observations.images, "empty")]
         table = situation_table(self.model, facing, RTGS, self.timesteps, how=("zero",))
         keys = ["situation", "rtg", "ablated"]
