@@ -8,7 +8,7 @@ export OMP_NUM_THREADS = 1
 export NUMBA_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test lint reproduce bench clean
+.PHONY: help venv book test check lint lab reproduce bench clean
 
 help:  ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -17,15 +17,20 @@ book: venv  ## Execute every notebook and build the book, with its PDF, into boo
 	"$(BIN)/dtbook" run
 	"$(BIN)/dtbook" build --pdf
 
-test: lint book  ## Lint, build the book, then test the package, the notebooks and the built pages
-	"$(BIN)/python" -m pytest -n 2 tests
-	"$(BIN)/python" -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks
+test: lint book  ## Before a push: lint, build the book, then test the package, the notebooks and the built pages
+	"$(BIN)/python" -m pytest -n 2 --dist worksteal tests
+
+check: lint  ## While editing: lint, then the tests that need no browser, no notebook and no long computation
+	"$(BIN)/python" -m pytest -n 2 --dist worksteal -m "not slow" tests
 
 lint: venv  ## Check style, types and the layers of the package
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
 	"$(BIN)/mypy"
 	"$(BIN)/lint-imports"
+
+lab: venv  ## Open the notebooks in JupyterLab, which runs them with this environment
+	"$(BIN)/jupyter" lab notebooks
 
 reproduce: venv  ## Execute every notebook twice, make every artifact of data/ again from nothing, and compare
 	"$(BIN)/dtbook" run
@@ -46,5 +51,5 @@ venv: .venv/installed  ## Create .venv and install the pinned dependencies
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
 	  "This book needs Python 3.11, 3.12 or 3.13, not %d.%d: choose one with `make PYTHON=python3.12 ...`." % v)'
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv .venv
-	"$(BIN)/python" -m pip install --constraint constraints.txt --editable ".[book,test]"
+	"$(BIN)/python" -m pip install --constraint constraints.txt --editable ".[book,lab,test]"
 	touch $@

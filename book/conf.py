@@ -14,7 +14,6 @@ settings = yaml.safe_load((BOOK / "_config.yml").read_text(encoding="utf-8"))
 sys.path += [str(BOOK / path) for path in settings["sphinx"]["local_extensions"].values()]
 
 project = html_title = settings["title"]
-html_baseurl = settings["html"]["baseurl"]
 author, copyright = settings["author"], settings["copyright"]
 exclude_patterns = ["**.ipynb_checkpoints", *settings["exclude_patterns"]]
 external_toc_path = "book/_toc.yml"
@@ -26,10 +25,8 @@ bibtex_bibfiles = [str(ROOT / path) for path in settings["bibtex_bibfiles"]]
 html_theme = "sphinx_book_theme"
 html_favicon = str(ROOT / settings["html"]["favicon"])
 theme_options = {
-    "repository_url": settings["repository"]["url"],
     "repository_branch": settings["repository"]["branch"],
     "launch_buttons": settings["launch_buttons"],
-    "use_repository_button": settings["html"]["use_repository_button"],
     "home_page_in_toc": settings["html"]["home_page_in_navbar"],
 }
 globals().update(settings["sphinx"]["config"])

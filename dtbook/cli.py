@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +15,17 @@ from typing import Any
 
 import click
 from filelock import FileLock
+from tqdm import tqdm
 
+from dtbook.artifacts.kernels import choose_portable
+from dtbook.artifacts.post_weights import named_copy
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
 from dtbook.pages.notebooks import (
     NotebookError,
     check_parameters,
     declared_parameters,
     find_notebooks,
+    in_order,
     inputs_digest,
     is_current,
     run_notebook,
@@ -49,7 +54,13 @@ def main() -> None:
 @click.argument("names", nargs=-1, metavar="[NN]...")
 @click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Set a parameter; repeatable.")
 @click.option("--again", is_flag=True, help="Execute once more, and compare with the book's copies.")
-def run(names: tuple[str, ...], assignments: tuple[str, ...], again: bool) -> None:
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=min(os.cpu_count() or 1, 4),
+    help="Notebooks at once, of which each takes up to 1 GB  [default: one a core, at most 4].",
+)
+def run(names: tuple[str, ...], assignments: tuple[str, ...], again: bool, workers: int) -> None:
     """Execute notebooks in order: those numbered NN, or all of them.
 
     A copy that is up to date is not made again. With -p the copies go to runs/ and never reach the book. With --again
@@ -58,53 +69,89 @@ def run(names: tuple[str, ...], assignments: tuple[str, ...], again: bool) -> No
     if again and assignments:
         raise click.UsageError("--again compares with the book's copies, which know no -p")
     paths = find_notebooks(CHECKOUT / "notebooks", names)
+    named_copy()  # refused at once where there is none
     if again:
-        return _run_again(paths)
+        return _run_again(paths, workers)
     folder = CHECKOUT / "runs" if assignments else CHECKOUT / "book" / "_executed"
     given = dict(_assignment(text) for text in assignments)
     parameters = {path: check_parameters(path, given) for path in paths}
-    for position, path in enumerate(paths, start=1):
-        line = f"[{position}/{len(paths)}] {path.stem}"
-        click.echo(f"{line}: {_run(path, folder / path.name, parameters[path], line)}")
+    for job, outcome in _run_all(_jobs(parameters, folder), workers):
+        click.echo(f"{job.line}: {outcome}")
     click.echo(f"Executed notebooks are in {folder}")
 
 
-def _run(path: Path, target: Path, parameters: dict[str, object], line: str) -> str:
-    """Make `target` unless it is current, and return what was done; `line` labels a bar that counts cells.
+@dataclass(frozen=True)
+class _Job:
+    """A notebook to execute, with its line on the screen and the digest of all that its outputs follow from."""
 
-    Of two runs at once the second waits, and finds the copy of the first.
+    line: str
+    path: Path
+    target: Path
+    parameters: dict[str, object]
+    inputs: str
+
+    def is_done(self) -> bool:
+        return is_current(self.target, self.inputs)
+
+
+def _jobs(parameters: dict[Path, dict[str, object]], folder: Path) -> list[_Job]:
+    store = ArtifactStore()
+    return [
+        _Job(
+            f"[{position}/{len(parameters)}] {path.stem}",
+            path,
+            folder / path.name,
+            given,
+            inputs_digest(path, given, store),
+        )
+        for position, (path, given) in enumerate(parameters.items(), start=1)
+    ]
+
+
+def _run_all(jobs: list[_Job], workers: int) -> Iterator[tuple[_Job, str]]:
+    """Make the copies that are not current, and yield what was done for each job, in their order.
+
+    On a terminal a bar counts the cells of the notebook that is executed, or of several at once the notebooks.
     """
-    inputs = inputs_digest(path, parameters, ArtifactStore())
-    if is_current(target, inputs):
-        return "up to date"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.stem}.lock")):
-        if is_current(target, inputs):
+    todo = [job for job in jobs if not job.is_done()]
+    several, terminal = min(workers, len(todo)) > 1, sys.stderr.isatty()
+    outcomes = in_order(_run, [(job, terminal and not several) for job in todo], workers)
+    with tqdm(total=len(jobs), desc="notebooks", leave=False, disable=not (terminal and several)) as bar:
+        for job in jobs:
+            outcome = next(outcomes) if job in todo else "up to date"
+            with bar.external_write_mode():
+                yield job, outcome
+            bar.update()
+
+
+def _run(job: _Job, bar: bool) -> str:
+    """Make one copy and return how long it took; of two runs at once the second waits, and finds it made."""
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(job.target.with_name(f".{job.target.stem}.lock")):
+        if job.is_done():
             return "up to date"
         start = time.perf_counter()
-        run_notebook(path, target, parameters, inputs, progress=line if sys.stderr.isatty() else "")
+        run_notebook(job.path, job.target, job.parameters, job.inputs, progress=job.line if bar else "")
     return f"done in {time.perf_counter() - start:.1f} s"
 
 
-def _run_again(paths: list[Path]) -> None:
-    store, copies, different = ArtifactStore(), CHECKOUT / "book" / "_executed", []
-    inputs = {path: inputs_digest(path, {}, store) for path in paths}
-    if stale := [path.stem for path in paths if not is_current(copies / path.name, inputs[path])]:
+def _run_again(paths: list[Path], workers: int) -> None:
+    copies, folder = CHECKOUT / "book" / "_executed", CHECKOUT / "runs" / "again"
+    jobs = _jobs({path: {} for path in paths}, folder)
+    if stale := [job.path.stem for job in jobs if not is_current(copies / job.path.name, job.inputs)]:
         raise click.ClickException(
             f"the book's copies of {', '.join(stale)} are not current: first `dtbook run`"
         )
-    for position, path in enumerate(paths, start=1):
-        line, target = f"[{position}/{len(paths)}] {path.stem}", CHECKOUT / "runs" / "again" / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        run_notebook(path, target, {}, inputs[path], progress=line if sys.stderr.isatty() else "")
-        same = target.read_bytes() == (copies / path.name).read_bytes()
-        click.echo(f"{line}: {'identical' if same else 'differs'}")
+    for job in jobs:
+        job.target.unlink(missing_ok=True)
+    different = []
+    for job, _ in _run_all(jobs, workers):
+        same = job.target.read_bytes() == (copies / job.path.name).read_bytes()
+        click.echo(f"{job.line}: {'identical' if same else 'differs'}")
         if not same:
-            different.append(path.stem)
+            different.append(job.path.stem)
     if different:
-        raise click.ClickException(
-            f"run again, {', '.join(different)} came out otherwise: see {target.parent}"
-        )
+        raise click.ClickException(f"run again, {', '.join(different)} came out otherwise: see {folder}")
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -261,27 +308,40 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
 @_seeds
 @_workers
 @_scheduler
-@click.option("--folder", type=_PATH, default=CHECKOUT / "runs" / "reproduce", show_default=True)
+@click.option("--folder", type=_PATH, help="Where it goes.  [default: runs/reproduce, or runs/portable]")
 @click.option("--publish", is_flag=True, help="Put what was made into data/, for the next commit.")
 @click.option("--everything", is_flag=True, help="Also what chapters 9, 11, 12 and 15 start from.")
+@click.option("--portable", is_flag=True, help="Slower, but the same bytes on every x86-64 processor.")
 def reproduce(
-    seeds: list[int], workers: int, scheduler: str | None, folder: Path, publish: bool, everything: bool
+    seeds: list[int],
+    workers: int,
+    scheduler: str | None,
+    folder: Path | None,
+    publish: bool,
+    everything: bool,
+    portable: bool,
 ) -> None:
     """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration, claims.
 
     Seed 0 is the reference: with it come the controls and the post's weights. An interrupted call goes on where it
-    stopped. Bytes are the same on the same machine with the same libraries; on another, sums are rounded otherwise, and
-    what is equal up to that is called "rounding".
+    stopped. Bytes are the same on the same kind of processor with the same libraries. Another one rounds otherwise and
+    so takes another path: then a replication must meet the bars of behaviour, and each claim's effect must lie in the
+    range over the replications of data/.
     """
+    if portable:
+        choose_portable()  # before anything computes
     from dtbook.pipeline import measure, reproduce  # imports torch and TransformerLens
+    from dtbook.pipeline.replication import TABLE
 
+    folder = folder or CHECKOUT / "runs" / ("portable" if portable else "reproduce")
     made, shipped = ArtifactStore(folder.absolute()), ArtifactStore()
     with _goes_on(made.root):
         names = reproduce.reproduce(made, shipped, seeds, workers, scheduler, everything, say=click.echo)
-    card = shipped.entries().get(measure.SCORECARD[0], {"seeds": seeds})
+    over_all = (*measure.SCORECARD, TABLE)
+    card = shipped.entries().get(over_all[0], {"seeds": seeds})
     if not publish and card["seeds"] != seeds:
-        click.echo("The scorecard of data/ is over other seeds: it is not compared")
-        names = [name for name in names if name not in measure.SCORECARD]
+        click.echo("The tables of data/ over all replications are over other seeds: they are not compared")
+        names = [name for name in names if name not in over_all]
     _compare(made, shipped, names, publish)
 
 
@@ -293,7 +353,8 @@ def causes(seeds: list[int], workers: int) -> None:
 
     Tables that are there, of the same model and code, are not made again.
     """
-    from dtbook.pipeline import Recipe, measure
+    from dtbook.pipeline import measure
+    from dtbook.pipeline.replication import Recipe
 
     store = ArtifactStore()
     _run_jobs(measure.causes(store, seeds, Recipe()), workers, store.root)
@@ -329,16 +390,21 @@ def stages() -> None:
 
 
 def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool) -> None:
+    """Say how alike two stores are; raise ClickException for what is not reproduced, unless it is published."""
     from dtbook.artifacts.comparison import compare
+    from dtbook.claims.reproduced import judge
+    from dtbook.pipeline.replication import BARS, bar_measures
 
     verdicts = compare(made, shipped, names)
-    for name, verdict in verdicts.items():
-        click.echo(f"{verdict:12} {name}")
-        if publish and verdict != "not made":
+    report = judge(made, shipped, verdicts, BARS, bar_measures)
+    click.echo(report.table.to_string(index=False))
+    if report.notes:
+        click.echo("Claims decided otherwise than in data/:\n  " + "\n  ".join(report.notes))
+    if publish:
+        for name in (name for name, verdict in verdicts.items() if verdict != "not made"):
             shipped.take(name, made)
-    different = [name for name, verdict in verdicts.items() if verdict in ("differs", "not made")]
-    if different and not publish:
-        raise click.ClickException(f"{', '.join(different)} in {made.root} is not what data/ ships")
+    elif report.problems:
+        raise click.ClickException("not reproduced:\n  " + "\n  ".join(report.problems))
 
 
 @main.command()
@@ -350,9 +416,8 @@ def experiments(sweeps: Path, made: Path, workers: int) -> None:
 
     First `dtbook sweep sweeps/NAME.yml` for each of them and `dtbook reproduce`. What is current is not done again.
     """
-    from dtbook.pipeline import Recipe
     from dtbook.pipeline import experiments as rooms
-    from dtbook.pipeline.replication import seeds_with
+    from dtbook.pipeline.replication import Recipe, seeds_with
 
     store, source = ArtifactStore(), ArtifactStore(made.absolute())
     seeds = seeds_with(source, "snapshots.safetensors")

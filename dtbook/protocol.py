@@ -1,4 +1,7 @@
-"""What everything is decided by: the returns and timesteps that are asked for, and the bars."""
+"""What everything is decided by: the returns and timesteps that a model is run at, and the bars of the claims."""
+
+import operator
+from dataclasses import dataclass
 
 HIGH = 0.9
 """The return that the post calls high."""
@@ -6,6 +9,10 @@ RTGS = (-1.0, 0.0, HIGH)
 """The three returns that the post's Table 1 asks for."""
 TIMESTEPS = (0, 5, 10, 20, 40)
 """The timesteps that P(F | situation, R) is averaged over."""
+TIMESTEP = 10
+"""The timestep at which single runs are compared (the obstacle-head rule's)."""
+ACTING = ("greedy", "sampled")
+"""Ways of acting: take the likeliest action, or draw one by the probabilities."""
 
 AVOIDS, DOES_NOT = 0.05, 0.2
 """P(F) up to which a situation is avoided, and from which on it is not; between: unclear."""
@@ -15,3 +22,43 @@ TABLE_1 = {
     HIGH: {"wall": True, "obstacle": True, "goal": False},
 }
 """The post's Table 1: what is avoided at which RTG."""
+
+_COMPARISONS = {
+    ">=": (operator.ge, "≥"),
+    ">": (operator.gt, ">"),
+    "<=": (operator.le, "≤"),
+    "<": (operator.lt, "<"),
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar that a number must meet; as text it is what the scorecard prints: "≥ 0.3".
+
+    Raises ValueError for a comparison that is not one of ">=", ">", "<=" and "<".
+    """
+
+    comparison: str
+    number: float
+
+    def __post_init__(self) -> None:
+        if self.comparison not in _COMPARISONS:
+            allowed = ", ".join(map(repr, _COMPARISONS))
+            raise ValueError(f"comparison is {self.comparison!r}; it must be one of {allowed}.")
+
+    def meets(self, value: float) -> bool:
+        """Return whether a value meets the bar; one that is not a number does not."""
+        return bool(_COMPARISONS[self.comparison][0](value, self.number))
+
+    @property
+    def is_upper(self) -> bool:
+        """Whether what is small meets the bar."""
+        return self.comparison.startswith("<")
+
+    def __str__(self) -> str:
+        return f"{_COMPARISONS[self.comparison][1]} {printed(self.number)}"
+
+
+def printed(number: float) -> str:
+    """Return a number as prose writes it, with a true minus and no needless digits: "−0.9", "1e−6"."""
+    return f"{number:g}".replace("e-0", "e-").replace("-", "−")

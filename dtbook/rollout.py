@@ -1,4 +1,4 @@
-"""Acting in the task: a Decision Transformer asked for a return, all episodes of all RTGs in lockstep."""
+"""Acting in the task: a Decision Transformer given an RTG, all episodes of all RTGs in lockstep."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -17,14 +17,14 @@ from dtbook.model.transformer import DecisionTransformer
 from dtbook.trajectories.recording import Trajectories, play
 
 CALIBRATION_RTGS = tuple(round(float(rtg), 1) for rtg in np.linspace(-1, 1, 21))
-"""The returns the post's Fig. 5 asks for: −1 to 1 in steps of 0.1."""
+"""The RTGs of the post's Fig. 5: −1 to 1 in steps of 0.1."""
 
 OUTCOMES = ("goal", "truncated", "obstacle", "wall")
 WALL = 2  # minigrid.core.constants.OBJECT_TO_IDX["wall"]
 
 
 class ModelPolicy:
-    """Acts as the model does when each episode is asked for its own return.
+    """Acts as the model does when each episode has an RTG of its own.
 
     Called as `policy(images, episodes, timesteps) -> actions`; keeps the last `cfg.n_timesteps` observations and
     actions of every episode, so any context length works. `greedy` takes the likeliest action, else it samples.
@@ -49,7 +49,7 @@ class ModelPolicy:
         episodes: Int64[np.ndarray, " active"],
         timesteps: Int64[np.ndarray, " active"],
     ) -> Int64[np.ndarray, " active"]:
-        """Actions of the running episodes, after remembering what they see and do."""
+        """Return the actions of the running episodes, after remembering what they see and do."""
         context = self.images.shape[1]
         last = np.minimum(timesteps, context - 1)
         full = episodes[timesteps >= context]
@@ -62,9 +62,8 @@ class ModelPolicy:
 
     @torch.inference_mode()
     def _logits(self, episodes: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        width = (
-            int(last.max()) + 1
-        )  # rows shorter than this are padded on the right, which attention never sees
+        # shorter rows are padded on the right, which attention never sees
+        width = int(last.max()) + 1
         timesteps = np.minimum(first[:, None] + np.arange(width), self.model.cfg.max_steps)
         logits = self.model.fast_forward(
             torch.from_numpy(self.images[episodes, :width]),
@@ -76,9 +75,8 @@ class ModelPolicy:
 
     def _choose(self, logits: np.ndarray) -> np.ndarray:
         if not self.greedy:
-            logits = logits + self.rng.gumbel(
-                size=logits.shape
-            )  # argmax of logits + Gumbel noise: a softmax sample
+            # the argmax of logits + Gumbel noise is a sample of their softmax
+            logits = logits + self.rng.gumbel(size=logits.shape)
         return logits.argmax(1)
 
 
@@ -121,9 +119,8 @@ def rollout_in(
     policy = ModelPolicy(model, asked, greedy, np.random.default_rng(seed))
     rows = np.zeros((len(asked), 3))  # return, length, truncated
     queue = iter(range(envs.num_envs, len(asked)))
-    lane = np.where(
-        np.arange(envs.num_envs) < len(asked), np.arange(envs.num_envs), -1
-    )  # −1: nothing left to play
+    lane = np.arange(envs.num_envs)
+    lane = np.where(lane < len(asked), lane, -1)  # −1: nothing left to play
     images, _ = envs.reset(seed=seed)
     actions = np.zeros(envs.num_envs, dtype=np.int64)
     with tqdm(total=len(asked), desc="episodes", disable=not progress) as bar:
@@ -142,7 +139,7 @@ def rollout_in(
 
 
 def outcomes(trajectories: Trajectories) -> np.ndarray:
-    """How each episode ended, one of `OUTCOMES`: at the goal, truncated, on an obstacle or on a wall."""
+    """Return how each episode ended, one of `OUTCOMES`: at the goal, truncated, on an obstacle or on a wall."""
     last = trajectories.episode_starts + trajectories.lengths - 1
     into_wall = trajectories.observations(last)[:, 3, 5, 0] == WALL
     conditions = [trajectories.returns > 0, trajectories.truncated, ~into_wall]
@@ -150,7 +147,7 @@ def outcomes(trajectories: Trajectories) -> np.ndarray:
 
 
 def episode_table(trajectories: Trajectories, rtgs: Float[np.ndarray, " episodes"]) -> pd.DataFrame:
-    """One row an episode: `rtg`, `return`, `length`, `truncated`, `outcome`."""
+    """Return one row an episode: `rtg`, `return`, `length`, `truncated`, `outcome`."""
     return pd.DataFrame(
         {
             "rtg": np.asarray(rtgs, dtype=np.float64),
@@ -171,7 +168,7 @@ def calibration_curve(
     seed: int = 0,
     task: Task | None = None,
 ) -> pd.DataFrame:
-    """What the model achieves for each RTG it is asked for (the post's Fig. 5); one row an RTG.
+    """Return what the model achieves for each RTG it is given (the post's Fig. 5), one row an RTG.
 
     Columns as in `summarise`. All `len(rtgs)` × `episodes` episodes are played in lockstep.
     """
@@ -182,8 +179,10 @@ def calibration_curve(
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Per RTG of an episode table: `mean` return with its standard error `sem`, the band that holds 95 % of the
-    returns (`low`, `high`), mean `length`, the shares `succeeded`, `survived` and `died`, and `episodes`.
+    """Return one row for each RTG of an episode table.
+
+    Columns: `mean` return with its standard error `sem`, the band that holds 95 % of the returns (`low`, `high`),
+    mean `length`, the shares `succeeded`, `survived` and `died`, and `episodes`.
     """
     grouped = table.groupby("rtg")["return"]
     frame = pd.DataFrame(
@@ -203,7 +202,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def calibration_error(curve: pd.DataFrame, low: float = 0.0, high: float = 0.9) -> float:
-    """Mean absolute difference between achieved and asked return over the RTGs from `low` to `high`."""
+    """Return the mean absolute difference between mean return and RTG over the RTGs from `low` to `high`."""
     within = curve[(curve["rtg"] >= low - 1e-9) & (curve["rtg"] <= high + 1e-9)]
     if within.empty:
         raise ValueError(f"the curve has no RTG between {low} and {high}")

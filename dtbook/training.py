@@ -31,7 +31,7 @@ Row = dict[str, float | int]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a Decision Transformer is trained; the defaults are the measured recipe of the book.
+    """The settings of a training run; the defaults are the measured recipe of the book.
 
     Raises ValueError naming the field, its value and what is allowed.
     """
@@ -72,7 +72,7 @@ class TrainConfig:
             raise ValueError(f"last_step_share must lie between 0 and 1, not {self.last_step_share}")
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then half a cosine down to zero."""
+        """Return the learning rate of a step: linear warm-up, then half a cosine down to zero."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
@@ -112,7 +112,7 @@ class Sampler:
         self.ordered, self.first_of = np.concatenate(groups), np.cumsum(self.sizes) - self.sizes
 
     def rows(self, rng: np.random.Generator) -> Int64[np.ndarray, " batch"]:
-        """Step rows at which the windows of one batch end."""
+        """Draw the step rows at which the windows of one batch end."""
         size, sizes = self.config.batch_size, self.sizes
         group, uniform = rng.integers(len(sizes), size=size), rng.random(size)
         within = (uniform * sizes[group]).astype(np.int64)
@@ -120,7 +120,7 @@ class Sampler:
         return np.where(rng.random(size) < self.config.last_step_share, self.last_row[rows], rows)
 
     def batch(self, rng: np.random.Generator) -> Batch:
-        """One batch of windows."""
+        """Draw one batch of windows."""
         end = self.rows(rng)
         first = np.maximum(end - self.context + 1, self.start_row[end])
         rows = first[:, None] + np.arange(self.context)
@@ -143,9 +143,9 @@ class TrainResult(NamedTuple):
     curve: pd.DataFrame
     """One row a step: `step`, `loss` (cross-entropy, nats), `accuracy`, `lr`."""
     evaluations: pd.DataFrame
-    """One row an evaluation: `step` and, for instance, `greedy 0.9`, the mean return when asked for 0.9."""
+    """One row an evaluation: `step` and, for instance, `greedy 0.9`, the mean return at RTG 0.9."""
     snapshots: dict[int, dict[str, torch.Tensor]]
-    """Steps taken → the weights after them, for the steps that were asked for."""
+    """Steps taken → the weights after them, for the steps in `snapshots`."""
 
 
 def train(
@@ -197,7 +197,7 @@ def train(
 
 
 def evaluate(model: DecisionTransformer, episodes: int, seed: int, data: Trajectories) -> Row:
-    """Mean returns, greedy and sampled, when asked for −1, 0 and 0.9 in the task the data come from."""
+    """Return mean returns, greedy and sampled, at RTGs −1, 0 and 0.9 in the task the data come from."""
     if not episodes:
         return {}
     asked = np.repeat([-1.0, 0.0, 0.9], episodes)
@@ -218,7 +218,7 @@ def _check_fit(data: Trajectories, model_config: DTConfig) -> None:
 
 
 def make_optimizer(model: DecisionTransformer, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW over all parameters."""
+    """Return Adam or AdamW over all parameters."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 

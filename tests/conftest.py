@@ -1,11 +1,42 @@
-"""What holds for every test: one thread a process, and no skip in continuous integration."""
+"""What holds for every test: one thread a process, no download of the post's weights, no skip in CI."""
 
 import os
+from functools import cache
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+
+@cache
+def has_post_weights():
+    """Whether a copy is named or was fetched before; imported here, as jaxtyping has to be first."""
+    from dtbook.artifacts.post_weights import COPY, REFUSED, find_post_checkpoint, named_copy
+
+    if named_copy():
+        os.environ[COPY] = str(named_copy())  # kernels and commands run in other folders
+    if there := find_post_checkpoint() is not None:
+        return there
+    os.environ[REFUSED] = "The post's weights are not at hand, and tests download nothing."
+    return there
+
+
+def pytest_sessionstart(session):
+    try:
+        has_post_weights()
+    except FileNotFoundError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def lacks_post_weights(item):
+    return item.get_closest_marker("post_weights") is not None and not has_post_weights()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if lacks_post_weights(item):
+        pytest.skip("needs the post's weights: DTBOOK_POST_MODEL may name a copy")
 
 
 def fail_if_skipped_in_ci(report):
@@ -18,12 +49,18 @@ def fail_if_skipped_in_ci(report):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    return fail_if_skipped_in_ci((yield))
+    report = yield
+    return report if lacks_post_weights(item) else fail_if_skipped_in_ci(report)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return fail_if_skipped_in_ci((yield))
+
+
+def pytest_itemcollected(item):
+    if "browser" in item.fixturenames:
+        item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

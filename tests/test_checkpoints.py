@@ -2,8 +2,12 @@
 
 import hashlib
 import json
-import os
-from pathlib import Path
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
 
 import pooch
 import pytest
@@ -11,9 +15,9 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from dtbook.artifacts import describe
-from dtbook.model import DecisionTransformer, DTConfig, files
-from dtbook.model.files import POST_MODEL_SHA256, fetch_post_checkpoint
+from dtbook.artifacts import describe, post_weights
+from dtbook.artifacts.post_weights import POST_MODEL_SHA256, NoPostWeights, fetch_post_checkpoint
+from dtbook.model import DecisionTransformer, DTConfig
 
 CFG = DTConfig(
     d_model=12, n_heads=3, d_head=4, d_mlp=8, n_layers=2, n_timesteps=3, max_steps=20, encoding="one-hot"
@@ -158,10 +162,7 @@ def test_damage_is_named_in_one_sentence(saved, damage, error, message):
 # The post's checkpoint
 
 
-@pytest.mark.skipif(
-    not os.environ.get("DTBOOK_POST_MODEL"),
-    reason="set DTBOOK_POST_MODEL to the path of the post's checkpoint to run this",
-)
+@pytest.mark.post_weights
 def test_the_variable_names_the_posts_checkpoint():
     assert describe(fetch_post_checkpoint())["sha256"] == POST_MODEL_SHA256
     model = DecisionTransformer.from_post_checkpoint()
@@ -187,26 +188,118 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         DecisionTransformer.from_post_checkpoint(tmp_path / "none.pt")
 
 
-def test_without_variable_and_network_one_sentence_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.delenv("DTBOOK_POST_MODEL", raising=False)
-    monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path)
-    monkeypatch.setattr(files, "POST_MODEL_URL", "http://127.0.0.1:9/model.pt")
-    with pytest.raises(
-        OSError, match=r"could not be fetched from http://127.0.0.1:9/model\.pt .*DTBOOK_POST_MODEL"
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """No copy is named, none was fetched, no attempt was made."""
+    monkeypatch.delenv(post_weights.COPY, raising=False)
+    monkeypatch.setenv(post_weights.REFUSED, "")
+    monkeypatch.delenv(post_weights.REFUSED)
+    monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path / "cache")
+
+
+@contextmanager
+def serving(monkeypatch, answer):
+    """A server that the weights are fetched from, which does this with each connection; yields how many there were."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            connections.append(self.client_address)
+            self.request.recv(4096)
+            answer(self.request)
+
+    connections = []
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv(post_weights.MIRROR, f"http://127.0.0.1:{server.server_address[1]}/model.pt")
+        yield connections
+        server.shutdown()
+
+
+def reply(body, length=None):
+    length = len(body) if length is None else length
+    return f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n".encode() + body
+
+
+def drip(request):
+    """A byte now and then, for ten seconds: no single read takes long."""
+    request.sendall(reply(b"", 100))
+    with suppress(OSError):
+        for _ in range(100):
+            request.sendall(b"x")
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("answer", [lambda _: time.sleep(60), drip], ids=["silent", "dripping"])
+def test_a_download_that_takes_too_long_is_given_up_and_not_tried_again(
+    answer, nowhere, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(post_weights, "SECONDS", 0.5)
+    with serving(monkeypatch, answer) as connections:
+        for _ in range(2):
+            with pytest.raises(
+                NoPostWeights, match=r"from http://127.*/model\.pt \(\w*Timeout\w*\); DTBOOK_POST_MODEL"
+            ):
+                fetch_post_checkpoint()
+        ask = "from dtbook.artifacts.post_weights import weights_at_hand; print(weights_at_hand())"
+        started = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+        assert started.stdout == "none\n"
+    assert len(connections) == 1, "neither this process nor one that it starts asks again"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_refused_connection_is_one_sentence_that_says_what_to_do(nowhere, monkeypatch):
+    monkeypatch.setenv(post_weights.MIRROR, "http://127.0.0.1:9/model.pt")
+    with pytest.raises(NoPostWeights) as caught:
+        DecisionTransformer.from_post_checkpoint()
+    assert str(caught.value) == (
+        "The post's checkpoint could not be fetched from http://127.0.0.1:9/model.pt (ConnectionError); "
+        "DTBOOK_POST_MODEL may name a copy of it."
+    )
+
+
+def test_what_comes_with_another_hash_is_not_the_posts(nowhere, monkeypatch, tmp_path):
+    """As the page that a network answers with until one has signed in."""
+    found = hashlib.sha256(b"something else").hexdigest()
+    with (
+        serving(monkeypatch, lambda request: request.sendall(reply(b"something else"))),
+        pytest.raises(NoPostWeights, match=f"model.pt.*{POST_MODEL_SHA256}.*{found}") as caught,
     ):
         fetch_post_checkpoint()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_download_with_another_hash_is_refused(tmp_path, monkeypatch):
-    def download(_, url, file, pooch):
-        Path(file).write_bytes(b"something else")
-
-    monkeypatch.delenv("DTBOOK_POST_MODEL", raising=False)
-    monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path)
-    monkeypatch.setattr(pooch.HTTPDownloader, "__call__", download)
-    found = hashlib.sha256(b"something else").hexdigest()
-    with pytest.raises(ValueError, match=f"overnight_training.pt.*{POST_MODEL_SHA256}.*{found}") as caught:
-        fetch_post_checkpoint()
     assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_was_fetched_is_kept(nowhere, monkeypatch):
+    monkeypatch.setattr(post_weights, "POST_MODEL_SHA256", hashlib.sha256(b"weights").hexdigest())
+    with serving(monkeypatch, lambda request: request.sendall(reply(b"weights"))) as connections:
+        assert [fetch_post_checkpoint().read_bytes() for _ in range(2)] == [b"weights"] * 2
+    assert len(connections) == 1
+    fetch_post_checkpoint().write_bytes(b"damaged")
+    assert post_weights.find_post_checkpoint() is None
+
+
+def test_a_variable_that_names_no_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(post_weights.COPY, "gone.pt")
+    for read in (
+        fetch_post_checkpoint,
+        DecisionTransformer.from_post_checkpoint,
+        post_weights.weights_at_hand,
+    ):
+        with pytest.raises(
+            FileNotFoundError, match=r"DTBOOK_POST_MODEL is 'gone.pt', but there is no file /.*gone"
+        ):
+            read()
+
+
+@pytest.mark.parametrize("named", ["../post.pt", "~/post.pt"])
+def test_a_copy_is_found_from_the_callers_folder_and_from_home(named, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "post.pt").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path / "below")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(post_weights.COPY, named)
+    found = fetch_post_checkpoint()
+    assert found.is_absolute()
+    assert found.samefile(tmp_path / "post.pt")

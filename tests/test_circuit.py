@@ -20,7 +20,7 @@ from dtbook.analysis.head_circuit import (
 from dtbook.analysis.heads import forward_preference, obstacle_head_scores
 from dtbook.analysis.interventions import STATE_TOKENS, Site, patch
 from dtbook.analysis.population import Folded
-from dtbook.gridworld import FRONT, GridState, ObservationSet, all_observations
+from dtbook.gridworld import FRONT, all_observations
 from dtbook.gridworld.situations import batches, counterfactual_pairs, select, weights
 from dtbook.model import DecisionTransformer, DTConfig
 
@@ -41,10 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def observations():
-    whole = all_observations(5, 2)
-    rows = slice(0, None, 7)
-    witness = GridState(*(value[rows] for value in whole.witness))
-    return ObservationSet(whole.images[rows], whole.multiplicity[rows], witness)
+    return all_observations(5, 2)[::7]
 
 
 def test_score_terms_add_up_to_the_cached_attention(model, observations):

@@ -6,16 +6,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from dtbook.analysis.attribution import contrast, decompose
 from dtbook.analysis.heads import forward_preference
 from dtbook.analysis.interventions import Site, ablate, patch
 from dtbook.claims import CLAIMS, RULES, measure
 from dtbook.claims.evidence import CircuitParts, Evidence
+from dtbook.claims.rules import meets
 from dtbook.claims.scorecard import decide, scorecard
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.situations import select, weights, without_front
 from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.protocol import Bar
 
 TIMESTEPS = (0, 10)
 
@@ -99,7 +102,7 @@ def test_turns_correlate_as_numpy_says(model, observations, evidence):
     logits = np.concatenate(
         [np.repeat(model(*inputs(observations, r, 10))[:, 0].numpy(), counts, 0) for r in (-1, 0, 0.9)]
     )
-    assert evidence.whole[0] == pytest.approx(np.corrcoef(logits[:, 0], logits[:, 1])[0, 1], abs=1e-6)
+    assert evidence.turn_correlation == pytest.approx(np.corrcoef(logits[:, 0], logits[:, 1])[0, 1], abs=1e-6)
 
 
 @torch.no_grad()
@@ -140,7 +143,30 @@ def test_circuit_parts_are_patches(model, observations, evidence):
 def test_time_slope_is_numpys(model, evidence):
     y = (model.W_E_time.detach()[:51] @ model.W_U.detach() @ contrast("F-R").double()).numpy()
     (slope, _), covariance = np.polyfit(np.arange(51), y, 1, cov=True)
-    assert evidence.time_slope() == pytest.approx((slope, covariance[0, 0] ** 0.5))
+    line, margin = evidence.time_slope(50), stats.t.ppf(0.975, 49) * covariance[0, 0] ** 0.5
+    assert (line.slope, line.low, line.high) == pytest.approx((slope, slope - margin, slope + margin))
+
+
+def test_a_bar_decides_what_it_says():
+    """Every bar printed in a rule is the one that decides: at it, and beside it on either side."""
+    decides = {
+        "≥": (False, True, True),
+        ">": (False, False, True),
+        "≤": (True, True, False),
+        "<": (True, False, False),
+    }
+    barred = {id: claim for id, claim in CLAIMS.items() if claim.bar and str(claim.bar) in claim.rule}
+    assert len(barred) > 20
+    for id, claim in barred.items():
+        sign, number = re.search(r"([≥>≤<]) (−?[\d.]+(?:e−\d+)?)", claim.rule).groups()
+        at = float(number.replace("−", "-"))
+        beside = np.nextafter(at, -np.inf), at, np.nextafter(at, np.inf)
+        assert tuple(meets(id, float(effect)) for effect in beside) == decides[sign], claim.rule
+    assert not Bar("<", 1.0).meets(np.nan)
+    with pytest.raises(ValueError, match="comparison is '=='; it must be one of '>='"):
+        Bar("==", 1.0)
+    with pytest.raises(ValueError, match="C24 has no single bar; its rule is: OV part ≥ QK part"):
+        meets("C24", 1.0)
 
 
 def test_the_table_has_every_claim():
@@ -150,6 +176,7 @@ def test_the_table_has_every_claim():
     assert set(CLAIMS) - set(RULES) == {"C25", "C26", "C27", "C28"}
 
 
+@pytest.mark.post_weights
 def test_the_posts_weights_give_the_posts_numbers(post, observations):
     """RTG, Table 3, Figs. 14, 16 and 17: what it printed of its own weights."""
     e = Evidence(post, observations)

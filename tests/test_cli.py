@@ -1,17 +1,20 @@
 """The `dtbook` command on a small book of its own: what it runs, refuses, and leaves after a failure."""
 
 import json
+import os
 import re
 import shutil
+import socket
 import sys
+import threading
+from contextlib import contextmanager, suppress
 
 import nbformat
 import pytest
 from click.testing import CliRunner
 
 from dtbook import cli
-from dtbook.artifacts import ArtifactStore, provenance
-from dtbook.pages import notebooks
+from dtbook.artifacts import ArtifactStore, describe, post_weights, provenance
 from dtbook.pages.notebooks import KERNEL_ENVIRONMENT, Parameter, inputs_digest, notebook_digest, run_notebook
 
 PARAMETERS = """episodes = 3  # episodes, at least 1
@@ -184,17 +187,106 @@ def test_inputs_are_cells_parameters_code_and_artifacts(tmp_path, monkeypatch):
     assert len({before, *map(digests_after, changes)}) == 4
 
 
-def test_the_posts_weights_are_an_input_of_the_notebooks_that_ask_for_them(checkout, tmp_path, monkeypatch):
-    """A copy made without them says so on its pages: it is made again once they are there."""
-    weights = tmp_path / "post.pt"
-    write_notebook(checkout / "notebooks/02_post.ipynb", "'DecisionTransformer.from_post_checkpoint'")
-    monkeypatch.setenv("DTBOOK_POST_MODEL", str(weights))
-    for lines in (["done", "done"], ["up t", "up t"], ["up t", "done"]):
-        notebooks._post_sha256.cache_clear()  # as a new process
-        assert [line.partition(": ")[2][:4] for line in dtbook("run").output.splitlines()[:2]] == lines
-        if lines[0] == "up t":
-            weights.write_bytes(b"weights")
-    notebooks._post_sha256.cache_clear()
+ASK = """from dtbook.artifacts import describe
+from dtbook.artifacts.post_weights import NONE, NoPostWeights, fetch_post_checkpoint, note
+try:
+    found = fetch_post_checkpoint()
+    note(describe(found)["sha256"])
+    print(found.read_text(), found)
+except NoPostWeights as error:
+    note(NONE, str(error))
+    print("without")"""
+
+
+@pytest.fixture
+def post(checkout, tmp_path, monkeypatch):
+    """Chapters, of which the second and third ask for the post's weights; where a copy will lie."""
+    write_notebook(checkout / "notebooks/02_asks.ipynb", ASK)
+    write_notebook(checkout / "notebooks/03_asks.ipynb", ASK)
+    monkeypatch.delenv(post_weights.COPY, raising=False)
+    monkeypatch.setenv(post_weights.REFUSED, "")
+    monkeypatch.delenv(post_weights.REFUSED)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "post.pt"
+
+
+def outcomes():
+    """What `dtbook run`, as a new process, did with each of the three."""
+    os.environ.pop(post_weights.REFUSED, None)
+    return [line.partition(": ")[2][:4] for line in dtbook("run").output.splitlines()[:3]]
+
+
+def test_a_copy_is_stale_when_the_weights_that_its_kernel_would_read_are_others(post, checkout, monkeypatch):
+    with listening(monkeypatch) as attempts:
+        assert outcomes() == ["done", "done", "done"]
+        assert len(attempts) == 1, "made in a kernel; the next is told"
+        assert printed(executed(checkout, "03_asks")) == ["without\n"]
+        assert outcomes() == ["up t", "up t", "up t"]
+        assert len(attempts) == 2
+        post.write_text("weights")
+        monkeypatch.setenv(post_weights.COPY, str(post))
+        assert outcomes() == ["up t", "done", "done"]
+        assert executed(checkout, "02_asks").metadata["dtbook"]["post_weights"] == describe(post)["sha256"]
+        assert "post_weights" not in executed(checkout).metadata["dtbook"]
+        assert outcomes() == ["up t", "up t", "up t"]
+        monkeypatch.delenv(post_weights.COPY)
+        assert outcomes() == ["up t", "done", "done"]
+        assert len(attempts) == 3
+
+
+@contextmanager
+def listening(monkeypatch):
+    """An address of the weights where every connection is counted and closed."""
+    attempts = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def close_each():
+            with suppress(OSError):
+                while True:
+                    connection, address = server.accept()
+                    attempts.append(address)
+                    connection.close()
+
+        threading.Thread(target=close_each, daemon=True).start()
+        monkeypatch.setenv(post_weights.MIRROR, f"http://127.0.0.1:{server.getsockname()[1]}/model.pt")
+        yield attempts
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_copy_that_is_not_there_is_refused_before_anything_runs(post, checkout, monkeypatch):
+    monkeypatch.setenv(post_weights.COPY, str(post))
+    result = dtbook("run")
+    assert (result.exit_code, result.output.splitlines()) == (
+        1,
+        [
+            f"Error: DTBOOK_POST_MODEL is {str(post)!r}, but there is no file {post}: name a copy, or unset it."
+        ],
+    )
+    assert not (checkout / "book/_executed").exists()
+
+
+def test_paths_count_from_the_callers_folder(post, checkout, monkeypatch):
+    """The kernel runs in the folder of the notebooks."""
+    (post.parent / "caller").mkdir()
+    monkeypatch.chdir(post.parent / "caller")
+    monkeypatch.setenv("HOME", str(post.parent))
+    post.write_text("weights")
+    monkeypatch.setenv(post_weights.COPY, "../post.pt")
+    parameters = (
+        'model_folder = ""  # folder of another model; empty: the book\'s\ntitle = ""  # of the folder'
+    )
+    write_notebook(
+        checkout / "notebooks/02_asks.ipynb", ASK, "print(model_folder, title)", parameters=parameters
+    )
+    for given, there in (
+        ("../mine", post.parent / "caller/../mine"),
+        ("~/mine", post.parent / "mine"),
+        ("", ""),
+    ):
+        assert dtbook("run", "2", "-p", f"model_folder={given}", "-p", "title=../a").exit_code == 0
+        weights, paths = printed(executed(checkout, "02_asks", "runs"))
+        assert weights.startswith("weights /")
+        assert paths == f"{there} ../a\n"
 
 
 def test_a_digest_ignores_what_running_a_notebook_leaves():
@@ -362,6 +454,32 @@ def test_a_failure_names_the_cell_keeps_the_run_and_stops(checkout, cell, senten
     assert copies(checkout) == ["01_task.ipynb", "02_next.ipynb"]
 
 
+def test_two_at_once_are_told_in_order_and_stop_at_a_failure(checkout):
+    """The first takes until the second is done; the third fails and waits for the fourth, which nothing follows."""
+    begun = "import pathlib, time\n\ndef wait(n):\n    while not pathlib.Path(n).exists(): time.sleep(0.05)\n"
+    cells = {
+        "01_task": "wait('2')",
+        "02_quick": "pathlib.Path('2').touch()",
+        "03_wrong": "wait('4'); 1 / 0",
+        "04_long": "pathlib.Path('4').touch(); time.sleep(1)",
+        "05_late": "pathlib.Path('5').touch()",
+    }
+    for name, cell in cells.items():
+        write_notebook(checkout / f"notebooks/{name}.ipynb", begun, cell)
+    result = dtbook("run", "--workers", "2")
+    assert result.exit_code == 1
+    first, second, error = result.output.splitlines()
+    assert re.fullmatch(r"\[1/5\] 01_task: done in [\d.]+ s", first)
+    assert re.fullmatch(r"\[2/5\] 02_quick: done in [\d.]+ s", second)
+    assert error.startswith("Error: 03_wrong failed in cell [2], `wait('4'); 1 / 0`: ZeroDivisionError: ")
+    assert copies(checkout) == ["01_task.ipynb", "02_quick.ipynb", "03_wrong.failed.ipynb", "04_long.ipynb"]
+    assert not (checkout / "notebooks/5").exists()
+
+    write_notebook(checkout / "notebooks/03_wrong.ipynb", "1")
+    lines = dtbook("run", "--workers", "2").output.splitlines()[:5]
+    assert [line.partition(": ")[2][:4] for line in lines] == ["up t", "up t", "done", "up t", "done"]
+
+
 def test_a_failure_shows_the_line_that_starts_the_cell(checkout):
     write_notebook(checkout / "notebooks/01_task.ipynb", "1", "rollout = None\nrollout()")
     assert "01_task failed in cell [2], `rollout = None`: TypeError: " in dtbook("run").output
@@ -382,6 +500,7 @@ def test_verify_tells_good_from_bad(checkout):
     assert f"Error: {checkout / 'data/curve.csv'} is not what" in result.output
 
 
+@pytest.mark.slow
 def test_build_is_clean_and_fails_on_a_warning_every_time(checkout):
     (checkout / "book/_toc.yml").write_text("format: jb-book\nroot: book/intro\n")
     (checkout / "book/_config.yml").write_text("title: A book\nonly_build_toc_files: true\n")

@@ -6,8 +6,8 @@ import torch
 
 from dtbook.gridworld import Task
 from dtbook.trajectories import play
+from dtbook.trajectories.agent import ActorCritic
 from dtbook.trajectories.collection import Crew, QuotaConfig, collect_by_quota, steps_by_class
-from dtbook.trajectories.ppo import ActorCritic
 
 TASK = Task(size=5, n_obstacles=2, max_steps=40)
 

@@ -1,4 +1,4 @@
-"""A notebook away from its repository: as Colab runs it, as plain papermill runs it; the same bytes each time."""
+"""A notebook as others run it: Colab, plain papermill, JupyterLab, nbmake; the same outputs under each runner."""
 
 import importlib.metadata
 import json
@@ -7,17 +7,22 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import tomllib
 from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import nbformat
 import papermill
 import pytest
+from nbmake.nb_run import NotebookRun
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dtbook.pages.notebooks import run_notebook, small_parameters
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -97,6 +102,32 @@ def source(tmp_path):
     return folder
 
 
+def test_a_wheel_holds_every_room_and_each_module_can_be_imported(source, tmp_path):
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", tmp_path]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", *options, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "unpacked", "zip")
+    files = [
+        path for path in (ROOT / "dtbook").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    packed = {
+        path.relative_to(tmp_path / "unpacked").as_posix() for path in tmp_path.glob("unpacked/dtbook/**/*.*")
+    }
+    assert packed == {path.relative_to(ROOT).as_posix() for path in files} | {"dtbook/data/manifest.json"}
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files if path.suffix == ".py"
+    ]
+    code = f"""import dtbook, importlib
+for name in {modules}: importlib.import_module(name.removesuffix(".__init__"))
+print(dtbook.__file__)"""
+    environment = clean_environment(tmp_path / "home") | {"PYTHONPATH": str(tmp_path / "unpacked")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+
+
 def test_on_colab_a_notebook_s_file_alone_runs_to_the_end(elsewhere, colab_python, source, tmp_path):
     startup = tmp_path / "home/profile_default/startup"
     startup.mkdir(parents=True)
@@ -128,6 +159,18 @@ def test_on_colab_a_notebook_s_file_alone_runs_to_the_end(elsewhere, colab_pytho
     assert sorted(path.name for path in elsewhere.iterdir()) == [NOTEBOOK.name, "out.ipynb"]
 
 
+def test_on_colab_nothing_is_installed_unasked(elsewhere, tmp_path):
+    cells = nbformat.read(elsewhere / NOTEBOOK.name, as_version=4).cells
+    setup = next(cell.source for cell in cells if cell.cell_type == "code")
+    environment = clean_environment(tmp_path / "home") | {"PIP_LOG": str(tmp_path / "pip.log")}
+    environment.pop("DTBOOK_SOURCE", None)
+    command = [sys.executable, "-m", "IPython", "--colors=NoColor", "-c", COLAB + setup]
+    result = subprocess.run(command, env=environment, cwd=elsewhere, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "RuntimeError: DTBOOK_SOURCE is not set" in result.stdout + result.stderr
+    assert not (tmp_path / "pip.log").exists()
+
+
 def test_plain_papermill_runs_a_chapter_from_any_folder(elsewhere):
     papermill.execute_notebook(
         elsewhere / NOTEBOOK.name,
@@ -140,18 +183,60 @@ def test_plain_papermill_runs_a_chapter_from_any_folder(elsewhere):
     assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_two_runs_of_a_chapter_write_the_same_bytes_and_touch_nothing_else(notebook, tmp_path):
-    def state():
-        folders = [ROOT / name for name in ("data", "notebooks", "book")]
-        files = [path for folder in folders for path in folder.rglob("*") if "_build" not in path.parts]
-        return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+def test_lab_opens_on_the_notebooks(tmp_path):
+    """What `make lab` does, without the browser that it opens."""
+    target = subprocess.run(
+        ["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert target.splitlines()[-1] == '".venv/bin/jupyter" lab notebooks'
+    jupyter = Path(sys.executable).with_name("jupyter")
+    command = [jupyter, "lab", "notebooks", "--no-browser", "--allow-root", "--port=0"]
+    with subprocess.Popen(command, cwd=ROOT, env=clean_environment(tmp_path)) as server:
+        try:
+            while not any("}" in path.read_text() for path in tmp_path.glob("jpserver-*.json")):
+                assert server.poll() is None
+                time.sleep(0.05)
+            said = json.loads(next(tmp_path.glob("jpserver-*.json")).read_text())
 
-    before = state()
-    copies = []
-    for name in ("one", "two"):
-        run_notebook(notebook, tmp_path / name / notebook.name, small_parameters(notebook), "inputs")
-        copies.append((tmp_path / name / notebook.name).read_bytes())
-    assert copies[0] == copies[1]
-    assert state() == before
-    json.loads(copies[0])
+            def ask(path):
+                with urlopen(f"{said['url']}{path}?token={said['token']}") as answer:
+                    return answer.read()
+
+            listed = {file["name"] for file in json.loads(ask("api/contents"))["content"]}
+            assert listed >= {path.name for path in NOTEBOOKS}
+            kernel = json.loads(ask("api/kernelspecs"))["kernelspecs"]["python3"]
+            assert kernel["spec"]["argv"][0] in ("python", sys.executable)
+            assert b"JupyterLab" in ask("lab")
+        finally:
+            server.terminate()
+
+
+def outputs(notebook):
+    """What the cells of a chapter put out, stderr aside; text that came in pieces is put together."""
+    found = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", []):
+            kept = [output for output in cell.outputs if output.get("name") != "stderr"]
+            texts = [output for output in kept if output.output_type == "stream"]
+            others = [output for output in kept if output.output_type != "stream"]
+            found.append(("".join(output.text for output in texts), [{**output} for output in others]))
+    return found
+
+
+def state_of_the_checkout():
+    folders = [ROOT / name for name in ("data", "notebooks", "book")]
+    files = [path for folder in folders for path in folder.rglob("*") if "_build" not in path.parts]
+    return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_two_runs_of_a_chapter_put_out_the_same_and_touch_nothing_else(notebook, tmp_path):
+    """One by nbmake, with its assertions, and one by the book's runner, both with the chapter's small parameters."""
+    before = state_of_the_checkout()
+    once = NotebookRun(notebook, default_timeout=300).execute()
+    assert once.error is None, once.error.trace
+    run_notebook(notebook, tmp_path / notebook.name, small_parameters(notebook), "inputs")
+    again = nbformat.read(tmp_path / notebook.name, as_version=4)
+    for first, second in zip(outputs(once.nb), outputs(again), strict=True):
+        assert first == second
+    assert state_of_the_checkout() == before

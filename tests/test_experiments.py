@@ -1,5 +1,7 @@
 """The experiments: settling, snapshots inspected, sweeps collected, claims decided, against values known by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -116,7 +118,7 @@ def test_the_front_cell_s_path_begins_and_ends_at_what_the_model_says_of_obstacl
     for path, share, cell in (("object", 0, (6, 2, 0)), ("both", 1, (8, 1, 0)), ("object", 1, (8, 2, 0))):
         images = o.images.copy()
         images[:, *FRONT] = cell
-        expected = dynamics.forward_probability(model, o._replace(images=images), 0.9)
+        expected = dynamics.forward_probability(model, replace(o, images=images), 0.9)
         assert row["forward"][path, share] == pytest.approx(expected, abs=1e-6)
         cells = experiments.front_cells(model).set_index(["kind", "name"])["value"]
         direct = cell[0] * cells["object", "unit"] + cell[1] * cells["colour", "unit"]
@@ -202,6 +204,7 @@ def swept(tmp_path_factory):
     return root, points
 
 
+@pytest.mark.slow
 def test_a_sweep_is_collected_into_a_row_a_model_and_its_front_cells(swept, probe, tmp_path, monkeypatch):
     root, points = swept
     monkeypatch.setattr(experiments, "make_probe", lambda task: probe)
@@ -227,6 +230,7 @@ def test_a_sweep_is_collected_into_a_row_a_model_and_its_front_cells(swept, prob
     assert job.ensure() is None, "it was current"
 
 
+@pytest.mark.slow
 def test_an_incomplete_sweep_is_not_collected(swept, tmp_path):
     _, points = swept
     job = experiments.collected(ArtifactStore(tmp_path / "data"), "encodings", points, tmp_path, Recipe())

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 import numpy as np
 import pytest
@@ -182,10 +181,7 @@ def test_forward_preference_is_the_log_odds_of_forward():
     torch.testing.assert_close(forward_preference(logits), torch.logit(logits.softmax(-1)[:, 2]))
 
 
-@pytest.mark.skipif(
-    not os.environ.get("DTBOOK_POST_MODEL"),
-    reason="set DTBOOK_POST_MODEL to the path of the post's checkpoint to run this",
-)
+@pytest.mark.post_weights
 def test_the_posts_obstacle_head_is_its_head_1(observations):
     model = DecisionTransformer.from_post_checkpoint()
     scores = obstacle_head_scores(model, all_observations())

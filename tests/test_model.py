@@ -1,7 +1,6 @@
 """The Decision Transformer against TransformerLens, minigrid and a float64 transcription of the original."""
 
 import math
-import os
 from contextlib import contextmanager
 
 import gymnasium
@@ -15,7 +14,7 @@ from transformer_lens import patching
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.model import DecisionTransformer, DTConfig, fetch_post_checkpoint
 from dtbook.model.config import one_hot
 from dtbook.model.fused import Weights, one_timestep
 
@@ -30,10 +29,6 @@ SHAPES = {
 }
 every_shape = pytest.mark.parametrize("cfg", SHAPES.values(), ids=SHAPES.keys())
 SMALL = DTConfig(d_model=16, n_heads=2, d_head=4, d_mlp=8, max_steps=20)
-NEEDS_POST_MODEL = pytest.mark.skipif(
-    not os.environ.get("DTBOOK_POST_MODEL"),
-    reason="set DTBOOK_POST_MODEL to the path of the post's checkpoint to run this",
-)
 
 
 def loud(cfg, dtype=torch.float32):
@@ -238,10 +233,10 @@ def test_one_hot_bits_are_minigrids():
     assert (one_hot(torch.from_numpy(image)).numpy() == expected).all()
 
 
-@NEEDS_POST_MODEL
+@pytest.mark.post_weights
 def test_the_posts_model_computes_what_the_original_code_does():
     """Transcribed in NumPy float64 from the original's forward pass and the TransformerLens of its time."""
-    sd = torch.load(os.environ["DTBOOK_POST_MODEL"], weights_only=True)
+    sd = torch.load(fetch_post_checkpoint(), weights_only=True)
     sd = {name: value.double().numpy() for name, value in sd.items()}
     attn = {
         name: sd[f"transformer.blocks.0.attn.{name}"]

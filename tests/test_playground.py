@@ -18,7 +18,7 @@ from dtbook.analysis.interventions import STATE_TOKENS, Site, ablate, constant, 
 from dtbook.analysis.weights import CELLS, ov_circuit, qk_circuit, state_maps
 from dtbook.artifacts import ArtifactStore
 from dtbook.gridworld import GOAL, WALL, GridState, Task, observe, reset, step
-from dtbook.model import DecisionTransformer, DTConfig, fetch_post_checkpoint
+from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.playground.scenes import check_scene
 
 TASK = Task(random_start=True)
@@ -49,13 +49,6 @@ def reference():
     return DecisionTransformer.from_pretrained(ArtifactStore().path("seed_0/model"))
 
 
-def post():
-    try:
-        return DecisionTransformer.from_post_checkpoint(fetch_post_checkpoint())
-    except OSError as error:
-        pytest.skip(f"the post's weights cannot be had ({error}); DTBOOK_POST_MODEL may name a copy")
-
-
 def other_shape(**shape):
     """A model with other sizes, its weights scaled up so that nothing in it is small."""
     model = DecisionTransformer(DTConfig(**shape), seed=1).eval()
@@ -70,7 +63,7 @@ def other_shape(**shape):
 
 MODELS = {
     "reference": reference,
-    "post": post,
+    "post": DecisionTransformer.from_post_checkpoint,
     "two layers, three heads": lambda: other_shape(n_layers=2, n_heads=3, d_head=5, d_model=24, d_mlp=17),
     "one-hot": lambda: other_shape(encoding="one-hot", d_model=16, d_mlp=9, n_heads=1, d_head=7),
 }
@@ -141,7 +134,10 @@ class Subject:
         return self.model.run_with_cache(*self.sources)[1]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+NAMES = [pytest.param(name, marks=pytest.mark.post_weights if name == "post" else ()) for name in MODELS]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def subject(request, page):
     return Subject(page, MODELS[request.param](), N_SCENES if request.param in ("reference", "post") else 100)
 

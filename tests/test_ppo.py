@@ -25,9 +25,8 @@ from probe_envs import (
 )
 
 from dtbook.gridworld import DynamicObstaclesVectorEnv
+from dtbook.trajectories.agent import OBJECTS, ActorCritic
 from dtbook.trajectories.ppo import (
-    OBJECTS,
-    ActorCritic,
     Batch,
     PPOConfig,
     collect,

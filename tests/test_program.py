@@ -1,5 +1,7 @@
 """The model as a table: facts against the grid, fits against the definition, a model that is a table found exactly."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,10 @@ from planted import blank, plant_head
 
 from dtbook.analysis.program import (
     FACTS,
+    FITTED_RTGS,
+    FITTED_TIMESTEPS,
     FRONTS,
-    RTGS,
     STEPS,
-    TIMESTEPS,
     TRIGRAM,
     Program,
     bands,
@@ -89,13 +91,13 @@ def test_a_fit_is_the_definition(model, observations, summary, step):
     program, share = Program(summary, step), weights(observations)
     states, n = torch.from_numpy(observations.images).unsqueeze(1), len(observations.images)
     kl = agreement = 0.0
-    for rtg in RTGS:
-        for timestep in TIMESTEPS:
+    for rtg in FITTED_RTGS:
+        for timestep in FITTED_TIMESTEPS:
             asked = torch.full((n, 1), rtg, dtype=torch.float64), torch.full((n, 1), timestep)
             p = model(states, *asked)[:, 0].softmax(-1).numpy()
             q = program(observations.images, np.full(n, rtg))
-            kl += share @ (p * np.log(p / q)).sum(1) / (len(RTGS) * len(TIMESTEPS))
-            agreement += share @ (p.argmax(1) == q.argmax(1)) / (len(RTGS) * len(TIMESTEPS))
+            kl += share @ (p * np.log(p / q)).sum(1) / (len(FITTED_RTGS) * len(FITTED_TIMESTEPS))
+            agreement += share @ (p.argmax(1) == q.argmax(1)) / (len(FITTED_RTGS) * len(FITTED_TIMESTEPS))
     assert program.kl == pytest.approx(kl)
     assert program.agreement == pytest.approx(agreement)
 
@@ -103,8 +105,9 @@ def test_a_fit_is_the_definition(model, observations, summary, step):
 def test_bigger_steps_are_nearer(summary):
     programs = [Program(summary, step) for step in STEPS]
     divergences = [program.kl for program in programs]
-    assert divergences == sorted(divergences, reverse=True)
-    assert divergences[-1] >= 0
+    # a fact that is the same all over this room makes no difference: then the two agree up to rounding
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(divergences)), divergences
+    assert divergences[-1] > 0.001  # timesteps and the rest of the view are left out of every table
     assert [program.n_rows for program in programs] == sorted(program.n_rows for program in programs)
 
 

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from dtbook.artifacts import ArtifactStore
 from dtbook.artifacts.provenance import imported_names
 from dtbook.pages.notebooks import declared_parameters
 
@@ -25,7 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-REPOSITORY = yaml.safe_load((ROOT / "book/_config.yml").read_text())["repository"]["url"]
+REPOSITORY = PROJECT["urls"]["Repository"]
+SAYING_THE_ADDRESS = {
+    "CITATION.cff": r"^repository-code: (.+)",
+    "book/intro.md": r"\[repository\]\((.+?)\)|^  url += \{(.+?)\}",
+    "book/open_problems.md": r"\[repository\]\((.+?)\)",
+}
 
 
 def requirements(*extras):
@@ -44,7 +50,7 @@ def pins():
 
 
 def test_every_requirement_is_pinned_within_its_range():
-    for requirement in requirements("book", "minari", "test"):
+    for requirement in requirements("book", "lab", "minari", "test"):
         pin = pins()[canonicalize_name(requirement.name)].specifier
         version = re.fullmatch(r"==([^+*]+)", str(pin))
         assert version, f"{requirement.name}{pin} is not an exact version without a build's label"
@@ -67,8 +73,8 @@ def needed(name, extras, found):
 
 
 def test_everything_installed_for_the_book_is_pinned():
-    packages = needed("dtbook", {"book", "test"}, {}).keys() - {"dtbook"}
-    assert len(packages) > len(requirements("book", "test")), "what the requirements need in turn"
+    packages = needed("dtbook", {"book", "lab", "test"}, {}).keys() - {"dtbook"}
+    assert len(packages) > len(requirements("book", "lab", "test")), "what the requirements need in turn"
     assert packages - pins().keys() == set()
 
 
@@ -109,7 +115,8 @@ def test_the_conda_environment_asks_for_the_same():
     asked = {requirement.name: requirement.specifier for requirement in map(Requirement, conda)}
     torch = next(requirement for requirement in requirements() if requirement.name == "torch")
     assert asked.pop("pytorch-cpu") == torch.specifier
-    assert asked == {"pip": SpecifierSet(), "jupyterlab": SpecifierSet()}
+    lab = requirements("lab")[-1]
+    assert asked == {"pip": SpecifierSet(), lab.name: lab.specifier}
     assert pip == {"pip": ["-e ."]}, "all else is asked for by pyproject.toml alone"
 
 
@@ -126,7 +133,11 @@ def test_the_hooks_have_the_pinned_versions():
 
 
 def test_ci_runs_make_test_on_every_python_offered():
-    assert (ROOT / ".ci/run").read_text().endswith("\nmake test\n")
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in lines if "make test" in line and not line.startswith("#")] == [
+        "env -u DTBOOK_POST_MODEL DTBOOK_POST_URL=http://127.0.0.1:9/closed.pt make test"
+    ]
+    assert lines[-1] == 'DTBOOK_POST_MODEL="$model" .venv/bin/python -m pytest -m post_weights'
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
     jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]
     offered = SpecifierSet(PROJECT["requires-python"])
@@ -153,16 +164,35 @@ def test_actions_are_pinned_by_major_version(path):
     assert [action for action in actions if not re.fullmatch(r"actions/[a-z-]+@v\d+", action)] == []
 
 
+def run_in_ci(folder, test, ci="true", **variables):
+    """pytest on one test that is kept by this project's conftest."""
+    shutil.copy(ROOT / "tests/conftest.py", folder)
+    (folder / "test_it.py").write_text(f"import pytest\n{test}\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder]
+    variables |= {"CI": ci, "XDG_CACHE_HOME": str(folder)}  # where nothing was fetched
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+
+
+NEEDS_WEIGHTS = "@pytest.mark.post_weights\ndef test_it():\n    pytest.skip('no browser')"
+
+
+def test_in_ci_a_test_is_skipped_only_for_want_of_the_posts_weights(tmp_path):
+    without = run_in_ci(tmp_path, NEEDS_WEIGHTS, DTBOOK_POST_MODEL="")
+    assert (without.returncode, "1 skipped" in without.stdout) == (0, True), without.stdout
+    (tmp_path / "post.pt").touch()
+    copy = run_in_ci(tmp_path, NEEDS_WEIGHTS, DTBOOK_POST_MODEL=str(tmp_path / "post.pt"))
+    assert "skipped, which CI does not allow: Skipped: no browser" in copy.stdout
+    gone = run_in_ci(tmp_path, NEEDS_WEIGHTS, DTBOOK_POST_MODEL="gone.pt")
+    assert "DTBOOK_POST_MODEL is 'gone.pt', but there is no file" in gone.stderr
+    assert gone.returncode == pytest.ExitCode.USAGE_ERROR
+
+
 @pytest.mark.parametrize(
     "skip", ["def test_it():\n    pytest.skip('no browser')", "pytest.importorskip('no_browser')"]
 )
 def test_a_skip_fails_in_ci_and_nowhere_else(tmp_path, skip):
-    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
-    (tmp_path / "test_it.py").write_text(f"import pytest\n{skip}\n")
-
     def run(ci):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path]
-        return subprocess.run(command, env=os.environ | {"CI": ci}, capture_output=True, text=True)
+        return run_in_ci(tmp_path, skip, ci)
 
     in_ci = run("true")
     assert in_ci.returncode not in (0, 5), in_ci.stdout
@@ -180,8 +210,22 @@ def test_the_citation_agrees_with_the_package():
     assert citation["version"] == PROJECT["version"] == importlib.metadata.version("dtbook")
     assert citation["license"] == PROJECT["license"]
     assert citation["authors"] == PROJECT["authors"]
-    assert citation["repository-code"] == REPOSITORY
     assert citation["references"][0]["url"] == PROJECT["urls"]["The post"]
+
+
+@pytest.mark.parametrize("name", SAYING_THE_ADDRESS)
+def test_the_words_say_the_project_s_address(name):
+    said = re.findall(SAYING_THE_ADDRESS[name], (ROOT / name).read_text(), flags=re.MULTILINE)
+    said = {"".join(groups) for groups in said}
+    assert said == {REPOSITORY}, f"{name} must say the Repository of pyproject.toml"
+
+
+def test_nothing_else_says_the_project_s_address():
+    """What needs it takes it from pyproject.toml."""
+    command = ["git", "grep", "--files-with-matches", "--fixed-strings"]
+    addresses = [part for url in (REPOSITORY, PROJECT["urls"]["Book"]) for part in ("-e", url.rstrip("/"))]
+    found = subprocess.run([*command, *addresses], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {*found.stdout.splitlines()} == {"pyproject.toml", *SAYING_THE_ADDRESS}
 
 
 def test_the_licence_names_the_authors():
@@ -228,6 +272,15 @@ def test_the_artifacts_are_small_enough_for_git():
     sizes = [path.stat().st_size for path in (ROOT / "data").rglob("*") if path.is_file()]
     assert max(sizes, default=0) <= 10e6
     assert sum(sizes) <= 40e6
+
+
+def test_a_clone_with_windows_line_endings_is_the_same(tmp_path):
+    clone = ["git", "-c", "core.autocrlf=true", "clone", "--quiet", ROOT, tmp_path / "clone"]
+    subprocess.run(clone, check=True)
+    assert ArtifactStore(tmp_path / "clone/data").verify() == []
+    listed = ["git", "-C", tmp_path / "clone", "ls-files", "--eol"]
+    endings = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {line.split()[1] for line in endings} == {"w/lf", "w/-text"}
 
 
 def test_there_are_notebooks():

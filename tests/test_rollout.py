@@ -1,7 +1,5 @@
 """Acting: the policy does what the model says, and the curve is the one minigrid itself gives."""
 
-import os
-
 import gymnasium as gym
 import numpy as np
 import pandas as pd
@@ -137,9 +135,7 @@ def test_lockstep_and_minigrid_itself_agree():
             assert abs(ours[column].mean() - other[column].mean()) < 4 * spread, column
 
 
-@pytest.mark.skipif(
-    "DTBOOK_POST_MODEL" not in os.environ, reason="set DTBOOK_POST_MODEL to a copy of the post's checkpoint"
-)
+@pytest.mark.post_weights
 def test_the_posts_model_behaves_as_measured_with_the_original():
     """Greedy returns of the post's own weights, as the original code gives them (−1, −0.870, 0.039, 0.927, 0.943)."""
     model = DecisionTransformer.from_post_checkpoint()

@@ -6,7 +6,7 @@ from scipy import stats as reference
 
 from dtbook.analysis.stats import (
     bootstrap_interval,
-    permutation_test,
+    least_squares,
     weighted_correlation,
     weighted_quantile,
 )
@@ -41,17 +41,14 @@ def test_bootstrap_interval_is_scipys():
     assert not ours.excludes(float(values.mean()))
 
 
-@pytest.mark.parametrize("n", [6, 20])
-def test_sign_flips_give_scipys_p_value(n):
-    differences = np.random.default_rng(n).normal(0.5, 1.0, size=n)
-    theirs = reference.permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(1)
+def test_a_line_is_scipys():
+    y = np.random.default_rng(0).normal(size=51).cumsum()
+    theirs, ours = reference.linregress(np.arange(51), y), least_squares(y)
+    margin = reference.t.ppf(0.975, 49) * theirs.stderr
+    assert ours[:4] == pytest.approx(
+        (theirs.slope, theirs.slope - margin, theirs.slope + margin, theirs.rvalue**2), rel=1e-12
     )
-    assert permutation_test(differences, seed=0, draws=20_000) == pytest.approx(theirs.pvalue, abs=0.015)
-
-
-def test_equal_signs_of_ten_give_the_least_p_value():
-    assert permutation_test(np.arange(1.0, 11.0), seed=0) == 2 / 2**10
+    assert ours.memory > 0.5, "a random walk's residuals remember"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +60,7 @@ def test_equal_signs_of_ten_give_the_least_p_value():
         ),
         (lambda: weighted_quantile(np.ones(2), np.ones(2), np.array([1.5])), "at must lie between 0 and 1"),
         (lambda: bootstrap_interval(np.array([np.nan]), 0), "values must hold at least one number"),
-        (lambda: permutation_test(np.array([]), 0), "differences must hold at least one number"),
+        (lambda: least_squares(np.ones(2)), "values are 2; a slope and its interval need at least 3"),
     ],
 )
 def test_what_cannot_be_summarised_gets_one_sentence(call, sentence):

@@ -45,7 +45,7 @@ while gate and k == 1 and not os.path.exists(gate):
     time.sleep(0.05)
 if k == fail_at:
     raise ValueError(f'k must not be {k}')""",
-    """from dtbook.display import glue
+    """from dtbook.figures import glue
 
 glue(square=k * k, half=k / 2, many=[1, 2], odd=bool(k % 2), none=float('nan'))""",
     "note('end', k)",

@@ -1,9 +1,10 @@
 """Read-outs of the view against the model itself, NumPy over every observation, and the post's printed numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from dtbook.analysis.attribution import decompose
 from dtbook.analysis.views import (
@@ -13,7 +14,6 @@ from dtbook.analysis.views import (
     embeddings,
     front_cell,
     moments,
-    slope,
     thing_effects,
     variance_shares,
 )
@@ -102,23 +102,9 @@ def test_embeddings_come_back_from_their_file(small, tmp_path):
     assert made.largest[0] == pytest.approx(float(small[1].W_E_state.detach()[:49].abs().max()))
 
 
-def test_slope_is_scipys():
-    y = np.random.default_rng(0).normal(size=51).cumsum()
-    theirs, ours = stats.linregress(np.arange(51), y), slope(y)
-    margin = stats.t.ppf(0.975, 49) * theirs.stderr
-    assert ours[:4] == pytest.approx(
-        (theirs.slope, theirs.slope - margin, theirs.slope + margin, theirs.rvalue**2), rel=1e-4
-    )
-    assert ours.memory > 0.5, "a random walk's residuals remember"
-    with pytest.raises(ValueError, match="values are 2"):
-        slope(y[:2])
-
-
+@pytest.mark.post_weights
 def test_the_posts_numbers():
-    try:
-        post = embeddings(DecisionTransformer.from_post_checkpoint())
-    except OSError as reason:
-        pytest.skip(f"{reason} It is fetched where there is a network.")
+    post = embeddings(DecisionTransformer.from_post_checkpoint())
     on = post.on("F-R")
     assert float(on["rtg"]) == pytest.approx(1.13, abs=0.005)
     assert float(post.on("R-L")["rtg"]) == pytest.approx(-0.16, abs=0.005)
@@ -134,6 +120,6 @@ def test_what_cannot_be_read_gets_one_sentence():
     with pytest.raises(ValueError, match="preference is 'F-X'"):
         embeddings(DecisionTransformer(DTConfig())).on("F-X")
     observations = all_observations(5, 2)
-    strange = observations._replace(images=observations.images + np.uint8(1))
+    strange = replace(observations, images=observations.images + np.uint8(1))
     with pytest.raises(ValueError, match="something else than empty, wall"):
         moments(strange)

@@ -1,7 +1,6 @@
 """QK and OV circuits rebuild a forward pass; the post's printed numbers come out of its own weights."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ HOLDS = {"empty": (1, 0), "wall": (2, 5), "obstacle": (6, 2), "goal": (8, 1)}
 @pytest.fixture(scope="module")
 def post():
     """The post's own model."""
-    if not os.environ.get("DTBOOK_POST_MODEL"):
-        pytest.skip("set DTBOOK_POST_MODEL to the path of the post's checkpoint to run this")
     return DecisionTransformer.from_post_checkpoint()
 
 
@@ -117,12 +114,14 @@ def test_the_front_cell_table_is_what_changing_that_cell_does(encoding):
 # The post's printed numbers, from its own weights
 
 
+@pytest.mark.post_weights
 def test_rtg_on_the_preferences(post):
     """In the text: ~1.13 and ~ -0.16."""
     assert round(float(post.W_E_rtg.detach() @ preference_direction(post, "F-R")), 2) == 1.13
     assert round(float(post.W_E_rtg.detach() @ preference_direction(post, "R-L")), 2) == -0.16
 
 
+@pytest.mark.post_weights
 def test_front_cell_of_the_state_embedding(post):
     """Figure 14's colour weight, -0.742; its object weight is printed as 0.27, the first digits of 0.2792."""
     object_, colour, state = state_maps(post, "F-R")[:, *FRONT].tolist()
@@ -132,6 +131,7 @@ def test_front_cell_of_the_state_embedding(post):
     assert abs(state) < 1e-30
 
 
+@pytest.mark.post_weights
 def test_table_3(post):
     """The post multiplies its printed 0.27 and 0.742; with the full weights the last digits differ."""
     object_, colour, _ = state_maps(post, "F-R")[:, *FRONT].tolist()
@@ -144,6 +144,7 @@ def test_table_3(post):
     assert exact == {"empty": 0.28, "wall": -3.15, "obstacle": 0.19, "goal": 1.49}
 
 
+@pytest.mark.post_weights
 def test_qk_circuit_of_head_1(post):
     """Figure 16: state to RTG, not divided by the root of d_head."""
     weight = qk_circuit(post, 0, 1, post.W_E_state, post.W_E_rtg[None], scaled=False).weight
@@ -151,6 +152,7 @@ def test_qk_circuit_of_head_1(post):
     assert [round(float(x), 3) for x in maps[:2, *FRONT]] == [-0.244, -0.217]
 
 
+@pytest.mark.post_weights
 def test_ov_circuit_of_head_1(post):
     """Figure 17: state to the forward logit."""
     maps = ov_circuit(post, 0, 1, post.W_E_state).weight[:, 2].view(3, 7, 7)

@@ -11,9 +11,8 @@ from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
 from sphinx.util.typing import ExtensionMetadata
 
-WORDS_PER_MINUTE = (
-    220  # silent reading of non-fiction: Brysbaert 2019, doi 10.1016/j.jml.2019.104047, has 238
-)
+# Silent reading of non-fiction: Brysbaert 2019, doi 10.1016/j.jml.2019.104047, has 238.
+WORDS_PER_MINUTE = 220
 SECONDS_PER_FIGURE = 15
 MARKS = {
     "replicated": "yes",
@@ -50,7 +49,7 @@ class Equations(SphinxTransform):
 
 
 def minutes_to_read(doctree: nodes.document) -> int:
-    """How long the prose, formulas and figures of a page take to read, in minutes; code and tables do not count."""
+    """Return how many minutes the prose, formulas and figures of a page take to read; code and tables do not count."""
     prose = [
         node
         for node in doctree.findall(nodes.paragraph)
@@ -62,7 +61,7 @@ def minutes_to_read(doctree: nodes.document) -> int:
 
 
 def ancestors(node: nodes.Node) -> list[nodes.Node]:
-    """What a node lies in, from the inside out."""
+    """Return the nodes that a node lies in, from the inside out."""
     found = []
     while node.parent is not None:
         node = node.parent
@@ -71,13 +70,13 @@ def ancestors(node: nodes.Node) -> list[nodes.Node]:
 
 
 def run_seconds(app: Sphinx, docname: str) -> float | None:
-    """How long the notebook of a page took when it was executed; None if nobody wrote it down."""
+    """Return how many seconds the notebook of a page took when it was executed; None if they were not noted."""
     note = executed_folder(app) / f"{Path(docname).name}.seconds"
     return float(note.read_text()) if note.exists() else None
 
 
 def add_opening(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Below the question and answer of a chapter: time to read and to run, what came before, all code at once."""
+    """Add a line below the opening of a chapter: time to read and to run, the chapter before, a button for all code."""
     section = next(iter(doctree.findall(nodes.section)), None)
     if section is None or not docname.startswith("notebooks/") or app.builder.format != "html":
         return
@@ -106,7 +105,7 @@ def mark_verdicts(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
 
 def definitions(env: BuildEnvironment) -> dict[str, list[nodes.Node]]:
-    """Of each term of the glossary, by its id in the page: the inline nodes of its definition."""
+    """Return the inline nodes of the definition of each term of the glossary, by the term's id in the page."""
     found = {}
     if "book/glossary" not in env.found_docs:
         return {}
@@ -120,7 +119,7 @@ def definitions(env: BuildEnvironment) -> dict[str, list[nodes.Node]]:
 
 
 def _plain(node: nodes.Node) -> nodes.Node:
-    """The node without links, which would stand inside a link's explanation."""
+    """Return the node without links, which would stand inside a link's explanation."""
     if isinstance(node, addnodes.pending_xref):
         cited = node.get("refdomain") == "cite"
         return nodes.Text("" if cited else node.astext())
@@ -128,7 +127,7 @@ def _plain(node: nodes.Node) -> nodes.Node:
 
 
 def define_terms(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Beside the first use of each glossary term on a page: its definition, shown when it is pointed at."""
+    """Put its definition beside the first use of each glossary term on a page, shown when it is pointed at."""
     if app.builder.name != "html" or docname == "book/glossary":
         return
     known = getattr(app, "_book_definitions", None)

@@ -39,7 +39,7 @@ class Pictures(SphinxTransform):
 
 
 def diagram(path: Path, alt: str, lit: tuple[str, ...] = (), prefix: str = "") -> str:
-    """The SVG as part of a page: one image to a screen reader, its ids prefixed, the groups `lit` picked out."""
+    """Return the SVG as part of a page: one image to a screen reader, its ids prefixed, the groups `lit` picked out."""
     svg = path.read_text(encoding="utf-8")
     for name in lit:
         svg = svg.replace(f'<g id="{name}"', f'<g class="lit" id="{name}"')
@@ -51,7 +51,7 @@ def diagram(path: Path, alt: str, lit: tuple[str, ...] = (), prefix: str = "") -
 
 
 def components() -> list[str]:
-    """The names of the parts of the architecture diagram that can be picked out."""
+    """Return the names of the parts of the architecture diagram that can be picked out."""
     return re.findall(r'<g id="([\w-]+)"', ARCHITECTURE.read_text(encoding="utf-8"))
 
 
@@ -73,7 +73,7 @@ class Architecture(SphinxDirective):
     has_content = True
 
     def run(self) -> list[nodes.Node]:
-        """A margin note with the diagram in it."""
+        """Return a margin note with the diagram in it."""
         known = components()
         if unknown := [name for name in self.arguments if name not in known]:
             message = (

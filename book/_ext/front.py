@@ -16,20 +16,20 @@ READ, PLAY = "notebooks/01_the_task", "notebooks/13_play"
 
 
 def executed_folder(app: Sphinx) -> Path:
-    """The folder of the executed copies."""
+    """Return the folder of the executed copies."""
     return Path(app.srcdir) / "book" / "_executed"
 
 
 def pdf_of(app: Sphinx) -> Path:
-    """Where `dtbook build --pdf` leaves the printed book, before the pages are built."""
+    """Return where `dtbook build --pdf` leaves the printed book, before the pages are built."""
     return executed_folder(app) / PDF
 
 
 class FrontPage(SphinxDirective):
-    """What the directives here share: links to pages that may not be in this build."""
+    """The common part of the directives here: links to pages that may not be in this build."""
 
     def address(self, docname: str) -> str | None:
-        """The link to a page; None if it is not in this build."""
+        """Return the link to a page; None if it is not in this build."""
         if docname not in self.env.found_docs:
             return None
         return self.env.app.builder.get_relative_uri(self.env.docname, docname)
@@ -39,7 +39,7 @@ class Doors(FrontPage):
     """Three ways into the book: read, play, re-run. Each is a link; the game's is there when its page is."""
 
     def run(self) -> list[nodes.Node]:
-        """A list of three."""
+        """Return a list of three."""
         doors = [
             ("Read", READ, "Chapter after chapter, one question each, the answer first."),
             (
@@ -63,7 +63,7 @@ class OtherForms(FrontPage):
     """Links to the book as one PDF, if this build has it, and to the notebooks and data of each page."""
 
     def run(self) -> list[nodes.Node]:
-        """One paragraph."""
+        """Return one paragraph."""
         text = "Each chapter's notebook can be downloaded at the top of its page, the data of each figure below it."
         made = nodes.paragraph("", text)
         if pdf_of(self.env.app).exists():
@@ -74,10 +74,10 @@ class OtherForms(FrontPage):
 
 
 class BuildState(FrontPage):
-    """What this build was made from: commit, date, models, and how long they and the notebooks took."""
+    """A list of what this build was made from: commit, date, models, and how long they and the notebooks took."""
 
     def run(self) -> list[nodes.Node]:
-        """A list of facts, of which those that are not known are left out."""
+        """Return a list of facts; those that are not known are left out."""
         artifacts = manifest(Path(self.env.srcdir) / "data")
         facts = [
             ("version", commit(Path(self.env.srcdir))),
@@ -95,39 +95,39 @@ class BuildState(FrontPage):
 
 
 def commit(root: Path) -> str:
-    """The commit the pages were built from and its day; nothing outside a checkout."""
+    """Return the commit the pages were built from and its day; nothing outside a checkout."""
     command = ["git", "log", "-1", "--format=commit %h of %cs"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
 def manifest(data: Path) -> dict[str, Any]:
-    """The manifest of data/: artifact → what made it."""
+    """Return the manifest of data/: artifact → what made it."""
     path = data / "manifest.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def models(artifacts: Mapping[str, Any]) -> str:
-    """How many models lie in data/ besides the post's own weights."""
+    """Return how many models lie in data/ besides the post's own weights, in words."""
     count = sum(name.endswith("/model") for name in artifacts)
     return f"{count} trained from nothing, and the post's own weights" if count else ""
 
 
 def making_time(artifacts: Mapping[str, Any]) -> str:
-    """The processor time behind data/: of each stage of each replication, which tells it to all its artifacts."""
+    """Return the processor time behind data/, in words; each stage of a replication notes it in all its artifacts."""
     told = [entry for entry in artifacts.values() if "seconds" in entry]
     stages = {(entry["stage"], *entry["seeds"], entry["seconds"]): entry["seconds"] for entry in told}
     return f"made in {in_words(sum(stages.values()))} of processor time, training included" if told else ""
 
 
 def compute_time(folder: Path) -> str:
-    """How long the notebooks of the pages took, all of them together."""
+    """Return how long the notebooks of the pages took, all of them together, in words."""
     seconds = [float(note.read_text()) for note in sorted(folder.glob("*.seconds"))]
     return f"{len(seconds)} executed in {in_words(sum(seconds))}, one thread" if seconds else ""
 
 
 def in_words(seconds: float) -> str:
-    """A duration as a reader says it: `40 s`, `3 min`, `2.5 h`."""
+    """Return a duration as a reader says it: `40 s`, `3 min`, `2.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -36,7 +36,7 @@ def use_executed_copy(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def fault(source: nbformat.NotebookNode, executed: nbformat.NotebookNode | None) -> str | None:
-    """What is wrong with the executed copy of `source`, as the rest of a sentence; None if nothing is."""
+    """Return what is wrong with the executed copy of `source`, as the rest of a sentence; None if nothing is."""
     if executed is None:
         return "is missing"
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]

@@ -25,7 +25,7 @@ NOT_YET = "This build has no scorecard: the replications that it counts are not 
 
 
 def read_scorecard(path: Path) -> pd.DataFrame:
-    """The scorecard, one row a claim, with the columns of the page ready to be printed.
+    """Return the scorecard, one row a claim, with the columns of the page ready to be printed.
 
     Its own columns are those of `dtbook.claims.scorecard.scorecard`; `section` is where in the book a claim is decided,
     `notebooks/06_x.html#anchor`.
@@ -44,14 +44,14 @@ def read_scorecard(path: Path) -> pd.DataFrame:
 
 
 def printed(value: Any) -> str:
-    """A cell of the table as text: what is missing as nothing, numbers with two digits and a true minus."""
+    """Return a cell of the table as text: what is missing as nothing, numbers with two digits and a true minus."""
     if isinstance(value, float):
         return "" if pd.isna(value) else f"{value:.2f}".replace("-", "−")
     return "" if value is None else str(value)
 
 
 def verdict_node(verdict: str) -> nodes.inline:
-    """The word of a verdict with the book's mark for it."""
+    """Return the word of a verdict with the book's mark for it."""
     return nodes.inline("", verdict, classes=["verdict", f"verdict-{MARKS.get(verdict, 'half')}"])
 
 
@@ -61,7 +61,7 @@ class Scorecard(SphinxDirective):
     option_spec: ClassVar = {"small": directives.flag}
 
     def run(self) -> list[nodes.Node]:
-        """The table, the marks alone, or the sentence that there are none."""
+        """Return the table, the marks alone, or the sentence that there are none."""
         path = Path(self.env.srcdir) / "data" / "scorecard.parquet"
         self.env.note_dependency(str(path))
         if not path.exists():
@@ -70,7 +70,7 @@ class Scorecard(SphinxDirective):
         return self.marks(table) if "small" in self.options else self.table(table)
 
     def marks(self, table: pd.DataFrame) -> list[nodes.Node]:
-        """A count in words, then a mark for each claim that links to where it is decided."""
+        """Return a count in words, then a mark for each claim that links to where it is decided."""
         counts = table["verdict"].value_counts()
         line = nodes.paragraph(classes=["scorecard-counts"])
         for verdict in [name for name in MARKS if name in counts or name != "undecided"]:
@@ -87,7 +87,7 @@ class Scorecard(SphinxDirective):
         return [line, claims]
 
     def table(self, table: pd.DataFrame) -> list[nodes.Node]:
-        """The whole table."""
+        """Return the table of all claims."""
         group = nodes.tgroup(cols=len(COLUMNS))
         group += [nodes.colspec(colwidth=1) for _ in COLUMNS]
         head, body = nodes.thead(), nodes.tbody()
@@ -106,7 +106,7 @@ class Scorecard(SphinxDirective):
         return [nodes.table("", group, classes=["scorecard"])]
 
     def link(self, section: str | None, text: str, classes: list[str], title: str) -> nodes.Node:
-        """A link to where the claim is decided, with its statement for those who point at it."""
+        """Return a link to where the claim is decided, with its statement for those who point at it."""
         if not section:
             return nodes.inline("", text, classes=classes)
         page, _, anchor = section.partition("#")

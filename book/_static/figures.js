@@ -16,7 +16,7 @@
       document.head.append(script);
     }));
 
-  // Puts the theme's colours in the place of those that dtbook/display.py draws with.
+  // Puts the theme's colours in the place of those that dtbook/figures/display.py draws with.
   const COLORS = {
     ink: "#1f2328", grid: "#d9dee3", paper: "#fefefe",
     blue: "#0072b2", vermillion: "#d55e00", green: "#009e73", purple: "#b8609a", grey: "#57606a",

@@ -60,7 +60,7 @@ def situation_table(
     `share` of all states, and the number of `observations`.
 
     Situations that no observation shows are left out. Peak memory: the observations, and P(forward) of each of them for
-    every condition and ablation. Raises ValueError as `exhaustive.Folded`, `variants` and `contrast`.
+    every condition and ablation. Raises ValueError as `population.Folded`, `variants` and `contrast`.
     """
     asked = variants(model, how)
     direction = contrast(preference).to(model.W_U)

@@ -24,7 +24,7 @@ from dtbook.gridworld.kernels import compiled
 from dtbook.gridworld.rules import Task
 from dtbook.gridworld.situations import SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.protocol import AVOIDS, RTGS, TABLE_1, TIMESTEPS
+from dtbook.protocol import ACTING, AVOIDS, RTGS, TABLE_1, TIMESTEP, TIMESTEPS
 from dtbook.rollout import CALIBRATION_RTGS, OUTCOMES, episode_table, rollout, summarise
 
 FACING = tuple(name for name in SITUATIONS if name != "empty")
@@ -39,7 +39,6 @@ EVERY_TIMESTEP = (*CERTIFIED, *range(110, 300, 10), 299)
 SCAN_RTGS = tuple(round(float(rtg), 1) for rtg in np.linspace(-1, 1, 21))
 SCAN_TIMESTEPS = tuple(range(5, 16))
 """Of the scans over the RTG: 10, with five to either side as timestep noise."""
-WAYS = ("greedy", "sampled")
 
 
 def log_odds(p: float) -> float:
@@ -86,7 +85,7 @@ def turns(
     model: DecisionTransformer,
     observations: ObservationSet,
     rtgs: Sequence[float] = RTGS,
-    timestep: int = 10,
+    timestep: int = TIMESTEP,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return what Pearson's r of left and right is made of: a row for each pair of columns compared and RTG.
@@ -125,8 +124,7 @@ def over_time(
 
     Columns: `situation`, `rtg`, `timestep`; `forward` (mean), `low`, `high`; `over`, the share of the weight with
     P(forward) above `protocol.AVOIDS`, and `n_over`, how many observations that is; `greedy`, the share on which
-    forward is the likeliest action; `worst` and `mildest`, the rows of the observations with the highest and the
-    lowest.
+    forward is the likeliest action; `worst` and `mildest`, the observations' rows that have the two extremes.
     """
     parts = []
     for situation in situations:
@@ -379,7 +377,7 @@ def ablated_play(
     episodes: int = 100,
     max_steps: int = 300,
     seed: int = 0,
-    ways: Sequence[str] = WAYS,
+    ways: Sequence[str] = ACTING,
     progress: bool = False,
     task: Task | None = None,
 ) -> pd.DataFrame:

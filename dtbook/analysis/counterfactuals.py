@@ -8,7 +8,7 @@ source − clean, so that effect ÷ whole change is a share: 1 for what does all
 
 One layer only: with two tokens, what another run's RTG token can change is the keys and values of the heads, and what
 its state token can change is the queries too, the heads' outputs, the MLP, and what the embedding says directly.
-All of this is exact (`dtbook.exhaustive`); `dtbook.interventions` does the same with hooks, for small batches.
+All of this is exact (`population`); `interventions` does the same with hooks, for small batches.
 
 Sources: https://arxiv.org/abs/2202.05262 (activation patching), https://arxiv.org/abs/2211.00593 (path patching).
 """
@@ -28,8 +28,8 @@ from dtbook.analysis.population import BATCH_SIZE, Folded, Run
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import SITUATIONS, select, weights, without_front
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import HIGH, RTGS, TIMESTEP
 
-TIMESTEP = 10
 FORWARD = (-0.5, -0.5, 1.0)
 """The weights of the logits in direct attribution: forward against the mean of left and right."""
 INTO_CLEAN, INTO_SOURCE = "into the clean run", "into the source run"
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     """Which observations are shown, and what is changed."""
 
     situation: str
-    """One of `scenarios.SITUATIONS`."""
+    """One of `situations.SITUATIONS`."""
     rtg: float
     """The return asked for in the clean run."""
     source_rtg: float
@@ -54,9 +54,9 @@ class Case(NamedTuple):
 
 
 FRONT_CASES = tuple(
-    Case(situation, rtg, rtg) for rtg in (-1.0, 0.0, 0.9) for situation in SITUATIONS if situation != "empty"
+    Case(situation, rtg, rtg) for rtg in RTGS for situation in SITUATIONS if situation != "empty"
 )
-CASES = (*FRONT_CASES, *(Case(situation, -1.0, 0.9) for situation in SITUATIONS if situation != "empty"))
+CASES = (*FRONT_CASES, *(Case(situation, -1.0, HIGH) for situation in SITUATIONS if situation != "empty"))
 """obstacle, wall and goal → empty at each return of the post's Table 1, and RTG −1 → 0.9 with each of them in front."""
 
 
@@ -272,7 +272,7 @@ def causal_table(
     mean of left and right; over all components it sums to the whole change of that.
 
     A mean effect says nothing of single observations, and shares of parts that act together need not sum to 1. Cases
-    that no observation shows are left out. Raises ValueError as `exhaustive.Folded`.
+    that no observation shows are left out. Raises ValueError as `population.Folded`.
     """
     folded, frames = Folded(model), []
     shown = [case for case in cases if len(select(observations, case.situation).images)]

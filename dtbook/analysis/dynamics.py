@@ -13,16 +13,13 @@ from dtbook.gridworld.env import ObservationSet, all_observations
 from dtbook.gridworld.rules import Task
 from dtbook.gridworld.situations import batches, sample, select
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import ACTING, RTGS, TIMESTEP
 from dtbook.rollout import episode_table, rollout, summarise
 
 Row = dict[str, float]
 
 FACING = ("obstacle", "wall", "goal")
 """What is in front of the agent when a model's P(forward) is looked at."""
-ASKED = (-1.0, 0.0, 0.9)
-"""The returns that models are asked for."""
-AT = 10
-"""The timestep of single observations."""
 TOLERANCE = 0.1
 """How near its end a measure must stay to be settled: logit shares and returns alike (the scorecard's rule)."""
 
@@ -45,9 +42,9 @@ def make_probe(task: Task | None = None, n: int = 10_000, seed: int = 0) -> Prob
 
 @torch.inference_mode()
 def forward_probability(model: DecisionTransformer, observations: ObservationSet, rtg: float) -> float:
-    """Return the weighted mean probability of forward at t = `AT`; a longer context sees this one timestep."""
+    """Return the weighted mean probability of forward at t = `TIMESTEP`; a longer context sees this one timestep."""
     total = 0.0
-    for batch in batches(observations, rtg, AT):
+    for batch in batches(observations, rtg, TIMESTEP):
         chance = model.fast_forward(*batch.inputs)[:, 0].softmax(-1)[:, 2]
         total += float(chance.double() @ batch.weights)
     return total
@@ -62,7 +59,7 @@ def inspect(model: DecisionTransformer, probe: Probe) -> Row:
     row = {
         f"forward {name} {rtg:g}": forward_probability(model, observations, rtg)
         for name, observations in probe.facing.items()
-        for rtg in ASKED
+        for rtg in RTGS
     }
     row |= {"whole_change": np.nan, "best score": np.nan}
     if model.cfg.n_layers:
@@ -77,12 +74,12 @@ def inspect(model: DecisionTransformer, probe: Probe) -> Row:
 
 
 def play_for(
-    model: DecisionTransformer, task: Task, rtgs: Sequence[float] = ASKED, episodes: int = 200, seed: int = 0
+    model: DecisionTransformer, task: Task, rtgs: Sequence[float] = RTGS, episodes: int = 200, seed: int = 0
 ) -> Row:
     """Return mean returns (`greedy 0.9` …) and the shares of episodes at the goal (`greedy success 0.9` …)."""
     asked = np.repeat(np.array(rtgs), episodes)
     row: Row = {}
-    for acting in ("greedy", "sampled"):
+    for acting in ACTING:
         played = rollout(model, asked, acting == "greedy", seed=seed, task=task)
         points = summarise(episode_table(played, asked)).set_index("rtg")
         for rtg in rtgs:
@@ -104,7 +101,7 @@ def trace(
     """
     rows = []
     for step, model in tqdm(models.items(), desc="snapshots", disable=not progress):
-        played = play_for(model, probe.task, ASKED, episodes, seed)
+        played = play_for(model, probe.task, RTGS, episodes, seed)
         rows.append({"step": step} | inspect(model, probe) | played)
     return pd.DataFrame(rows).sort_values("step", ignore_index=True)
 

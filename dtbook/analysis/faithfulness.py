@@ -5,7 +5,7 @@ on the logits directly. A unit that is not kept is *resampled*: it writes what i
 same one for all units, drawn as often as states show it. A kept neuron sees the present observation, and of the heads
 what they write now: their own output where they are kept, the other observation's where not.
 
-The *behaviour* is how much more likely forward is in the source run of a case (`dtbook.causal`) than in the clean one:
+The *behaviour* is how much more likely forward is in the source run of a counterfactual case than in the clean one:
 for an obstacle in front, by how much it lowers P(forward). With nothing kept both runs are the other observation's, so
 it is exactly 0; with everything kept it is the model's own, so its share is exactly 1.
 
@@ -21,12 +21,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dtbook.analysis.counterfactuals import FORWARD, TIMESTEP, Case
+from dtbook.analysis.counterfactuals import FORWARD, Case
 from dtbook.analysis.heads import forward_preference
 from dtbook.analysis.population import BATCH_SIZE, Folded, Run
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import select, weights, without_front
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import HIGH, TIMESTEP
 
 DIRECT = "state → logits"
 METHODS = ("patching", "ablation", "attribution")
@@ -41,7 +42,7 @@ SEARCH_ROWS = 2048
 MOST = 64
 """Neurons after which the search gives up."""
 
-CASES = (Case("obstacle", 0.9, 0.9), Case("goal from the top", -1.0, -1.0), Case("wall", 0.9, 0.9))
+CASES = (Case("obstacle", HIGH, HIGH), Case("goal from the top", -1.0, -1.0), Case("wall", HIGH, HIGH))
 """The behaviours that circuits are looked for: what the model avoids with each of them in front."""
 RANDOM_ORDERS = 3
 

@@ -32,6 +32,7 @@ from dtbook.gridworld.situations import (
     weights,
 )
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
 
 TERMS = ("state → RTG", "state → position", "state → itself", "time → RTG", "time → position", "time → state")
 """Of the score that decides attention to RTG; "time" stands for all the query has of time, position and b_Q."""
@@ -69,17 +70,17 @@ def measure_circuit(
     model: DecisionTransformer,
     observations: ObservationSet,
     head: int = 1,
-    rtgs: Sequence[float] = (-1.0, 0.0, 0.9),
-    rtg: float = 0.9,
-    timesteps: Sequence[int] = (0, 5, 10, 20, 40),
-    timestep: int = 10,
+    rtgs: Sequence[float] = RTGS,
+    rtg: float = HIGH,
+    timesteps: Sequence[int] = TIMESTEPS,
+    timestep: int = TIMESTEP,
     situations: Sequence[str] = ("obstacle", "wall", "goal"),
     progress: bool = False,
 ) -> Circuit:
     """Measure one head of a one-layer model; its effects and neurons at `rtg` and `timestep`.
 
     `situations` are those that have counterfactuals; neurons are those of the first. Raises ValueError for a head or
-    situation that does not exist, and as `exhaustive.Folded`.
+    situation that does not exist, and as `population.Folded`.
     """
     maps = weight_maps(model, head)
     for situation in situations:

@@ -21,6 +21,7 @@ from dtbook.analysis.population import Folded
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import BATCH_SIZE, Batch, counterfactual_pairs, select
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import HIGH, TIMESTEP
 
 THRESHOLD = 0.25
 """The score a head needs to be the obstacle head (the scorecard's rule)."""
@@ -50,8 +51,8 @@ class Changes(NamedTuple):
 def obstacle_head_scores(
     model: DecisionTransformer,
     observations: ObservationSet,
-    rtg: float = 0.9,
-    timestep: int = 10,
+    rtg: float = HIGH,
+    timestep: int = TIMESTEP,
     batch_size: int = BATCH_SIZE,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -122,7 +123,7 @@ def changes_by_patching(model: DecisionTransformer, clean: Batch, counterfactual
 def changes_fused(model: DecisionTransformer, clean: Batch, counterfactual: Batch) -> Changes:
     """Return the changes for one layer, sharing all that is linear; up to rounding `changes_by_patching`'s.
 
-    A batch is of one RTG and timestep, as `scenarios.batches` makes them.
+    A batch is of one RTG and timestep, as `situations.batches` makes them.
     """
     folded, asked = Folded(model), (float(clean.rtgs[0]), int(clean.timesteps[0]))
     runs = [folded.share(batch.states[:, 0]).at(*asked) for batch in (clean, counterfactual)]

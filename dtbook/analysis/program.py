@@ -14,20 +14,21 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from tqdm import tqdm
 
 from dtbook.analysis.population import BATCH_SIZE, Folded
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import GOAL, OBSTACLE, WALL
 from dtbook.gridworld.rules import ACTIONS, FRONT, Task
-from dtbook.gridworld.situations import IN_FRONT, weights
+from dtbook.gridworld.situations import IN_FRONT, Images, weights
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.protocol import ACTING, RTGS, printed
 from dtbook.trajectories.recording import Trajectories, play
 
-RTGS = (-1.0, -0.5, 0.0, 0.3, 0.6, 0.9)
+FITTED_RTGS = (-1.0, -0.5, 0.0, 0.3, 0.6, 0.9)
 """The returns that tables are fitted on, equally weighted."""
-TIMESTEPS = (5, 40)
+FITTED_TIMESTEPS = (5, 40)
 """The timesteps, equally weighted: no table looks at them."""
 BANDS = ("fail", "survive", "succeed")
 BAND_EDGES = (-0.25, 0.25)
@@ -35,7 +36,6 @@ BAND_EDGES = (-0.25, 0.25)
 LEFT_HAND, RIGHT_HAND = (2, 6), (4, 6)
 FRONTS = tuple(IN_FRONT)
 
-Images = UInt8[np.ndarray, "n 7 7 3"]
 FACTS = {"front": 4, "walls": 4, "quadrant": 4, "hands": 4, "goal": 50, "place": 80}
 """What a table may look at in an observation, and how many values each fact can have."""
 
@@ -75,7 +75,7 @@ class Step(NamedTuple):
 
     name: str
     rtg: str | None
-    """"band", "exact" (each return of `RTGS`), or None: not at all."""
+    """"band", "exact" (each return of `FITTED_RTGS`), or None: not at all."""
     facts: tuple[str, ...]
 
 
@@ -119,7 +119,7 @@ def _rtg_rows(step: Step, rtgs: np.ndarray) -> np.ndarray:
     """The part of a row that RTG decides; an RTG that is none of the exact ones takes the nearest."""
     if step.rtg is None:
         return np.zeros(len(rtgs), np.int64)
-    return bands(rtgs) if step.rtg == "band" else np.abs(rtgs[:, None] - RTGS).argmin(1)
+    return bands(rtgs) if step.rtg == "band" else np.abs(rtgs[:, None] - FITTED_RTGS).argmin(1)
 
 
 class Summary(NamedTuple):
@@ -139,20 +139,23 @@ class Summary(NamedTuple):
 def summarise_model(
     model: DecisionTransformer, observations: ObservationSet, progress: bool = False
 ) -> Summary:
-    """Return a one-layer model's behaviour by combination of facts, over all observations, `RTGS` and `TIMESTEPS`."""
+    """Return a one-layer model's behaviour by combination of facts.
+
+    It is summed over all observations, `FITTED_RTGS` and `FITTED_TIMESTEPS`.
+    """
     images = observations.images
     batches = [slice(start, start + BATCH_SIZE) for start in range(0, len(images), BATCH_SIZE)]
     known = np.concatenate([keys(images[batch], tuple(FACTS)) for batch in batches])
     rows, row_of = np.unique(known, return_inverse=True)
-    share = weights(observations) / (len(RTGS) * len(TIMESTEPS))
+    share = weights(observations) / (len(FITTED_RTGS) * len(FITTED_TIMESTEPS))
     folded, n_actions = Folded(model), len(ACTIONS)
-    sums, entropy = np.zeros((2, len(RTGS), len(rows), n_actions)), 0.0
+    sums, entropy = np.zeros((2, len(FITTED_RTGS), len(rows), n_actions)), 0.0
     with tqdm(total=len(share), desc="program", disable=not progress, unit_scale=True) as bar:
         for batch in batches:
             shared = folded.share(torch.from_numpy(images[batch]))
             cells, weight = row_of[batch, None] * n_actions + np.arange(n_actions), share[batch, None]
-            for k, rtg in enumerate(RTGS):
-                for timestep in TIMESTEPS:
+            for k, rtg in enumerate(FITTED_RTGS):
+                for timestep in FITTED_TIMESTEPS:
                     p = shared.at(rtg, timestep).logits().double().softmax(1).numpy()
                     first = p == p.max(1, keepdims=True)
                     for total, value in zip(
@@ -178,7 +181,7 @@ class Program:
         for name in step.facts:
             key = key * FACTS[name] + known[name]
         self.count = int(np.prod([FACTS[name] for name in step.facts], dtype=np.int64))
-        self.rtg_rows = _rtg_rows(step, np.array(RTGS))
+        self.rtg_rows = _rtg_rows(step, np.array(FITTED_RTGS))
         groups = self.rtg_rows.max() + 1
         self.sums, self.likeliest = np.zeros((2, groups * self.count, len(ACTIONS)))
         for k, group in enumerate(self.rtg_rows):
@@ -216,7 +219,9 @@ class Program:
         """Return the rows that occur: RTG, the facts by number, `left`, `right`, `forward` and `weight`."""
         at = np.flatnonzero(self.weight > 0)
         group, key = np.divmod(at, self.count)
-        labels = {None: ["any"], "band": list(BANDS), "exact": [f"{rtg:g}" for rtg in RTGS]}[self.step.rtg]
+        labels = {None: ["any"], "band": list(BANDS), "exact": [f"{rtg:g}" for rtg in FITTED_RTGS]}[
+            self.step.rtg
+        ]
         frame = pd.DataFrame({"rtg": np.array(labels)[group]} | split_keys(key, self.step.facts))
         for name, column in zip(ACTIONS, self.probabilities[at].T, strict=True):
             frame[name] = column
@@ -236,7 +241,7 @@ class Program:
 
 
 def program_table(
-    summary: Summary, episodes: int, task: Task, seed: int, asked: Sequence[float] = (-1.0, 0.0, 0.9)
+    summary: Summary, episodes: int, task: Task, seed: int, rtgs: Sequence[float] = RTGS
 ) -> pd.DataFrame:
     """Return how much of the model each step explains; one row a step.
 
@@ -248,10 +253,10 @@ def program_table(
     for step in STEPS:
         program = Program(summary, step)
         record = {"step": step.name, "rows": program.n_rows, "kl": program.kl, "agreement": program.agreement}
-        for acting in ("greedy", "sampled"):
-            rtgs = np.repeat(np.array(asked), episodes)
-            returns = program.play(rtgs, acting == "greedy", task, seed).returns.reshape(len(asked), episodes)
-            names = [f"{acting} {rtg:g}".replace("-", "−") for rtg in asked]
+        for acting in ACTING:
+            each = np.repeat(np.array(rtgs), episodes)
+            returns = program.play(each, acting == "greedy", task, seed).returns.reshape(len(rtgs), episodes)
+            names = [f"{acting} {printed(rtg)}" for rtg in rtgs]
             record |= dict(zip(names, returns.mean(1).tolist(), strict=True))
         records.append(record)
     frame = pd.DataFrame(records)

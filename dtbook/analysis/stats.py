@@ -5,14 +5,11 @@ weights. The replications are the sample: intervals and tests are over them.
 """
 
 from collections.abc import Callable
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 from jaxtyping import Float
-
-MAX_EXACT = 16
-"""Up to this many values a sign-flip test goes through all 2ⁿ flips; above it draws them."""
 
 
 def weighted_quantile(
@@ -77,20 +74,28 @@ def bootstrap_interval(
     return Interval(float(statistic(values, axis=0)), float(low), float(high))
 
 
-def permutation_test(differences: Float[np.ndarray, " n"], seed: int, draws: int = 10_000) -> float:
-    """Return the two-sided p-value of paired differences having mean 0, by flipping their signs.
+class Line(NamedTuple):
+    """A least-squares line through values at t = 0, 1, …"""
 
-    Exact up to `MAX_EXACT` differences, else from `draws` random flips (and the sample itself). Never report it without
-    the effect it belongs to. Raises ValueError for no differences.
-    """
-    differences = np.asarray(differences, dtype=np.float64)
-    n = len(differences)
-    if not n:
-        raise ValueError("differences must hold at least one number; there is none.")
-    if n <= MAX_EXACT:
-        signs = np.array(list(product((1.0, -1.0), repeat=n)))
-    else:
-        signs = np.random.default_rng(seed).choice((1.0, -1.0), size=(draws, n))
-        signs[0] = 1.0
-    means = np.abs(signs @ differences)
-    return float((means >= means[0] * (1 - 1e-12)).mean())
+    slope: float
+    low: float
+    high: float
+    """The 95 % interval of the slope, for residuals that are independent of one another."""
+    r2: float
+    memory: float
+    """Correlation of neighbouring residuals: where it is large, the interval is too narrow."""
+
+
+def least_squares(values: Float[np.ndarray, " n"]) -> Line:
+    """Return the line through values at t = 0 … n − 1. Raises ValueError for fewer than three values."""
+    if len(values) < 3:
+        raise ValueError(f"values are {len(values)}; a slope and its interval need at least 3.")
+    y = np.asarray(values, np.float64)
+    t = np.arange(len(y)) - (len(y) - 1) / 2
+    slope = t @ y / (t @ t)
+    residual = y - y.mean() - slope * t
+    quantile = float(scipy.special.stdtrit(len(y) - 2, 0.975))  # of Student's t
+    margin = quantile * np.sqrt(residual @ residual / (len(y) - 2) / (t @ t))
+    memory = residual[1:] @ residual[:-1] / (residual @ residual)
+    r2 = 1 - residual @ residual / ((y - y.mean()) @ (y - y.mean()))
+    return Line(*map(float, (slope, slope - margin, slope + margin, r2, memory)))

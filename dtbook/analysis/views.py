@@ -197,33 +197,3 @@ def front_cell(effects: Effects, seen: Moments) -> FrontCell:
     table = pd.DataFrame(rows).T.rename_axis("front")[["share", "front", "rest", "whole"]]
     between = table["share"] @ (table["whole"] - seen.mean @ flat) ** 2
     return FrontCell(float(1 - rest / whole), float(between / whole), table)
-
-
-class Slope(NamedTuple):
-    """A least-squares line through values at t = 0, 1, …"""
-
-    slope: float
-    low: float
-    high: float
-    """The 95 % interval of the slope, for residuals that are independent of one another."""
-    r2: float
-    memory: float
-    """Correlation of neighbouring residuals: where it is large, the interval is too narrow."""
-
-
-def slope(values: Float[np.ndarray, " n"], quantile: float = 2.0096) -> Slope:
-    """Return the slope over t = 0 … n − 1 and its interval; `quantile` is Student's t with n − 2 degrees of freedom.
-
-    The default is for n = 51. Raises ValueError for fewer than three values.
-    """
-    if len(values) < 3:
-        raise ValueError(f"values are {len(values)}; a slope and its interval need at least 3.")
-    y = np.asarray(values, np.float64)
-    t = np.arange(len(y)) - (len(y) - 1) / 2
-    estimate = t @ y / (t @ t)
-    residual = y - y.mean() - estimate * t
-    error = np.sqrt(residual @ residual / (len(y) - 2) / (t @ t))
-    memory = residual[1:] @ residual[:-1] / (residual @ residual)
-    r2 = 1 - residual @ residual / ((y - y.mean()) @ (y - y.mean()))
-    low, high = estimate - quantile * error, estimate + quantile * error
-    return Slope(float(estimate), float(low), float(high), float(r2), float(memory))

@@ -1,7 +1,9 @@
 """How alike artifacts are that were made twice: byte for byte, or up to rounding, as on another processor."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +28,11 @@ def compare(made: ArtifactStore, shipped: ArtifactStore, names: Sequence[str]) -
             distance = largest_difference(made.path(name), shipped.path(name))
             verdicts[name] = "differs" if distance > ROUNDING else "rounding"
     return verdicts
+
+
+def named_inputs(entry: Mapping[str, Any]) -> set[str]:
+    """Return the sha256s among the parameters of a manifest's entry: what the artifact was made of."""
+    return set(re.findall(r"\b[0-9a-f]{64}\b", str(entry["parameters"])))
 
 
 def largest_difference(ours: Path, theirs: Path) -> float:

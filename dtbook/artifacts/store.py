@@ -24,6 +24,7 @@ import pooch
 import psutil
 from filelock import FileLock
 
+from dtbook.artifacts.kernels import kernels
 from dtbook.artifacts.provenance import PACKAGE, Code, code_behind, digest
 
 CHECKOUT = PACKAGE.parent
@@ -77,9 +78,8 @@ def _publish(draft: Path, path: Path) -> None:
         raise ArtifactError(f"nothing was written for {path}: write it to the path that was handed out")
     for file in _files(draft):
         _flush(file)
-    if (
-        path.is_dir()
-    ):  # a folder cannot be replaced in one step: after a kill in between, `_sweep` puts it back
+    if path.is_dir():
+        # a folder cannot be replaced in one step: after a kill in between, `_sweep` puts it back
         path.rename(_set_aside(draft.parent, path))
     draft.replace(path)
     _flush(path.parent)
@@ -151,7 +151,7 @@ class ArtifactStore:
     def __init__(
         self, root: Path | str | None = None, url: str | None = None, manifest: Path | None = None
     ) -> None:
-        """Look at nothing: a store is checked when something is asked of it."""
+        """Look at nothing: a store is checked when it is used."""
         if root is None and not (CHECKOUT / "pyproject.toml").is_file():
             root, manifest = pooch.os_cache("dtbook"), PACKAGE / "data" / "manifest.json"
             url = url or os.environ.get(DATA_URL) or _installed_from()
@@ -252,7 +252,8 @@ class ArtifactStore:
             return False
         _sweep(self.root / name)
         made_by = _made_by(stage, code, parameters, seeds)
-        return made_by.items() <= entry.items() and self._problem(name, entry) is None
+        alike = made_by.items() <= entry.items() and made_by.get("kernels") == entry.get("kernels")
+        return alike and self._problem(name, entry) is None
 
     def verify(self) -> list[str]:
         """Return a sentence for each thing that is not as the manifest says; empty if all is well."""
@@ -294,9 +295,8 @@ class ArtifactStore:
     def _fetch(self, name: str, entry: Mapping[str, Any]) -> None:
         for part, sha256 in entry.get("files", {"": entry["sha256"]}).items():
             target, source = self.root / name / part, f"{self.url}/{name}/{part}".rstrip("/")
-            downloader: Any = (
-                _copy if urlparse(source).scheme in ("", "file") else None
-            )  # pooch copies no files
+            is_file = urlparse(source).scheme in ("", "file")
+            downloader: Any = _copy if is_file else None  # pooch copies no files
             try:
                 pooch.retrieve(source, f"sha256:{sha256}", target.name, target.parent, downloader=downloader)
             except (OSError, ValueError) as error:
@@ -346,7 +346,7 @@ def _check_entry(manifest: Path, name: str, entry: object) -> None:
 
 def _made_by(stage: str, code: Sequence[Code], parameters: object, seeds: Sequence[int]) -> dict[str, Any]:
     made_by = {"stage": stage, "parameters": _plain(parameters), "seeds": [int(seed) for seed in seeds]}
-    return made_by | code_behind(code)
+    return made_by | code_behind(code) | kernels()
 
 
 def _plain(parameters: object) -> dict[str, Any]:

@@ -15,17 +15,15 @@ from dtbook.analysis.ablations import situation_table
 from dtbook.analysis.attribution import contrast, preference_direction
 from dtbook.analysis.heads import THRESHOLD, forward_preference, obstacle_head_scores
 from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
-from dtbook.analysis.stats import weighted_correlation
+from dtbook.analysis.stats import Line, least_squares, weighted_correlation
 from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import counterfactual_pairs, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.protocol import HIGH, RTGS, TIMESTEPS
+from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
 from dtbook.trajectories.recording import Trajectories
 
-AT = 10
-"""The timestep at which single runs are compared (the obstacle-head rule's)."""
 FRONT_ROWS = {"object": 26, "colour": 75}
 """Rows of W_E_state for the cell in front, in the index encoding."""
 
@@ -67,16 +65,11 @@ class Evidence:
 
     @cached_property
     def situations(self) -> pd.DataFrame:
-        """`tables.situation_table` of all that is no empty cell in front, zero ablation, timesteps averaged."""
-        facing = self._some(~showing(self.observations.images, "empty"))
+        """`ablations.situation_table` of all that is no empty cell in front, zero ablation, timesteps averaged."""
+        facing = self.observations[~showing(self.observations.images, "empty")]
         table = situation_table(self.model, facing, RTGS, self.timesteps, how=("zero",))
         keys = ["situation", "rtg", "ablated"]
         return table.drop(columns="how").groupby(keys).mean()
-
-    def _some(self, rows: np.ndarray) -> ObservationSet:
-        o = self.observations
-        witness = type(o.witness)(*(value[rows] for value in o.witness))
-        return ObservationSet(o.images[rows], o.multiplicity[rows], witness)
 
     def forward(self, situation: str, rtg: float, without: str = "none") -> float:
         """P(F | situation, R), with a component zero-ablated or none."""
@@ -90,10 +83,8 @@ class Evidence:
         return self.forward(situation, rtg, without) - self.forward(situation, rtg)
 
     @cached_property
-    def whole(self) -> tuple[float, float]:
-        """Pearson's r of the left and right logits over all observations (t = `AT`, the three RTGs pooled), and the
-        mean attention of head 1 to RTG with an empty cell in front (R = 0.9, averaged over the timesteps).
-        """
+    def _over_all(self) -> tuple[float, float]:
+        """What takes a run of all observations: `turn_correlation`, and `attention` with an empty cell in front."""
         share, folded = weights(self.observations), Folded(self.model)
         turns = np.empty((len(RTGS), len(share), 2), np.float32)
         attention, empty = 0.0, showing(self.observations.images, "empty")
@@ -101,17 +92,22 @@ class Evidence:
             rows = slice(start, start + BATCH_SIZE)
             shared = folded.share(torch.from_numpy(self.observations.images[rows]))
             for k, rtg in enumerate(RTGS):
-                turns[k, rows] = shared.at(rtg, AT).logits()[:, :2].numpy()
+                turns[k, rows] = shared.at(rtg, TIMESTEP).logits()[:, :2].numpy()
             part = share[rows] * empty[rows]
             attention += sum(part @ shared.at(HIGH, t).pattern[1].double().numpy() for t in self.timesteps)
         left, right = turns.reshape(-1, 2).astype(np.float64).T
         r = weighted_correlation(left, right, np.tile(share, len(RTGS)))
         return r, float(attention / share[empty].sum() / len(self.timesteps))
 
+    @property
+    def turn_correlation(self) -> float:
+        """Pearson's r of the left and right logits over all observations: t = `TIMESTEP`, the three RTGs pooled."""
+        return self._over_all[0]
+
     def attention(self, situation: str) -> float:
-        """Weighted mean attention of head 1 to RTG at R = 0.9, averaged over the timesteps."""
+        """Return the weighted mean attention of head 1 to RTG at R = 0.9, averaged over the timesteps."""
         if situation == "empty":
-            return self.whole[1]
+            return self._over_all[1]
         return self._mean(situation, HIGH, "none", "attention L0H1")
 
     def state_contribution(self, situation: str) -> float:
@@ -141,8 +137,8 @@ class Evidence:
     def circuit(self) -> "CircuitParts":
         """How the counterfactual's effect through head 1 divides into its pattern and its values."""
         totals, folded = np.zeros(4), Folded(self.model)
-        for clean, other in counterfactual_pairs(self.observations, HIGH, AT, "obstacle", BATCH_SIZE):
-            runs = [folded.share(batch.states[:, 0]).at(HIGH, AT) for batch in (clean, other)]
+        for clean, other in counterfactual_pairs(self.observations, HIGH, TIMESTEP, "obstacle", BATCH_SIZE):
+            runs = [folded.share(batch.states[:, 0]).at(HIGH, TIMESTEP) for batch in (clean, other)]
             own = runs[0].heads()
             patched = [
                 runs[1].heads(),
@@ -163,17 +159,10 @@ class Evidence:
         """The RTG embedding's dot product with a preference direction (logits per unit of return)."""
         return float(self.model.W_E_rtg.detach() @ preference_direction(self.model, preference))
 
-    def time_slope(self, last: int = 50) -> tuple[float, float]:
-        """Least-squares slope of the time embedding's F−R over t = 0 … `last`, its standard error (logits a step)."""
-        y = (
-            (self.model.W_E_time.detach()[: last + 1] @ preference_direction(self.model, "F-R"))
-            .double()
-            .numpy()
-        )
-        t = np.arange(len(y)) - (len(y) - 1) / 2
-        slope = t @ y / (t @ t)
-        residual = y - y.mean() - slope * t
-        return float(slope), float(np.sqrt(residual @ residual / (len(y) - 2) / (t @ t)))
+    def time_slope(self, last: int) -> Line:
+        """Return the least-squares line through the time embedding's F−R over t = 0 … `last` (logits a step)."""
+        on_forward = self.model.W_E_time.detach()[: last + 1] @ preference_direction(self.model, "F-R")
+        return least_squares(on_forward.double().numpy())
 
     @cached_property
     def front_cell(self) -> dict[str, float]:

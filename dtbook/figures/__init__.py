@@ -1,5 +1,6 @@
 """Pictures in the book's style: functions that return figures and compute nothing about the model."""
 
+from dtbook.figures.curves import calibration, distributions, learning_curves, lines
 from dtbook.figures.display import (
     BLUE,
     DIVERGING,
@@ -17,23 +18,9 @@ from dtbook.figures.display import (
     picture,
     use_book_style,
 )
-from dtbook.figures.plots import (
-    CHANNELS,
-    CLASS_COLORS,
-    CLASS_TITLES,
-    axes,
-    before_after,
-    calibration,
-    distributions,
-    forest,
-    grouped_bars,
-    learning_curves,
-    lines,
-    new_figure,
-    panel_figure,
-    return_by_length,
-    view_maps,
-)
+from dtbook.figures.effects import before_after, forest, grouped_bars
+from dtbook.figures.panels import axes, new_figure, panel_figure
+from dtbook.figures.task import CHANNELS, CLASS_COLORS, CLASS_TITLES, return_by_length, view_maps
 
 __all__ = [
     "BLUE",

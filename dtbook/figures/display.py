@@ -29,7 +29,6 @@ from plotly.offline import get_plotlyjs_version
 INK, GRID, PAPER = "#1f2328", "#d9dee3", "#fefefe"
 BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#b8609a", "#57606a"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, GREY)
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SEQUENTIAL = ((0.0, PAPER), (1.0, BLUE))
 DIVERGING = ((0.0, VERMILLION), (0.5, PAPER), (1.0, BLUE))
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
@@ -74,7 +73,7 @@ _ATTENTION = """<div class="book-figure book-attention" role="img" aria-label="{
 
 
 def template() -> go.layout.Template:
-    """The style of every figure: small, for it travels with each of them."""
+    """Return the style of every figure: small, for it travels with each of them."""
     axis = {
         "gridcolor": GRID,
         "linecolor": GREY,
@@ -111,7 +110,7 @@ class BookRenderer(MimetypeRenderer):
     """
 
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
-        """The two representations of a figure given as a dict."""
+        """Return the two representations of a figure given as a dict."""
         layout = fig_dict["layout"]
         meta = layout.get("meta") or {}
         if not meta.get("alt"):
@@ -159,7 +158,7 @@ def attention_heads(
     height: int = 740,
     narrow: int = 480,
 ) -> HTML:
-    """Attention of each head, drawn by CircuitsVis: choose a head, point at a cell to read its value.
+    """Return the attention of each head, drawn by CircuitsVis: choose a head, point at a cell to read its value.
 
     The scale begins at 0 and ends at `largest`, or else at the largest value. CircuitsVis's own output would look for a
     network when it is shown, and bring 1.3 MB of script along each time; this is its data alone, which
@@ -189,7 +188,7 @@ def attention_heads(
 
 
 def picture(*panels: UInt8[np.ndarray, "_ _ 3"], gap: int = 24) -> Image:
-    """RGB arrays side by side as one PNG, bottoms aligned, with `gap` transparent pixels between them."""
+    """Return RGB arrays side by side as one PNG, bottoms aligned, `gap` transparent pixels between them."""
     import pygame  # comes with minigrid; slow to import
 
     height = max(panel.shape[0] for panel in panels)

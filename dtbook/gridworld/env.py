@@ -1,19 +1,21 @@
-"""The task: MiniGrid's Dynamic Obstacles, batched and exact, every observation it can show, and its faces.
+"""Every observation the task can show, and its faces: Gymnasium's vector environment and minigrid's own.
 
-`reset`, `step` and `observe` are the task itself, states in and states out (the rules are in
-`dtbook.gridrules`); `DynamicObstaclesVectorEnv` is its face to Gymnasium and `to_minigrid` the way back to
-minigrid.
+The task itself, states in and states out, is `dtbook.gridworld.rules`. `DynamicObstaclesVectorEnv` is its face to
+Gymnasium and `to_minigrid` the way back to minigrid.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain, combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
+import numpy.typing as npt
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Int64, UInt8
@@ -40,19 +42,33 @@ from dtbook.gridworld.rules import (
     unchecked_step,
 )
 
+Rows = slice | npt.NDArray[Any] | Sequence[int] | int | np.integer
+"""Which observations: a slice, a mask, integers, or one."""
 MAX_OBSERVATIONS = 10_000_000  # that `all_observations` lists; 147 bytes each
 
 
-class ObservationSet(NamedTuple):
-    """Distinct observations, how many states show each, and one state that does."""
+@dataclass(frozen=True, eq=False)
+class ObservationSet:
+    """Distinct observations, how many states show each, and one state that does.
+
+    It is indexed by rows: `observations[rows]` is the set of those, for a slice, a mask, integers or one integer.
+    """
 
     images: UInt8[np.ndarray, "n 7 7 3"]
     multiplicity: Int64[np.ndarray, " n"]
     witness: GridState
 
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: Rows) -> ObservationSet:
+        rows = [int(rows)] if isinstance(rows, int | np.integer) else rows
+        witness = GridState(*(value[rows] for value in self.witness))
+        return ObservationSet(self.images[rows], self.multiplicity[rows], witness)
+
 
 def all_observations(size: int = 8, n_obstacles: int = 4) -> ObservationSet:
-    """Every observation the task can show the agent before it acts, in a fixed order.
+    """Return every observation the task can show the agent before it acts, in a fixed order.
 
     Two poses (cell, direction) of the agent with the same view of the empty room show the same
     observations, and no others do: an observation is such a view with some of its empty cells holding
@@ -93,7 +109,7 @@ def all_observations(size: int = 8, n_obstacles: int = 4) -> ObservationSet:
 
 
 def _poses_by_view(size: int) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
-    """(poses, seen, unseen) of each view of the empty room: the poses with it, the first one's free cells."""
+    """Return, for each view of the empty room, the poses with it and the first one's free cells in and out of view."""
     background, offset = kernels.view_tables(size)
     free = free_cells(size)
     poses = defaultdict(list)
@@ -108,14 +124,14 @@ def _poses_by_view(size: int) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
 
 
 def _visible(seen: np.ndarray, unseen: np.ndarray, n_obstacles: int) -> range:
-    """How many of the obstacles can be in view."""
+    """Return how many of the obstacles can be in view."""
     return range(max(0, n_obstacles - len(unseen)), min(n_obstacles, len(seen)) + 1)
 
 
 def _observations_of(
     poses: list[int], seen: np.ndarray, unseen: np.ndarray, k: int, n_obstacles: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(pose, multiplicity, obstacles) of the observations with `k` obstacles in view, for one background."""
+    """Return (pose, multiplicity, obstacles) of the observations with `k` obstacles in view, for one background."""
     rows = math.comb(len(seen), k)
     chosen = np.fromiter(chain.from_iterable(combinations(seen.tolist(), k)), np.uint8, rows * k).reshape(
         rows, k
@@ -128,7 +144,7 @@ def _observations_of(
 def to_minigrid(
     task: Task, state: GridState, index: int = 0, render_mode: str | None = None
 ) -> DynamicObstaclesEnv:
-    """minigrid's own environment in state `index` of the batch, its random numbers those of seed 0."""
+    """Return minigrid's own environment in state `index` of the batch, its random numbers those of seed 0."""
     check_state(task, state)
     env = DynamicObstaclesEnv(
         size=task.size,
@@ -180,7 +196,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
     ) -> None:
-        """Raises ValueError naming the argument, its value and what is allowed."""
+        """Check the arguments; raise ValueError naming the one that is off, its value and what is allowed."""
         check_int("num_envs", num_envs, 1, 2**31 - 1)
         if autoreset_mode not in (*AutoresetMode, *(mode.value for mode in AutoresetMode)):
             allowed = ", ".join(repr(mode.value) for mode in AutoresetMode)
@@ -200,7 +216,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
 
     @property
     def state(self) -> GridState:
-        """The states of all environments, a copy; assign to it to set them."""
+        """Return the states of all environments, a copy; assign to it to set them."""
         return GridState(*(value.copy() for value in self._started()))
 
     @state.setter
@@ -219,7 +235,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """First observations; `options={"reset_mask": mask}` resets only the environments in the mask."""
+        """Return the first observations; `options={"reset_mask": mask}` resets only the environments in the mask."""
         rows = self._rows_to_reset(options)
         super().reset(seed=seed)
         if len(rows) == self.num_envs:
@@ -248,7 +264,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         draw(state, self.task.size, rows, images)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Observations, rewards, terminations, truncations and infos, one entry for each environment."""
+        """Return observations, rewards, terminations, truncations and infos, one entry for each environment."""
         before, over = self._started(), np.flatnonzero(self._over)
         actions = check_actions(actions, self.num_envs)
         if self.autoreset_mode is AutoresetMode.DISABLED and len(over):
@@ -269,7 +285,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         return images, rewards, terminated, truncated, infos
 
     def _final_infos(self, state: GridState, images: np.ndarray, over: np.ndarray) -> dict[str, Any]:
-        """Last observations and states of the episodes that are over, named and masked as Gymnasium does."""
+        """Return last observations and states of the episodes that are over, named and masked as Gymnasium does."""
         final_obs = np.full(self.num_envs, None, dtype=object)
         for row, image in zip(over.tolist(), images[over], strict=True):
             final_obs[row] = image
@@ -279,7 +295,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         return infos | {f"_{name}": self._over.copy() for name in infos}
 
     def render(self) -> tuple[Any, ...] | None:
-        """minigrid's picture of each environment, (height, width, 3) uint8; None without a `render_mode`."""
+        """Return minigrid's picture of each environment, (height, width, 3) uint8; None without a `render_mode`."""
         if self.render_mode is None:
             return None
         state = self._started()

@@ -18,9 +18,8 @@ from minigrid.core.constants import COLOR_TO_IDX, DIR_TO_VEC, OBJECT_TO_IDX
 
 VIEW_SIZE = 7  # cells a side of the agent's view; minigrid's default
 N_BYTES = VIEW_SIZE * VIEW_SIZE * 3  # of one observation
-OWN = 3 * (
-    VIEW_SIZE * (VIEW_SIZE // 2) + VIEW_SIZE - 1
-)  # where an observation holds the agent's own cell, (3, 6)
+# Where an observation holds the agent's own cell, (3, 6).
+OWN = 3 * (VIEW_SIZE * (VIEW_SIZE // 2) + VIEW_SIZE - 1)
 
 LEFT, RIGHT, FORWARD = range(3)
 EMPTY, WALL, OBSTACLE, GOAL = (OBJECT_TO_IDX[name] for name in ("empty", "wall", "ball", "goal"))
@@ -42,21 +41,20 @@ FAULTS = (
 
 
 def compiled(kernel: Callable[..., Any], fastmath: bool = False) -> Callable[..., Any]:
-    """The kernel, compiled by numba on its first call and kept on disk where a folder can be written to.
+    """Return the kernel, compiled by numba on its first call and kept on disk where a folder can be written to.
 
     `fastmath` lets it add up floating-point numbers in any order.
     """
     try:
         return numba.njit(cache=True, fastmath=fastmath)(kernel)
-    except (
-        RuntimeError
-    ):  # neither the package's folder nor the user's cache is writable: compile in every process
+    except RuntimeError:
+        # neither the package's folder nor the user's cache is writable: compile in every process
         return numba.njit(fastmath=fastmath)(kernel)
 
 
 @lru_cache
 def empty_room(size: int) -> UInt8[np.ndarray, " 256"]:
-    """What stands on each cell of the empty room: EMPTY, GOAL, or WALL (also beyond the grid)."""
+    """Return what stands on each cell of the empty room: EMPTY, GOAL, or WALL (also beyond the grid)."""
     cells = np.full(256, WALL, dtype=np.uint8)
     room = cells[: size * size].reshape(size, size)
     room[1:-1, 1:-1] = EMPTY
@@ -65,7 +63,7 @@ def empty_room(size: int) -> UInt8[np.ndarray, " 256"]:
 
 
 class Moves(NamedTuple):
-    """How an obstacle moves: sets of neighbours as bits of a byte, in one fixed order of the eight."""
+    """Tables by which an obstacle moves: sets of neighbours as bits of a byte, in one fixed order of the eight."""
 
     around: UInt8[np.ndarray, " 256"]
     """around[cell]: the neighbours that are free in the empty room."""
@@ -79,7 +77,7 @@ class Moves(NamedTuple):
 
 @lru_cache
 def move_tables(size: int) -> Moves:
-    """The tables by which obstacles move in a room of this size."""
+    """Return the tables by which obstacles move in a room of this size."""
     shifts = np.array([dx + size * dy for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dx or dy])
     bit = 1 << np.arange(8)
     neighbours = np.clip(np.arange(256)[:, None] + shifts, 0, 255)  # right where it matters: inside the walls
@@ -96,7 +94,7 @@ def move_tables(size: int) -> Moves:
 
 
 class Views(NamedTuple):
-    """What the agent sees from each pose."""
+    """Tables of what the agent sees from each pose."""
 
     background: UInt8[np.ndarray, "1024 {N_BYTES}"]
     """The view of the empty room, `image[i, j, channel]` at 21·i + 3·j + channel."""
@@ -106,12 +104,11 @@ class Views(NamedTuple):
 
 @lru_cache
 def view_tables(size: int) -> Views:
-    """The tables by which observations are drawn in a room of this size."""
+    """Return the tables by which observations are drawn in a room of this size."""
     y, x = np.divmod(np.arange(256), size)
     dx, dy = x - x[:, None, None], y - y[:, None, None]  # (agent's cell, 1, cell)
-    east, south = np.array(DIR_TO_VEC)[:, :, None].swapaxes(
-        0, 1
-    )  # of the way the agent looks, (direction, 1)
+    # of the way the agent looks, (direction, 1)
+    east, south = np.array(DIR_TO_VEC)[:, :, None].swapaxes(0, 1)
     i = VIEW_SIZE // 2 - south * dx + east * dy  # cells to the right, counted from the left edge
     j = VIEW_SIZE - 1 - east * dx - south * dy  # cells ahead, counted from the top edge
     seen = (i >= 0) & (i < VIEW_SIZE) & (j >= 0) & (j < VIEW_SIZE) & (np.arange(256) < size * size)
@@ -130,7 +127,7 @@ def view_tables(size: int) -> Views:
 @compiled
 @no_type_check
 def find_fault(agent, direction, obstacles, step_count, room):
-    """(row, index into FAULTS) of the first state that cannot be, or (−1, −1)."""
+    """Return (row, index into FAULTS) of the first state that cannot be, or (−1, −1)."""
     for row in range(agent.shape[0]):
         if direction[row] > 3:
             return row, 0
@@ -244,7 +241,7 @@ def advance(
     n_members,
     shift,
 ):
-    """One step of every environment, in place; reward (batch,) and (terminated, truncated) (2, batch)."""
+    """Step every environment, in place; return reward (batch,) and (terminated, truncated) (2, batch)."""
     batch = agent.shape[0]
     ahead = np.empty(batch, np.uint8)
     not_clear, taken = np.empty(batch, np.bool_), np.empty(batch, np.bool_)

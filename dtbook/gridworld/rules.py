@@ -60,7 +60,7 @@ class Task:
 
     @classmethod
     def from_env_id(cls, env_id: str, max_steps: int = 300) -> Task:
-        """The task minigrid registers under `env_id`, such as "MiniGrid-Dynamic-Obstacles-Random-5x5-v0"."""
+        """Return the task minigrid registers under `env_id`, such as "MiniGrid-Dynamic-Obstacles-Random-5x5-v0"."""
         spec = gymnasium.registry.get(env_id)
         if spec is None or spec.entry_point != "minigrid.envs:DynamicObstaclesEnv":
             known = sorted(
@@ -92,7 +92,7 @@ class GridState(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """What a step gives."""
+    """The result of a step, a row an environment."""
 
     state: GridState
     reward: Float32[np.ndarray, " batch"]
@@ -123,12 +123,12 @@ def check_state(task: Task, state: GridState) -> None:
 
 
 def contiguous(state: GridState) -> GridState:
-    """The state in C order: numba compiles a kernel anew for each memory layout it meets."""
+    """Return the state in C order: numba compiles a kernel anew for each memory layout it meets."""
     return GridState(*map(np.ascontiguousarray, state))
 
 
 def reset(task: Task, batch: int, rng: np.random.Generator) -> GridState:
-    """`batch` first states of episodes, as minigrid draws them: all on cells that differ, off the goal."""
+    """Return `batch` first states of episodes, as minigrid draws them: all on cells that differ, off the goal."""
     check_int("batch", batch, 0, 2**31 - 1)
     agent, direction = np.empty((2, batch), np.uint8)
     obstacles = np.empty((batch, task.n_obstacles), np.uint8)
@@ -146,14 +146,14 @@ def begin(task: Task, state: GridState, rows: np.ndarray, rng: np.random.Generat
 
 @lru_cache
 def free_cells(size: int) -> UInt8[np.ndarray, " cells"]:
-    """The cells inside the walls but the goal, in order, START_CELL first."""
+    """Return the cells inside the walls but the goal, in order, START_CELL first."""
     return np.flatnonzero(kernels.empty_room(size) == EMPTY).astype(np.uint8)
 
 
 def step(
     task: Task, state: GridState, actions: Integer[np.ndarray, " batch"], rng: np.random.Generator
 ) -> Transition:
-    """The transition each action (0 left, 1 right, 2 forward) makes; the inputs are left as they are.
+    """Return the transition each action (0 left, 1 right, 2 forward) makes; the inputs are left as they are.
 
     Episodes that are over go on if stepped, as minigrid's do; `DynamicObstaclesVectorEnv` restarts them.
     """
@@ -162,7 +162,7 @@ def step(
 
 
 def check_actions(actions: Any, batch: int) -> Int64[np.ndarray, " batch"]:
-    """The actions as int64 in C order; raises TypeError or ValueError, in one sentence, if one is none."""
+    """Return the actions as int64 in C order; raise TypeError or ValueError, in one sentence, if one is none."""
     array = np.asarray(actions)
     if array.shape != (batch,):
         raise ValueError(f"actions must have shape (batch,) = ({batch},), not {array.shape}.")
@@ -176,7 +176,7 @@ def check_actions(actions: Any, batch: int) -> Int64[np.ndarray, " batch"]:
 
 
 def unchecked_step(task: Task, state: GridState, actions: np.ndarray, rng: np.random.Generator) -> Transition:
-    """`step` for a state and actions known to be right."""
+    """Return what `step` does, for a state and actions known to be right."""
     new = GridState(*(np.array(value, order="C") for value in state))
     words = rng.random((task.n_obstacles, len(actions)))
     room, moves = kernels.empty_room(task.size), kernels.move_tables(task.size)
@@ -185,7 +185,7 @@ def unchecked_step(task: Task, state: GridState, actions: np.ndarray, rng: np.ra
 
 
 def observe(state: GridState, size: int = 8) -> UInt8[np.ndarray, "batch 7 7 3"]:
-    """The agent's view in each state, bit for bit minigrid's `obs["image"]`.
+    """Return the agent's view in each state, bit for bit minigrid's `obs["image"]`.
 
     `image[i, j]` is the cell i from the left and j from the top, the agent at (3, 6) looking up; walls hide
     nothing and everything beyond the grid is wall. Channels are object, colour and (always 0) state. The
@@ -196,7 +196,7 @@ def observe(state: GridState, size: int = 8) -> UInt8[np.ndarray, "batch 7 7 3"]
 
 
 def unchecked_observe(state: GridState, size: int) -> np.ndarray:
-    """`observe` for a state known to be right."""
+    """Return what `observe` does, for a state known to be right."""
     images = np.empty((len(state.agent), VIEW_SIZE, VIEW_SIZE, 3), dtype=np.uint8)
     draw(state, size, np.arange(len(images)), images)
     return images

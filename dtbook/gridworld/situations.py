@@ -7,6 +7,7 @@ time, so walking over all observations needs little more memory than the images 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import EMPTY, GOAL, OBSTACLE, WALL
-from dtbook.gridworld.rules import FRONT, GridState
+from dtbook.gridworld.rules import FRONT
 
 Images = UInt8[np.ndarray, "n 7 7 3"]
 
@@ -55,9 +56,7 @@ def showing(images: Images, situation: str) -> Bool[np.ndarray, " n"]:
 
 def select(observations: ObservationSet, situation: str) -> ObservationSet:
     """The observations that show a situation, in their order; raises ValueError for an unknown one."""
-    rows = showing(observations.images, situation)
-    witness = GridState(*(value[rows] for value in observations.witness))
-    return ObservationSet(observations.images[rows], observations.multiplicity[rows], witness)
+    return observations[showing(observations.images, situation)]
 
 
 def weights(observations: ObservationSet) -> Float64[np.ndarray, " n"]:
@@ -75,9 +74,8 @@ def sample(
     observations: ObservationSet, n: int, rng: np.random.Generator
 ) -> tuple[ObservationSet, Int64[np.ndarray, " n"]]:
     """`n` observations drawn as often as states show them, with replacement, and their rows."""
-    rows = rng.choice(len(observations.images), n, p=weights(observations))
-    witness = GridState(*(value[rows] for value in observations.witness))
-    return ObservationSet(observations.images[rows], np.ones(n, np.int64), witness), rows
+    rows = rng.choice(len(observations), n, p=weights(observations))
+    return replace(observations[rows], multiplicity=np.ones(n, np.int64)), rows
 
 
 class Batch(NamedTuple):

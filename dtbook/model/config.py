@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-# What a model is called with; `time` counts timesteps.
+# The arguments of a model; `time` counts timesteps.
 States = UInt8[Tensor, "batch time view view 3"]
 Rtgs = Float[Tensor, "batch time"]
 Timesteps = Int[Tensor, "batch time"]
@@ -60,19 +60,19 @@ class DTConfig:
 
     @property
     def n_ctx(self) -> int:
-        """Rows of the positional embedding: three tokens a timestep (the last action is never given)."""
+        """Return the rows of the positional embedding: three tokens a timestep (the last action is never given)."""
         return 3 * self.n_timesteps
 
     @property
     def n_channels(self) -> int:
-        """Numbers that enter for each cell of the view: 3 indices or 20 bits."""
+        """Return how many numbers enter for each cell of the view: 3 indices or 20 bits."""
         return 3 if self.encoding == "index" else sum(ONE_HOT_SIZES)
 
 
 def check_inputs(
     cfg: DTConfig, states: Tensor, rtgs: Tensor, timesteps: Tensor, actions: Tensor | None = None
 ) -> None:
-    """Refuse what would fail later with a riddle or, worse, pass silently."""
+    """Raise TypeError or ValueError for inputs that would fail later with a riddle or, worse, pass silently."""
     view = (cfg.view_size, cfg.view_size, 3)
     if states.dtype != torch.uint8:
         raise TypeError(f"states is {states.dtype}; it must be torch.uint8, as minigrid gives it.")

@@ -1,4 +1,4 @@
-"""Files of a model: saving and loading a folder (safetensors + JSON), and fetching the post's checkpoint.
+"""Files of a model: saving and loading a folder (safetensors + JSON), and reading the post's checkpoint.
 
 Nothing here knows the architecture; `model.DecisionTransformer` does. No pickle is loaded: the post's
 checkpoint is read by `torch.load(weights_only=True)`, which accepts tensors alone, once its sha256 is
@@ -6,27 +6,26 @@ checked.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import pooch
 import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor
 
+from dtbook.artifacts.post_weights import (
+    NONE,
+    POST_MODEL_SHA256,
+    NoPostWeights,
+    fetch_post_checkpoint,
+    note,
+)
 from dtbook.artifacts.store import atomic_write, describe
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-POST_MODEL_SHA256 = "8eb812e46b2f2f52b0a4761b798598e3693dfae741c794b9600e1bbc8425fdc4"
-POST_MODEL_URL = (
-    "https://raw.githubusercontent.com/jbloomAus/DecisionTransformerInterpretability/"
-    "fec198323d6810f5f439c10f48b15c44bbfa4dec/models/MiniGrid-Dynamic-Obstacles-8x8-v0/"
-    "demo_model_overnight_training.pt"
-)
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -91,33 +90,19 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def read_post_checkpoint(path: str | Path | None = None) -> dict[str, Tensor]:
     """Return the state dict of the post's model, from `path` or else from `fetch_post_checkpoint()`.
 
-    Raises FileNotFoundError for a missing file, ValueError naming a file that is not the post's.
+    The runner of a notebook is left a note of it. Raises NoPostWeights where they cannot be had, FileNotFoundError
+    for a file that is missing, ValueError naming a file that is not the post's.
     """
-    file = Path(path) if path is not None else fetch_post_checkpoint()
+    try:
+        file = Path(path) if path is not None else fetch_post_checkpoint()
+    except NoPostWeights as error:
+        note(NONE, str(error))
+        raise
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; the post's checkpoint was to be read from it.")
     check_sha256(file, POST_MODEL_SHA256)
+    note(POST_MODEL_SHA256)
     return torch.load(file, weights_only=True, map_location="cpu")
-
-
-def fetch_post_checkpoint() -> Path:
-    """Return the post's checkpoint: the path in DTBOOK_POST_MODEL, else a download checked and kept by pooch.
-
-    Raises OSError where it cannot be had, ValueError where what came has another sha256.
-    """
-    if path := os.environ.get("DTBOOK_POST_MODEL"):
-        return Path(path)
-    try:
-        return Path(
-            pooch.retrieve(POST_MODEL_URL, f"sha256:{POST_MODEL_SHA256}", path=pooch.os_cache("dtbook"))
-        )
-    except ValueError as error:  # the hash: pooch says more than a sentence, and has deleted the file
-        raise ValueError(f"{POST_MODEL_URL}: {str(error).split('. ')[0]}.") from error
-    except Exception as error:  # pooch lets through whatever its downloader raises
-        raise OSError(
-            f"The post's checkpoint could not be fetched from {POST_MODEL_URL} ({type(error).__name__}); "
-            "set DTBOOK_POST_MODEL to the path of a copy."
-        ) from error
 
 
 def check_sha256(path: Path, expected: str) -> None:

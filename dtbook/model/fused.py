@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Weights(NamedTuple):
-    """What a layer and its unembedding hold, and the embeddings that δ is made of; shapes as in the model."""
+    """The weights of a layer and its unembedding, and the embeddings that δ is made of; shapes as in the model."""
 
     W_E_rtg: Float[Tensor, " d_model"]
     W_pos: Float[Tensor, "pos d_model"]
@@ -41,7 +41,7 @@ class Weights(NamedTuple):
 
 
 class _Activations(NamedTuple):
-    """What the backward pass reads again."""
+    """The activations that the backward pass reads again."""
 
     stream: Float[Tensor, "batch d_model"]
     delta: Float[Tensor, "batch d_model"]
@@ -69,7 +69,7 @@ def one_timestep(
 
 
 def _wide(weight: Tensor) -> Tensor:
-    """(head, d_model, d_head) as one matrix (d_model, head · d_head)."""
+    """Return weights (head, d_model, d_head) as one matrix (d_model, head · d_head)."""
     return weight.transpose(0, 1).flatten(1)
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtbook.artifacts.post_weights import POST_MODEL_SHA256
 from dtbook.artifacts.store import ArtifactStore, describe
-from dtbook.model.files import POST_MODEL_SHA256
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.trajectories.recording import Trajectories
 

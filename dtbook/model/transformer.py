@@ -33,14 +33,9 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
+from dtbook.artifacts.post_weights import POST_MODEL_SHA256, POST_MODEL_URL
 from dtbook.model.config import Actions, DTConfig, Rtgs, States, Timesteps, check_inputs, one_hot
-from dtbook.model.files import (
-    POST_MODEL_SHA256,
-    POST_MODEL_URL,
-    FolderMixin,
-    read_folder,
-    read_post_checkpoint,
-)
+from dtbook.model.files import FolderMixin, read_folder, read_post_checkpoint
 from dtbook.model.fused import Weights, one_timestep
 
 # The weights of a block, and where in it they are.
@@ -49,7 +44,7 @@ STACKED |= {f"{kind}_{part}": "mlp" for kind in "Wb" for part in ("in", "out")}
 
 
 def _linear(n_inputs: int, *shape: int, generator: torch.Generator) -> nn.Parameter:
-    """Uniform within ±1/√inputs, as PyTorch draws a linear layer."""
+    """Draw weights uniformly within ±1/√inputs, as PyTorch draws a linear layer."""
     return nn.Parameter((2 * torch.rand(*shape, generator=generator) - 1) / n_inputs**0.5)
 
 
@@ -62,7 +57,7 @@ def _zeros(*shape: int) -> nn.Parameter:
 
 
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:
-    """x (batch, pos, d_model), or (batch, pos, head, d_model), through weight (head, d_model, d_head)."""
+    """Return x (batch, pos, [head,] d_model) times weight (head, d_model, d_head): (batch, pos, head, d_head)."""
     if x.ndim == 4:
         return torch.einsum("bphm,hmd->bphd", x, weight)
     return (x @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (weight.shape[0], weight.shape[2]))
@@ -127,7 +122,7 @@ class Block(nn.Module):
         self.hook_attn_out, self.hook_mlp_in, self.hook_mlp_out = (HookPoint() for _ in range(3))
 
     def _fork(self, hook: HookPoint, resid: Tensor) -> Tensor:
-        """One copy of the stream a head where somebody hooks it (path patching), else the stream itself."""
+        """Return a copy of the stream for each head where a hook is attached (path patching), else the stream."""
         return hook(resid.unsqueeze(2).repeat(1, 1, self.n_heads, 1)) if hook.has_hooks() else resid
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:

@@ -1,16 +1,18 @@
 """The notebook runner: checked parameters, cells run by papermill, a digest to tell which copy is current."""
 
 import ast
+import itertools
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nbformat
 import papermill
@@ -20,11 +22,13 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+from dtbook.artifacts.post_weights import COPY, NOTE, named_copy, noted, weights_at_hand
 from dtbook.artifacts.provenance import code_behind, digest, imported_names
 from dtbook.artifacts.store import ArtifactStore, atomic_write, describe
 
 # Nobody watches a kernel of the runner, and times in progress bars would make every copy different.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+T = TypeVar("T")
 
 
 class NotebookError(ValueError):
@@ -44,7 +48,8 @@ class Parameter:
 
         Limits are words of the meaning: "at least 1", "at most 9", "above 0", "below 1", "from 0 to 1",
         "one of greedy, sampled" (to the end or a semicolon). Of a list they hold for each item; items are of the type
-        of the default's, and a list whose default has some has one. Raises ValueError.
+        of the default's, and a list whose default has some has one. A text whose meaning begins with "folder" or
+        "file" is a path, which counts from the caller's folder: kernels run elsewhere. Raises ValueError.
         """
         kind = type(self.default)
         if isinstance(value, str) and kind is not str:
@@ -63,6 +68,8 @@ class Parameter:
             raise ValueError(f"{self.name} must be of type {wanted}, not {value!r}")
         for item in items:
             self._check_limits(item)
+        if value and isinstance(value, str) and _PATH.match(self.meaning):
+            return str(Path(value).expanduser().absolute())
         return value
 
     def _check_limits(self, value: object) -> None:
@@ -84,6 +91,7 @@ _KEPT: dict[str, Callable[[float, float, float], bool]] = {
 }
 _NUMBER = r"[-−]?\d[\d_]*(?:\.\d+)?(?:e-?\d+)?"
 _LIMIT = re.compile(rf"\b(at least|at most|above|below|from(?= \S+ to)) ({_NUMBER})(?: to ({_NUMBER}))?")
+_PATH = re.compile(r"(folder|file)\b")
 _CHOICE = re.compile(r"\bone of ([^;]+?)\s*(?:;|$)")
 
 
@@ -169,26 +177,19 @@ def notebook_digest(notebook: Mapping[str, Any]) -> str:
 
 
 def inputs_digest(path: Path, parameters: Mapping[str, object], store: ArtifactStore) -> str:
-    """Return the sha256 of all that a notebook's outputs follow from.
+    """Return the sha256 of all that a notebook's outputs follow from and that is known before it runs.
 
-    Those are its cells, its parameters, the code of dtbook and the libraries behind it, the manifest, and the
-    post's checkpoint where the notebook asks for it and it can be had.
+    Those are its cells, its parameters, the code of dtbook and the libraries behind it, and the manifest. Whether it
+    reads the post's weights shows when it runs: `run_notebook` puts them into the digest that a copy carries.
     """
     notebook = nbformat.read(path, as_version=4)
     manifest = describe(store.manifest) if store.manifest.exists() else None
-    made_from = [notebook_digest(notebook), parameters, code_behind(code_of(path)), manifest]
-    asked = any("from_post_checkpoint" in cell.source for cell in notebook.cells if cell.cell_type == "code")
-    return digest(made_from + list(filter(None, [asked and _post_sha256()])))
+    return digest([notebook_digest(notebook), parameters, code_behind(code_of(path)), manifest])
 
 
-@cache
-def _post_sha256() -> str | None:
-    """Return the sha256 of the post's checkpoint, fetched if need be; None where a notebook has to do without it."""
-    from dtbook.model.files import fetch_post_checkpoint  # imports torch
-
-    with suppress(OSError, ValueError):
-        return str(describe(fetch_post_checkpoint())["sha256"])
-    return None
+def _with_weights(inputs: str, read: str | None) -> str:
+    """The digest of a copy whose kernel asked for the post's weights and read these, or `NONE`."""
+    return digest([inputs, read]) if read else inputs
 
 
 def code_of(path: Path) -> list[str]:
@@ -199,11 +200,17 @@ def code_of(path: Path) -> list[str]:
 
 
 def is_current(target: Path, inputs: str) -> bool:
-    """Return whether `target` is an executed copy that was made from `inputs`."""
+    """Return whether `target` is an executed copy that was made from `inputs`, and would be given the same weights.
+
+    The post's weights are looked for only if the copy's kernel had asked for them.
+    """
     if not target.exists():
         return False
     with suppress(nbformat.reader.NotJSONError):
-        return bool(nbformat.read(target, as_version=4).metadata.get("dtbook", {}).get("inputs") == inputs)
+        made_from = nbformat.read(target, as_version=4).metadata.get("dtbook", {})
+        read = made_from.get("post_weights")
+        if made_from.get("inputs") == _with_weights(inputs, read):
+            return read is None or bool(read == weights_at_hand())
     return False
 
 
@@ -213,8 +220,9 @@ def run_notebook(
     """Execute a notebook in a fresh kernel, in its own folder, and write the executed copy to `target`.
 
     Two runs from the same inputs write the same bytes, so how long it took stands beside it, in
-    `NN_topic.seconds`. On failure there is no `target`; the notebook as far as it came is kept beside it as
-    `NN_topic.failed.ipynb`, and NotebookError names notebook, cell and error.
+    `NN_topic.seconds`. The copy says which of the post's weights its kernel read. On failure there is no `target`;
+    the notebook as far as it came is kept beside it as `NN_topic.failed.ipynb`, and NotebookError names notebook,
+    cell and error.
     A bar with the label `progress` counts the cells; without a label there is none.
     """
     failed, seconds = target.with_suffix(".failed.ipynb"), target.with_suffix(".seconds")
@@ -222,7 +230,7 @@ def run_notebook(
         former.unlink(missing_ok=True)
     start = time.perf_counter()
     source_digest = notebook_digest(nbformat.read(path, as_version=4))
-    with atomic_write(target) as draft:
+    with atomic_write(target) as draft, _asking(note := draft.with_suffix(".weights")):
         try:
             executed = papermill.execute_notebook(
                 path,
@@ -241,10 +249,55 @@ def run_notebook(
             where = _where(error, nbformat.read(failed, as_version=4))
             raise NotebookError(f"{path.stem} failed{where}; {failed} is the run so far") from error
         _forget_the_run(executed)
-        made_from = {"digest": source_digest, "inputs": inputs, "parameters": dict(parameters)}
+        read = noted(note)
+        made_from: dict[str, Any] = {"digest": source_digest, "inputs": _with_weights(inputs, read)}
+        made_from |= {"parameters": dict(parameters)} | ({"post_weights": read} if read else {})
         executed.metadata["dtbook"] = made_from
         nbformat.write(executed, draft)
     seconds.write_text(f"{time.perf_counter() - start:.1f}\n")
+
+
+def in_order(task: Callable[..., T], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[T]:
+    """Yield what `task(*job)` returns for each job, in their order, with `workers` processes at work on them.
+
+    Processes, because papermill changes its own folder; one or no job needs none. Of errors the first in the jobs'
+    order is raised. After any of them no job is begun; those that were are brought to their end.
+    """
+    workers = min(workers, len(jobs))
+    if workers < 2:
+        yield from itertools.starmap(task, jobs)
+        return
+    with (
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as processes,
+        ThreadPoolExecutor(
+            workers
+        ) as hands,  # each with one process at work: a pool's own queue begins one more
+    ):
+
+        def cancel(ended: Future[T]) -> None:
+            if not ended.cancelled() and ended.exception():
+                hands.shutdown(wait=False, cancel_futures=True)
+
+        futures = [hands.submit(lambda job: processes.submit(task, *job).result(), job) for job in jobs]
+        for future in futures:
+            future.add_done_callback(cancel)
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            hands.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _asking(note: Path) -> Iterator[None]:
+    """Have kernels note which weights they read, and find a copy that is named: they run in another folder."""
+    if copy := named_copy():
+        os.environ[COPY] = str(copy)
+    os.environ[NOTE] = str(note)
+    try:
+        yield
+    finally:
+        del os.environ[NOTE]
 
 
 def _where(error: Exception, run: nbformat.NotebookNode) -> str:

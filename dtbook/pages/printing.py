@@ -76,7 +76,7 @@ DRAW_ALL = """async () => {
 
 
 def find_chromium() -> str | None:
-    """The browser that DTBOOK_CHROMIUM names, the system's, or Playwright's own; None if there is none."""
+    """Return the browser that DTBOOK_CHROMIUM names, the system's, or Playwright's own; None if there is none."""
     from playwright.sync_api import sync_playwright
 
     if given := os.environ.get("DTBOOK_CHROMIUM"):

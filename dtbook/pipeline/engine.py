@@ -26,9 +26,9 @@ import pandas as pd
 from filelock import FileLock
 from tqdm import tqdm
 
+from dtbook.artifacts.post_weights import POST_MODEL_SHA256
 from dtbook.artifacts.provenance import Code, digest
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
-from dtbook.model.files import POST_MODEL_SHA256
 from dtbook.model.subject import Subject
 from dtbook.trajectories.ppo import one_thread
 
@@ -64,6 +64,8 @@ class Stage:
     """The command that makes what it needs."""
     also: tuple[str, ...] = ()
     """Dotted names of code behind it that the function does not name."""
+    stands: Callable[["Job"], bool] | None = None
+    """Says whether what is there, made as it would be now, may stand; without it, it does."""
 
     @property
     def code(self) -> tuple[Code, ...]:
@@ -180,8 +182,10 @@ class Job:
 
     def is_current(self) -> bool:
         """Return whether all that the job makes is there, made as it would be now."""
-        made_by = self.made_by()
-        return all(self.store.is_current(name, **made_by) for name in self.makes)
+        made_by, stands = self.made_by(), self.stage.stands
+        return all(self.store.is_current(name, **made_by) for name in self.makes) and (
+            not stands or stands(self)
+        )
 
     def ensure(self) -> float | None:
         """Make what the job makes unless it is there and current; return the seconds it took, None if it was there.

@@ -17,6 +17,8 @@ from dtbook.analysis.attribution import channel_slices, preference_direction
 from dtbook.analysis.dynamics import Probe, forward_probability, inspect, make_probe, settles, trace
 from dtbook.analysis.weights import CELLS, front_cell_table, state_maps
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore
+from dtbook.claims.rules import meets
+from dtbook.claims.training_rules import MENDED, WITHOUT
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.model.transformer import DecisionTransformer
@@ -126,7 +128,7 @@ def along_front_cell(
         raise ValueError(f"model has the {model.cfg.encoding} encoding; only indices have values in between.")
     images = observations.images.copy()
     images[:, *FRONT] = OBSTACLE
-    start = observations._replace(images=images)
+    start = replace(observations, images=images)
     weights, direction = model.W_E_state[list(FRONT_ROWS)], preference_direction(model, "F-R")
     rows = []
     for path, colour in (("object", 0.0), ("both", float(GOAL[1] - OBSTACLE[1]))):
@@ -187,7 +189,9 @@ def decide(
     rows += [] if size is None else [_shape(size)]
     for run, traced in dynamics.items():
         ratio = interpretability_delay(traced)["ratio"]
-        rows.append({"model": run, "claim": "C28", "effect": ratio, "passed": float(ratio >= 2), "n": 1})
+        rows.append(
+            {"model": run, "claim": "C28", "effect": ratio, "passed": float(meets("C28", ratio)), "n": 1}
+        )
     return pd.DataFrame(rows).sort_values(["claim", "model"], ignore_index=True)
 
 
@@ -196,11 +200,11 @@ def _over_sampling(encodings: pd.DataFrame) -> Iterator[Row]:
     share = float(encodings["last_step_share"].max())
     for seed in sorted(encodings["seed"].unique()):
         without, mended = float(success["index", 0.0, seed]), float(success["index", share, seed])
-        passed = without < 0.5 and mended >= 0.9
+        passed = WITHOUT.meets(without) and MENDED.meets(mended)
         run = {"model": f"transformer seed {seed}"}
         yield run | {"claim": "C25", "effect": mended - without, "passed": float(passed), "n": 2}
         alone = float(success["one-hot", 0.0, seed])
-        yield run | {"claim": "C26", "effect": alone, "passed": float(alone >= 0.9), "n": 1}
+        yield run | {"claim": "C26", "effect": alone, "passed": float(meets("C26", alone)), "n": 1}
 
 
 def shape_gaps(size: pd.DataFrame) -> pd.DataFrame:
@@ -211,7 +215,13 @@ def shape_gaps(size: pd.DataFrame) -> pd.DataFrame:
 def _shape(size: pd.DataFrame) -> Row:
     ours = (size[list(SHAPE)] == pd.Series(SHAPE)).all(axis=1)
     gap = float(shape_gaps(size)[ours].max(axis=1).iloc[0])
-    return {"model": "sweep", "claim": "C27", "effect": gap, "passed": float(gap <= 0.05), "n": len(size)}
+    return {
+        "model": "sweep",
+        "claim": "C27",
+        "effect": gap,
+        "passed": float(meets("C27", gap)),
+        "n": len(size),
+    }
 
 
 def interpretability_delay(traced: pd.DataFrame) -> dict[str, float]:

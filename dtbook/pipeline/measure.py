@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from dtbook.analysis import behaviour, counterfactuals, faithfulness, program
+from dtbook.analysis import behaviour, counterfactuals, faithfulness, frames, program
 from dtbook.analysis.ablations import HOW, situation_table
 from dtbook.analysis.head_circuit import measure_circuit
 from dtbook.analysis.views import embeddings
@@ -175,6 +175,9 @@ BEHAVIOUR = (
         how=behaviour.NEURON_WAYS,
         seed=0,
     ),
+    _row("frames", _over(frames.median_frames), timestep=10, preference="F-R"),
+    _row("means", _over(frames.kept_by_means), rtg=HIGH, timestep=10, seed=0),
+    _row("directions", _over(frames.along_preference), rtg=HIGH, timestep=10, preference="F-R", seed=0),
     _row("ablated_play", _play, rtgs=CALIBRATION_RTGS, episodes=100, max_steps=300, seed=0),
     _row(
         "situations",

@@ -213,15 +213,20 @@ def summary(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
     """
     rows = []
     for seed in seeds:
-        measured = calibration_row(pd.read_parquet(store.path(name_of(seed, "calibration.parquet"))))
-        asked = [f"{acting} {rtg}" for acting in ("greedy", "sampled") for rtg in ("-1", "0", "0.9")]
-        row = {"seed": seed} | {name: measured[name] for name in asked}
-        row |= {name: measured[f"sampled {name}"] for name in ("survived 0", "error")}
+        row = bar_measures(pd.read_parquet(store.path(name_of(seed, "calibration.parquet"))))
         missed = [name for name, (low, high) in BARS.items() if not low <= row[name] <= high]
         model = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
         scores: dict[str, float] = model.metadata["obstacle_head"]["score"]
-        rows.append({**row, **scores, "meets": not missed, "missed": ", ".join(missed)})
+        rows.append({"seed": seed, **row, **scores, "meets": not missed, "missed": ", ".join(missed)})
     return pd.DataFrame(rows)
+
+
+def bar_measures(curves: pd.DataFrame) -> dict[str, float]:
+    """Return what `BARS` bounds, and the means beside it, of a model's two calibration curves."""
+    measured = calibration_row(curves)
+    means = [f"{acting} {rtg}" for acting in ("greedy", "sampled") for rtg in ("-1", "0", "0.9")]
+    sampled = {name: measured[f"sampled {name}"] for name in ("survived 0", "error")}
+    return {name: measured[name] for name in means} | sampled
 
 
 # ------------------------------------------------------------------------------------------- the table, and its graph

@@ -29,6 +29,7 @@ from dtbook.pages.notebooks import (
     code_of,
     find_notebooks,
     inputs_digest,
+    is_current,
     run_notebook,
 )
 from dtbook.pipeline.engine import Job, Say, Stage, Writer, run_graph
@@ -69,7 +70,8 @@ class Target:
         """Return the row of the table of stages that runs a point."""
         if self.notebook:
             execute = partial(_execute, self.notebook)
-            return Stage(self.name, ("points/{of}.ipynb",), execute, also=tuple(code_of(self.notebook)))
+            code = tuple(code_of(self.notebook))
+            return Stage(self.name, ("points/{of}.ipynb",), execute, also=code, stands=_saw_the_same)
         return KINDS[self.stage].stage(self.name)
 
 
@@ -119,6 +121,11 @@ def _execute(notebook: Path, job: Job) -> list[Writer]:
         failed.replace(kept)
         raise NotebookError(str(error).replace(str(failed), str(kept))) from error
     return [lambda path: shutil.copyfile(draft, path)]
+
+
+def _saw_the_same(job: Job) -> bool:
+    """Return whether an executed copy would be given the same weights of the post's again."""
+    return is_current(job.store.path(*job.makes), job.parameters["inputs"])
 
 
 # ---------------------------------------------------------------------------------------- what is to be run

@@ -5,8 +5,8 @@
 scripts in this folder. The module alone is `module()`; it asks its host for `model.get("models")`, "task", "mean",
 "presets" and "scene", which is what `data(...)` returns.
 
-The scripts compute what `DecisionTransformer`, `attribution.decompose` and `interventions` compute and play by the
-rules of `gridrules`; tests/test_playground.py holds them to it in a real browser.
+The scripts compute what `DecisionTransformer`, `analysis.attribution` and `analysis.interventions` compute, and play
+by the rules of `gridworld.rules`; tests/test_playground.py holds them to it in a real browser.
 """
 
 import base64
@@ -132,7 +132,7 @@ def _check_model(name: str, model: DecisionTransformer, task: Task) -> None:
 
 
 def _entry(name: str, model: DecisionTransformer, task: Task) -> dict[str, Any]:
-    """A model as the module reads it; `id` is the hash of its numbers, `weights` the numbers themselves."""
+    """Return a model as the module reads it; `id` is the hash of its numbers, `weights` the numbers themselves."""
     tensors = {key: value.detach() for key, value in model.state_dict().items()} | means(model, task)
     numbers = np.concatenate([value.float().cpu().numpy().ravel() for value in tensors.values()]).astype(
         "<f4"
@@ -169,7 +169,7 @@ def means(model: DecisionTransformer, task: Task) -> dict[str, torch.Tensor]:
 
 
 def _of_the_mean(task: Task) -> str:
-    """What `means` are taken over, for the note beside the controls."""
+    """Return in words what `means` are taken over, for the note beside the controls."""
     *rtgs, last = (f"{rtg:g}".replace("-", "−") for rtg in MEAN_RTGS)
     timestep = min(MEAN_TIMESTEP, task.max_steps - 1)
     return f"{MEAN_STATES:,} random states at timestep {timestep}, each at RTG {', '.join(rtgs)} and {last}"
@@ -195,7 +195,7 @@ def show(
 
 
 class Playground:
-    """What `show` returns: plain HTML that runs wherever HTML does. Two of the same models have the same bytes."""
+    """The result of `show`: plain HTML that runs wherever HTML does. Two of the same models have the same bytes."""
 
     def __init__(self, contents: dict[str, Any]) -> None:
         """Hold the data of a playground, as `data` returns it."""
@@ -222,12 +222,12 @@ class Playground:
 
 
 def _script_safe(contents: Mapping[str, Any]) -> str:
-    """JSON in which nothing can end the script element that holds it; raises ValueError for NaN."""
+    """Return JSON in which nothing can end the script element that holds it; raise ValueError for NaN."""
     return json.dumps(contents, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def _still(task: Task) -> tuple[str, str]:
-    """A picture of a first state and of what the agent sees of it (PNG, base64), and the words beside it."""
+    """Return a picture of a first state and of the agent's view of it (PNG, base64), and the words beside it."""
     from dtbook.figures.display import picture
 
     state = reset(task, 1, np.random.default_rng(0))

@@ -1,4 +1,4 @@
-// The rules of Dynamic Obstacles, as dtbook/gridrules.py has them. A state is { agent, direction, obstacles, t }: cells are
+// The rules of Dynamic Obstacles, as dtbook/gridworld/rules.py has them. A state is { agent, direction, obstacles, t }: cells are
 // numbers x + size·y, directions 0 to 3 are east, south, west, north, t is the step. Functions leave their inputs alone.
 
 export const EMPTY = 1, WALL = 2, OBSTACLE = 6, GOAL = 8; // minigrid's object indices

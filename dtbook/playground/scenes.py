@@ -1,4 +1,4 @@
-"""What the scene of a playground may hold: the checks of scene.js, for what Python is given."""
+"""The checks of a playground's scene: those of scene.js, for what Python is given."""
 
 import re
 from collections.abc import Mapping
@@ -7,15 +7,15 @@ from typing import Any
 
 from dtbook.gridworld.rules import Task
 from dtbook.model.config import DTConfig
+from dtbook.protocol import ACTING
 
 __all__ = ["COMPASS", "check_scene"]
 
 COMPASS = ("east", "south", "west", "north")
-ACTING = ("greedy", "sampled")
 PREFERENCES = ("F-R", "F-L", "R-L", "F", "R", "L")
 DIRECTIONS = ("F-R", "F-L", "R-L", "rtg", "obstacle", "wall", "goal")
 SITES = ("resid_pre", "resid_mid", "resid_post")
-WAYS = ("zero", "mean", "patch")
+INSTEAD = ("zero", "mean", "patch")
 FIELDS = (
     *("model", "agent", "direction", "obstacles", "t", "rtg"),
     *("random", "acting", "preference", "parts", "steer", "source"),
@@ -97,7 +97,7 @@ class _Check:
         for name, way in parts.items():
             neuron = re.fullmatch(r"L(\d+)N(\d+)", str(name), re.ASCII)
             is_neuron = neuron and int(neuron[1]) < cfg.n_layers and int(neuron[2]) < cfg.d_mlp
-            allowed = WAYS if is_neuron else ways.get(name, ())
+            allowed = INSTEAD if is_neuron else ways.get(name, ())
             self.need(bool(allowed), "parts", name, "components of this model, such as L0H1, L0 MLP or L0N17")
             self.one_of(f"edit of {name}", way, allowed)
             remembered = "a remembered scene, since something is patched from it"
@@ -111,11 +111,11 @@ class _Check:
 
 
 def editable(cfg: DTConfig) -> dict[str, tuple[str, ...]]:
-    """Which components of a model can be edited, neurons aside, and in which ways: `editable` of engine.js."""
+    """Return the components of a model that can be edited, neurons aside, with the ways: `editable` of engine.js."""
     ways: dict[str, tuple[str, ...]] = dict.fromkeys(("rtg", "state", "time"), ("patch",))
     for layer in range(cfg.n_layers):
         for head in range(cfg.n_heads):
             name = f"L{layer}H{head}"
-            ways |= {name: WAYS, f"{name} pattern": ("patch",), f"{name} V": ("patch",)}
-        ways[f"L{layer} MLP"] = WAYS
+            ways |= {name: INSTEAD, f"{name} pattern": ("patch",), f"{name} V": ("patch",)}
+        ways[f"L{layer} MLP"] = INSTEAD
     return ways

@@ -36,16 +36,16 @@ class ImageEpisodes:
 
     @property
     def lengths(self) -> Int64[np.ndarray, " episodes"]:
-        """Steps in each episode."""
+        """Return the steps in each episode."""
         return np.diff(self.episode_starts, append=len(self.actions))
 
     @property
     def classes(self) -> Int64[np.ndarray, " episodes"]:
-        """0, 1 or 2 for a return below, of, or above 0."""
+        """Return 0, 1 or 2 for a return below, of, or above 0."""
         return np.sign(self.returns).astype(np.int64) + 1
 
     def observations(self, rows: Int[np.ndarray, " batch"]) -> UInt8[np.ndarray, "batch 7 7 3"]:
-        """What the agent saw at some step rows."""
+        """Return what the agent saw at some step rows."""
         return self.images[rows]
 
 

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from dtbook.gridworld.kernels import GOAL
 from dtbook.gridworld.rules import FRONT, Task
-from dtbook.trajectories.ppo import ActorCritic
+from dtbook.trajectories.agent import ActorCritic
 from dtbook.trajectories.recording import CLASS_NAMES, Trajectories, play
 
 
 @dataclass(frozen=True)
 class QuotaConfig:
-    """How many steps of which class are collected; raises ValueError naming the field that is off."""
+    """The number of steps collected of each class; raises ValueError naming the field that is off."""
 
     steps_per_class: int = 600_000
     """Steps wanted in episodes of return −1, of 0 and above 0, each."""
@@ -49,7 +49,7 @@ class QuotaConfig:
 
     @property
     def modes(self) -> tuple[float, ...]:
-        """What each checkpoint is played at: a temperature, or minus epsilon."""
+        """Return what each checkpoint is played at: a temperature, or minus epsilon."""
         return self.temperatures + ((-self.epsilon,) if self.epsilon else ())
 
 
@@ -101,7 +101,7 @@ def collect_by_quota(
 
 
 def steps_by_class(trajectories: Trajectories) -> np.ndarray:
-    """Steps in episodes of return −1, 0 and above 0."""
+    """Return the steps in episodes of return −1, 0 and above 0."""
     return np.bincount(trajectories.classes, trajectories.lengths, minlength=len(CLASS_NAMES)).astype(
         np.int64
     )
@@ -124,7 +124,7 @@ def _trim(trajectories: Trajectories, steps: int, rng: np.random.Generator) -> T
 
 
 def _times_goal_faced(trajectories: Trajectories) -> np.ndarray:
-    """Steps of each episode, the last one aside, at which the goal is in front of the agent."""
+    """Return at how many steps of each episode, the last one aside, the goal is in front of the agent."""
     facing = trajectories.observations(np.arange(len(trajectories.actions)))[:, *FRONT, 0] == GOAL
     facing[trajectories.episode_starts + trajectories.lengths - 1] = False
     return np.add.reduceat(facing, trajectories.episode_starts)
@@ -149,11 +149,11 @@ class Crew:
         self.loaded: dict[str, torch.Tensor] = {}
 
     def choose(self, producers: np.ndarray, episodes: int, rng: np.random.Generator) -> np.ndarray:
-        """Policies to play next, sorted: each producer (a mask) equally likely, so that none dominates."""
+        """Draw policies to play next, sorted: each producer (a mask) equally likely, so that none dominates."""
         return np.sort(rng.choice(np.flatnonzero(producers), size=episodes))
 
     def yields(self, played: Trajectories) -> np.ndarray:
-        """Steps of each class (columns) that each policy (rows) produced."""
+        """Return the steps of each class (columns) that each policy (rows) produced."""
         checkpoint = np.searchsorted(self.env_steps, played.checkpoint)
         mode = (played.temperature[:, None] == self.modes).argmax(1)
         cell = (checkpoint * len(self.modes) + mode) * len(CLASS_NAMES) + played.classes
@@ -161,7 +161,7 @@ class Crew:
         return counts.reshape(self.size, len(CLASS_NAMES))
 
     def play(self, task: Task, policies: np.ndarray, rng: np.random.Generator) -> Trajectories:
-        """One episode for each entry of the sorted `policies`."""
+        """Play one episode for each entry of the sorted `policies`."""
         checkpoint, mode = np.divmod(policies, len(self.modes))
         temperature = self.modes[mode]
 
@@ -177,7 +177,7 @@ class Crew:
 
     @torch.inference_mode()
     def _logits(self, images: np.ndarray, checkpoint: np.ndarray) -> np.ndarray:
-        """Logits (row, action) of each row under its own checkpoint; rows come sorted by checkpoint."""
+        """Return the logits (row, action) of each row under its own checkpoint; rows come sorted by checkpoint."""
         present, first, counts = np.unique(checkpoint, return_index=True, return_counts=True)
         if not np.array_equal(present, self.present):
             self.present = present

@@ -1,21 +1,20 @@
-"""The online agent: clipped PPO with generalised advantage estimation, in one file read top to bottom.
+"""Clipped PPO with generalised advantage estimation, in one file read top to bottom; the network is in `agent`.
 
-The agent sees a 7×7 view of object codes and learns the task from nothing. On its way it leaves what the
-Decision Transformer is trained on: checkpoints of every quality, from an agent that walks into walls, by way
-of one that survives for ever, to one that always reaches the goal.
+The agent learns the task from nothing. On its way it leaves what the Decision Transformer is trained on:
+checkpoints of every quality, from an agent that walks into walls, by way of one that survives for ever, to one
+that always reaches the goal.
 
 Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv:1707.06347); Schulman et al.
 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (arXiv:1506.02438). The
-layout and the details (orthogonal initialisation, Adam's eps, advantages normalised within the minibatch)
-follow CleanRL (Huang et al. 2022, JMLR 23(274)).
+layout and the details (Adam's eps, advantages normalised within the minibatch) follow CleanRL (Huang et al.
+2022, JMLR 23(274)).
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -26,19 +25,11 @@ from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from tqdm import tqdm
 
-OBJECTS = (1, 2, 6, 8)
-"""minigrid's codes of what Dynamic Obstacles can show: empty, wall, ball (an obstacle), goal. Nothing is ever
-unseen (the view goes through walls), and in this task colour and state follow from the object."""
-ENCODINGS = {"one-hot": len(OBJECTS), "index": 3}
-"""What the agent may be shown, and how many inputs that makes for each cell of the view."""
-TRUNCATIONS = ("terminate", "bootstrap", "ignore")
+from dtbook.trajectories.agent import ENCODINGS, ActorCritic, Inputs, Logits, require
 
-Images = UInt8[Tensor, "batch view view 3"]
-Inputs = Float32[Tensor, "batch inputs"]
-Logits = Float32[Tensor, "batch actions"]
+TRUNCATIONS = ("terminate", "bootstrap", "ignore")
 PerStep = Float32[Tensor, "steps envs"]
 
 
@@ -87,16 +78,16 @@ class PPOConfig:
         """Check every field."""
         for name in ("total_steps", "num_steps", "epochs", "minibatches", "hidden", "checkpoint_every"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            _require(whole and value >= 1, name, value, "a whole number, at least 1")
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            require(is_integer and value >= 1, name, value, "a whole number, at least 1")
         for name in ("learning_rate", "clip", "max_grad_norm"):
-            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
         for name in ("entropy_coef", "value_coef"):
-            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "zero or positive")
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "zero or positive")
         for name in ("gamma", "gae_lambda"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         for name, choices in (("encoding", tuple(ENCODINGS)), ("truncation", TRUNCATIONS)):
-            _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {choices}")
+            require(getattr(self, name) in choices, name, getattr(self, name), f"one of {choices}")
 
     @classmethod
     def post(cls) -> "PPOConfig":
@@ -108,103 +99,9 @@ class PPOConfig:
         return cls(200_000, minibatches=30, learning_rate=2.5e-4, encoding="index", truncation="ignore")
 
 
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {allowed}, not {value!r}")
-
-
-# -------------------------------------------------------------------------------------------------- agent
-class ActorCritic(nn.Module):
-    """A policy of two tanh layers, `actor`, and a linear `critic` of the last of them.
-
-    Inputs are channel-major: slot·49 + i·7 + j for `images[:, i, j]`, where a slot is one of OBJECTS
-    ("one-hot") or a channel ("index").
-    """
-
-    def __init__(
-        self,
-        n_actions: int = 3,
-        view_size: int = 7,
-        hidden: int = 64,
-        encoding: str = "one-hot",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Draw orthogonal weights (from a generator seeded with 0 if none is given); biases are zero."""
-        super().__init__()
-        _require(encoding in ENCODINGS, "encoding", encoding, f"one of {tuple(ENCODINGS)}")
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
-        self.encoding = encoding
-        sizes = (ENCODINGS[encoding] * view_size**2, hidden, hidden, n_actions)
-        # skip_init: PyTorch's own initialisation would draw from the global generator
-        first, second, last = (skip_init(nn.Linear, n_in, n_out) for n_in, n_out in pairwise(sizes))
-        self.actor = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
-        self.critic = skip_init(nn.Linear, hidden, 1)
-        # The last layer's small gain makes the first policy all but uniform, whatever it sees.
-        gains = {first: math.sqrt(2), second: math.sqrt(2), last: 0.01, self.critic: 1.0}
-        for layer, gain in gains.items():
-            nn.init.orthogonal_(layer.weight, gain, generator=generator)
-            nn.init.zeros_(layer.bias)
-
-    @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "ActorCritic":
-        """Return the agent that a checkpoint holds; the shapes of its tensors say which sizes it has."""
-        hidden, n_inputs = state_dict["actor.0.weight"].shape
-        views = {encoding: math.isqrt(n_inputs // slots) for encoding, slots in ENCODINGS.items()}
-        encoding = next(e for e, view in views.items() if ENCODINGS[e] * view**2 == n_inputs)
-        agent = cls(len(state_dict["actor.4.bias"]), views[encoding], hidden, encoding)
-        agent.load_state_dict(state_dict)
-        return agent
-
-    def encode(self, images: Images) -> Inputs:
-        """Return what the actor reads. Raises ValueError for an object that is not one of OBJECTS."""
-        if self.encoding == "index":
-            return images.movedim(-1, 1).flatten(1).float()
-        objects = images[..., 0].flatten(1)  # (batch, cells)
-        one_hot = objects[:, None] == torch.tensor(OBJECTS, dtype=torch.uint8)[:, None]
-        if one_hot.sum() != objects.numel():
-            _require(False, "images[..., 0]", objects.unique().tolist(), f"of the objects {OBJECTS}")
-        return one_hot.flatten(1).float()  # (batch, objects · cells)
-
-    def heads(self, inputs: Inputs) -> tuple[Logits, Float32[Tensor, " batch"]]:
-        """Return the action logits and the values of observations that are already encoded."""
-        features = self.actor[:-1](inputs)
-        return self.actor[-1](features), self.critic(features).squeeze(1)
-
-    def forward(self, images: Images) -> tuple[Logits, Float32[Tensor, " batch"]]:
-        """Return the action logits and the values (expected discounted returns) of observations."""
-        return self.heads(self.encode(images))
-
-    @torch.inference_mode()
-    def act(
-        self,
-        images: Images,
-        generator: torch.Generator,
-        greedy: bool = False,
-        temperature: float = 1.0,
-        epsilon: float = 0.0,
-    ) -> Int64[Tensor, " batch"]:
-        """Return one action per observation: from softmax(logits / temperature), or the likeliest if greedy.
-
-        With probability epsilon, each is replaced by an action drawn uniformly. Raises ValueError for a
-        temperature that is not positive and an epsilon outside [0, 1].
-        """
-        _require(temperature > 0, "temperature", temperature, "positive")
-        _require(0 <= epsilon <= 1, "epsilon", epsilon, "between 0 and 1")
-        scores = self.actor(self.encode(images))
-        if not greedy:  # adding Gumbel noise, −log of exponential noise, makes the argmax a sample
-            noise = torch.empty_like(scores).exponential_(generator=generator).log()
-            scores = scores / temperature - noise
-        actions = scores.argmax(1)
-        if epsilon > 0:
-            explore = torch.rand(actions.shape, generator=generator) < epsilon
-            uniform = torch.randint(scores.shape[1], actions.shape, generator=generator)
-            actions = torch.where(explore, uniform, actions)
-        return actions
-
-
 # ---------------------------------------------------------------------------------------------- collecting
 class Rollout(NamedTuple):
-    """What num_steps steps of every environment gave."""
+    """The columns of num_steps steps of every environment."""
 
     images: UInt8[Tensor, "steps+1 envs view view 3"]
     """What the agent saw before each step, and after the last."""
@@ -256,7 +153,7 @@ class Episodes:
 
 # ------------------------------------------------------------------------------------------------ learning
 class Batch(NamedTuple):
-    """What the agent learns from: a rollout's steps and environments, flattened into one axis."""
+    """A rollout as the agent learns from it: steps and environments flattened into one axis."""
 
     inputs: Inputs
     actions: Int64[Tensor, " batch"]
@@ -362,7 +259,7 @@ def learn(
 
 # ------------------------------------------------------------------------------------------------- the run
 class PPOResult(NamedTuple):
-    """What a run leaves."""
+    """The result of a run."""
 
     agent: ActorCritic
     checkpoints: dict[int, dict[str, Tensor]]
@@ -429,7 +326,7 @@ def evaluate(agent: ActorCritic, envs: VectorEnv, episodes: int, greedy: bool, s
     Each environment plays its share of the episodes and no more: taking whichever end first would favour
     short ones. Raises ValueError for fewer than one episode.
     """
-    _require(episodes >= 1, "episodes", episodes, "at least 1")
+    require(episodes >= 1, "episodes", episodes, "at least 1")
     _check_envs(envs)
     env_seed, generator = _seeds(seed)
     images, _ = envs.reset(seed=env_seed)
@@ -458,7 +355,7 @@ def one_thread() -> Iterator[None]:
 
 def _seeds(seed: int) -> tuple[int, torch.Generator]:
     """Return independent sources for the environments and for the agent."""
-    _require(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number, at least 0")
+    require(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number, at least 0")
     env_seed, torch_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
     return env_seed, torch.Generator().manual_seed(torch_seed)
 
@@ -466,19 +363,19 @@ def _seeds(seed: int) -> tuple[int, torch.Generator]:
 def _count_updates(config: PPOConfig, num_envs: int) -> int:
     batch = config.num_steps * num_envs
     splits = batch % config.minibatches == 0 and batch > config.minibatches  # one step has no deviation
-    _require(splits, "minibatches", config.minibatches, f"a divisor of the batch of {batch} steps, below it")
-    _require(config.total_steps >= batch, "total_steps", config.total_steps, f"at least a batch, {batch}")
+    require(splits, "minibatches", config.minibatches, f"a divisor of the batch of {batch} steps, below it")
+    require(config.total_steps >= batch, "total_steps", config.total_steps, f"at least a batch, {batch}")
     return config.total_steps // batch
 
 
 def _check_envs(envs: VectorEnv) -> tuple[int, int]:
     """Return the number of actions and the size of the view (cells a side)."""
     mode = envs.metadata.get("autoreset_mode")
-    _require(mode == AutoresetMode.SAME_STEP, "envs.metadata['autoreset_mode']", mode, "SAME_STEP")
+    require(mode == AutoresetMode.SAME_STEP, "envs.metadata['autoreset_mode']", mode, "SAME_STEP")
     images, actions = envs.single_observation_space, envs.single_action_space
     shape = images.shape if images.dtype == np.uint8 and images.shape is not None else ()
     square = len(shape) == 3 and shape == (shape[0], shape[0], 3)
-    _require(square, "envs.single_observation_space", images, "square uint8 images of three channels")
+    require(square, "envs.single_observation_space", images, "square uint8 images of three channels")
     if not isinstance(actions, Discrete):
         raise ValueError(f"envs.single_action_space must be Discrete, not {actions!r}")
     return int(actions.n), shape[0]

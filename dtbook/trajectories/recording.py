@@ -69,35 +69,35 @@ class Trajectories:
 
     @property
     def lengths(self) -> Int64[np.ndarray, " episodes"]:
-        """Steps in each episode."""
+        """Return the steps in each episode."""
         return np.diff(self.episode_starts, append=len(self.actions))
 
     @property
     def returns(self) -> Float32[np.ndarray, " episodes"]:
-        """Undiscounted return of each episode, which is its last reward: all others are zero."""
+        """Return the undiscounted return of each episode, which is its last reward: all others are zero."""
         return self.rewards[self.episode_starts + self.lengths - 1]
 
     @property
     def classes(self) -> Int64[np.ndarray, " episodes"]:
-        """0, 1 or 2 for a return of −1, of 0, or above 0 (`CLASS_NAMES`)."""
+        """Return 0, 1 or 2 for a return of −1, of 0, or above 0 (`CLASS_NAMES`)."""
         return np.sign(self.returns).astype(np.int64) + 1
 
     def timesteps(self, rows: Int[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
-        """Timestep within its episode of each step row."""
+        """Return the timestep within its episode of each step row."""
         episode = np.searchsorted(self.episode_starts, rows, side="right") - 1
         return np.asarray(rows - self.episode_starts[episode], dtype=np.int64)
 
     def states(self, rows: Int[np.ndarray, " batch"]) -> GridState:
-        """The states at some step rows, their step counts included."""
+        """Return the states at some step rows, their step counts included."""
         t = self.timesteps(rows).astype(np.int32)
         return GridState(self.agent[rows], self.direction[rows], self.obstacles[rows], t)
 
     def observations(self, rows: Int[np.ndarray, " batch"]) -> UInt8[np.ndarray, "batch 7 7 3"]:
-        """What the agent saw at some step rows."""
+        """Return what the agent saw at some step rows."""
         return gridworld.observe(self.states(rows), self.task.size)
 
     def episodes(self, chosen: Int[np.ndarray, " chosen"] | Bool[np.ndarray, " episodes"]) -> "Trajectories":
-        """Some of the episodes (indices or a mask), as new Trajectories."""
+        """Return some of the episodes (indices or a mask), as new Trajectories."""
         index = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         lengths = self.lengths[index]
         starts = np.cumsum(lengths) - lengths
@@ -108,7 +108,7 @@ class Trajectories:
 
     @staticmethod
     def concatenate(parts: "Iterable[Trajectories]") -> "Trajectories":
-        """All episodes of several Trajectories of the same task, in order."""
+        """Return all episodes of several Trajectories of the same task, in order."""
         parts = list(parts)
         if len({part.task for part in parts}) != 1:
             raise ValueError(f"parts must share one task, not {sorted({str(part.task) for part in parts})}")
@@ -298,9 +298,8 @@ class RecordEpisodes(gym.vector.VectorWrapper):
         """Step the environment, keeping the states before and after."""
         before, taken = self.env.state, np.asarray(actions, dtype=np.uint8)
         images, rewards, terminated, truncated, infos = self.env.step(actions)
-        final = infos.get(
-            "final_info", self.env.state._asdict()
-        )  # of an episode that goes on it is never used
+        # where no episode has ended the state after stands in, and is never used
+        final = infos.get("final_info", self.env.state._asdict())
         after = GridState(*(final[name] for name in GridState._fields))
         self.recorder.add(self.playing, before, taken, rewards, truncated & ~terminated, after)
         self.steps += self.num_envs
@@ -311,7 +310,7 @@ class RecordEpisodes(gym.vector.VectorWrapper):
         return images, rewards, terminated, truncated, infos
 
     def trajectories(self) -> Trajectories:
-        """All episodes that have ended, in the order in which they did; `checkpoint` is when they began."""
+        """Return all episodes that have ended, in the order in which they did; `checkpoint` is when they began."""
         episodes = int(max(rows.max() for rows in self.recorder.episode)) + 1
         whole = self.recorder.trajectories(np.array(self.begun_at[:episodes]), 1.0)
         return whole.episodes(np.concatenate(self.ended))
