@@ -45,8 +45,11 @@ article.bd-article, [id^="document-"] + section { break-before: page; }
 """
 ARRANGE = """() => {
   const chapters = {};
-  for (const place of document.querySelectorAll("[id^='document-']"))
-    chapters[place.id.split("/").pop()] = place.nextElementSibling;
+  for (const place of document.querySelectorAll("[id^='document-']")) {
+    const name = place.id.replace("document-", "");
+    chapters[name] = place.nextElementSibling;
+    chapters[name.split("/").pop()] ??= place.nextElementSibling; // a path says no more; pages of the API come last
+  }
   for (const chapter of Object.values(chapters))
     for (const part of chapter.querySelectorAll("section[id]"))
       if (part !== document.getElementById(part.id)) part.removeAttribute("id"); // "results": each chapter has one
@@ -57,7 +60,8 @@ ARRANGE = """() => {
   for (const link of document.querySelectorAll("a[href]")) {
     const [path, anchor] = link.getAttribute("href").split("#");
     if (/^[a-z]+:/.test(path)) continue;
-    const place = chapters[(anchor?.startsWith("document-") ? anchor : path).split("/").pop().replace(".html", "")];
+    const name = anchor?.startsWith("document-") ? anchor.replace("document-", "") : path.split("/").pop();
+    const place = chapters[name.replace(".html", "")];
     if (place && (!anchor || anchor.startsWith("document-"))) link.setAttribute("href", "#" + place.id);
     else if (anchor && document.getElementById(anchor)) link.setAttribute("href", "#" + anchor);
     else link.removeAttribute("href"); // a file to download, which lies beside the pages and not in here
