@@ -18,10 +18,10 @@ book: venv  ## Execute every notebook and build the book, with its PDF, into boo
 	"$(BIN)/dtbook" build --pdf
 
 test: lint book  ## Before a push: lint, build the book, then test the package, the notebooks and the built pages
-	"$(BIN)/python" -m pytest -n 2 tests
+	"$(BIN)/python" -m pytest -n 2 --dist worksteal tests
 
 check: lint  ## While editing: lint, then the tests that need no browser, no notebook and no long computation
-	"$(BIN)/python" -m pytest -n 2 -m "not slow" tests
+	"$(BIN)/python" -m pytest -n 2 --dist worksteal -m "not slow" tests
 
 lint: venv  ## Check style, types and the layers of the package
 	"$(BIN)/ruff" format --check .

@@ -31,6 +31,8 @@ from dtbook.pages.notebooks import (
     run_notebook,
 )
 
+_PATH = click.Path(path_type=Path)
+
 
 class _OneSentence(click.Group):
     """Errors that are already a sentence for the reader are printed without a traceback."""
@@ -231,15 +233,56 @@ def verify() -> None:
     click.echo(f"{store.root}: {len(sizes)} artifacts, {sum(sizes) / 1e6:.1f} MB, all as the manifest says")
 
 
-@main.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--folder", type=click.Path(path_type=Path), help="Where results go.  [default: runs/sweeps/FILE]"
+def _parse_seeds(context: click.Context, option: click.Parameter, text: str) -> list[int]:
+    from dtbook.pipeline.replication import parse_seeds  # imports torch and TransformerLens
+
+    try:
+        return parse_seeds(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+_seeds = click.option(
+    "--seeds",
+    default="0-9",
+    show_default=True,
+    callback=_parse_seeds,
+    help="Replications, like 0-9 or 0,3,5-7.",
 )
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Local processes.")
-@click.option(
+_workers = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    help="Processes  [default: one a core].",
+)
+_scheduler = click.option(
     "--scheduler", metavar="ADDRESS", help="A Dask scheduler (tcp://…) in place of local processes."
 )
+
+
+@contextmanager
+def _goes_on(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted. What is done lies in {folder}; the same command goes on with the rest.")
+        raise
+
+
+def _run_jobs(jobs: Any, workers: int, folder: Path) -> None:
+    from dtbook.pipeline.engine import failures, run_graph
+
+    with _goes_on(folder):
+        failed = failures(run_graph(jobs, workers, say=click.echo))
+    if failed:
+        raise click.ClickException(f"{', '.join(failed)} failed; the same command tries again")
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--folder", type=_PATH, help="Where results go.  [default: runs/sweeps/FILE]")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Local processes.")
+@_scheduler
 @click.option("--dry-run", is_flag=True, help="List the points and run nothing.")
 def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, dry_run: bool) -> None:
     """Run a notebook or a stage at every point that FILE (YAML) describes.
@@ -258,63 +301,14 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
         table = run_sweep(points, folder, workers, scheduler, click.echo)
     click.echo(f"The table is {folder / 'table.parquet'}: {len(table)} rows, {len(table.columns)} columns")
     if failed := table["error"].notna().sum():
-        raise click.ClickException(
-            f"{failed} of {len(points)} points failed; the same command tries them again"
-        )
-
-
-@contextmanager
-def _goes_on(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(f"Interrupted. What is done lies in {folder}; the same command goes on with the rest.")
-        raise
-
-
-class _Seeds(click.ParamType):
-    name = "seeds"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        from dtbook.pipeline.replication import parse_seeds
-
-        try:
-            return parse_seeds(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-_workers = click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=os.cpu_count() or 1,
-    help="Processes  [default: one a core].",
-)
-_scheduler = click.option(
-    "--scheduler", metavar="ADDRESS", help="A Dask scheduler (tcp://…) in place of local processes."
-)
-
-
-def _run_jobs(jobs: Any, workers: int, scheduler: str | None, folder: Path) -> None:
-    from dtbook.pipeline.engine import failures, run_graph
-
-    with _goes_on(folder):
-        failed = failures(run_graph(jobs, workers, scheduler, click.echo))
-    if failed:
-        raise click.ClickException(f"{', '.join(failed)} failed; the same command tries again")
+        raise click.ClickException(f"{failed} of {len(points)} points failed; the same command tries again")
 
 
 @main.command()
-@click.option(
-    "--seeds", type=_Seeds(), default="0-9", show_default=True, help="Those to make, like 0-9 or 0,3,5-7."
-)
+@_seeds
 @_workers
 @_scheduler
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    help="Where it goes.  [default: runs/reproduce, or runs/portable]",
-)
+@click.option("--folder", type=_PATH, help="Where it goes.  [default: runs/reproduce, or runs/portable]")
 @click.option("--publish", is_flag=True, help="Put what was made into data/, for the next commit.")
 @click.option("--everything", is_flag=True, help="Also what chapters 9, 11, 12 and 15 start from.")
 @click.option("--portable", is_flag=True, help="Slower, but the same bytes on every x86-64 processor.")
@@ -337,22 +331,22 @@ def reproduce(
     if portable:
         choose_portable()  # before anything computes
     from dtbook.pipeline import measure, reproduce  # imports torch and TransformerLens
+    from dtbook.pipeline.replication import TABLE
 
     folder = folder or CHECKOUT / "runs" / ("portable" if portable else "reproduce")
     made, shipped = ArtifactStore(folder.absolute()), ArtifactStore()
     with _goes_on(made.root):
         names = reproduce.reproduce(made, shipped, seeds, workers, scheduler, everything, say=click.echo)
-    card = shipped.entries().get(measure.SCORECARD[0], {"seeds": seeds})
+    over_all = (*measure.SCORECARD, TABLE)
+    card = shipped.entries().get(over_all[0], {"seeds": seeds})
     if not publish and card["seeds"] != seeds:
-        click.echo("The scorecard of data/ is over other seeds: it is not compared")
-        names = [name for name in names if name not in measure.SCORECARD]
+        click.echo("The tables of data/ over all replications are over other seeds: they are not compared")
+        names = [name for name in names if name not in over_all]
     _compare(made, shipped, names, publish)
 
 
 @main.command()
-@click.option(
-    "--seeds", type=_Seeds(), default="0-9", show_default=True, help="Those of data/, like 0-9 or 0,3,5-7."
-)
+@_seeds
 @_workers
 def causes(seeds: list[int], workers: int) -> None:
     """Make the tables of causal effects, circuits and programs in data/, of its models and the post's.
@@ -363,14 +357,12 @@ def causes(seeds: list[int], workers: int) -> None:
     from dtbook.pipeline.replication import Recipe
 
     store = ArtifactStore()
-    _run_jobs(measure.causes(store, seeds, Recipe()), workers, None, store.root)
+    _run_jobs(measure.causes(store, seeds, Recipe()), workers, store.root)
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Where the tables go.  [default: runs/measure/FOLDER]"
-)
+@click.argument("folder", type=_PATH)
+@click.option("--out", type=_PATH, help="Where the tables go.  [default: runs/measure/FOLDER]")
 @click.option("--only", multiple=True, metavar="STAGE", help="Only what this stage makes; repeatable.")
 @_workers
 def measure(folder: Path, out: Path | None, only: tuple[str, ...], workers: int) -> None:
@@ -385,7 +377,7 @@ def measure(folder: Path, out: Path | None, only: tuple[str, ...], workers: int)
         jobs = rooms.of_folder(folder, ArtifactStore(out), only=only)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    _run_jobs(jobs, workers, None, out)
+    _run_jobs(jobs, workers, out)
     click.echo(f"The tables are in {out / rooms.OWN}")
 
 
@@ -416,12 +408,8 @@ def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publ
 
 
 @main.command()
-@click.option(
-    "--sweeps", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "sweeps", show_default=True
-)
-@click.option(
-    "--made", type=click.Path(path_type=Path), default=CHECKOUT / "runs" / "reproduce", show_default=True
-)
+@click.option("--sweeps", type=_PATH, default=CHECKOUT / "runs" / "sweeps", show_default=True)
+@click.option("--made", type=_PATH, default=CHECKOUT / "runs" / "reproduce", show_default=True)
 @_workers
 def experiments(sweeps: Path, made: Path, workers: int) -> None:
     """Measure what the sweeps in sweeps/ and the replications' snapshots have left, put the tables into data/.
@@ -433,7 +421,7 @@ def experiments(sweeps: Path, made: Path, workers: int) -> None:
 
     store, source = ArtifactStore(), ArtifactStore(made.absolute())
     seeds = seeds_with(source, "snapshots.safetensors")
-    _run_jobs(rooms.graph(store, source, seeds, sweeps.absolute(), Recipe()), workers, None, store.root)
+    _run_jobs(rooms.graph(store, source, seeds, sweeps.absolute(), Recipe()), workers, store.root)
 
 
 @main.command()

@@ -356,6 +356,7 @@ def test_sphinx_alone_takes_its_settings_from_the_same_file(monkeypatch):
     assert Path(scope["html_static_path"][0]) == ROOT / "book" / "_static"
 
 
+@pytest.mark.slow
 def test_sphinx_alone_builds_the_whole_book(tmp_path):
     copies = {path.name for path in (ROOT / "book" / "_executed").glob("*.ipynb")}
     if not copies >= {path.name for path in NOTEBOOKS}:

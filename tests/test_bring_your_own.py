@@ -134,6 +134,7 @@ def test_its_calibration_is_of_that_task(made):
 # The chapter, with weights of one's own
 
 
+@pytest.mark.slow
 def test_the_chapter_takes_a_model_from_a_folder(tmp_path):
     model = DecisionTransformer(DTConfig(n_timesteps=2, **SMALL), seed=5)
     model.save_pretrained(tmp_path / "model")

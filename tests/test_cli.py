@@ -500,6 +500,7 @@ def test_verify_tells_good_from_bad(checkout):
     assert f"Error: {checkout / 'data/curve.csv'} is not what" in result.output
 
 
+@pytest.mark.slow
 def test_build_is_clean_and_fails_on_a_warning_every_time(checkout):
     (checkout / "book/_toc.yml").write_text("format: jb-book\nroot: book/intro\n")
     (checkout / "book/_config.yml").write_text("title: A book\nonly_build_toc_files: true\n")

@@ -1,14 +1,17 @@
-"""A notebook away from its repository, as Colab and plain papermill run it; the same outputs under each runner."""
+"""A notebook as others run it: Colab, plain papermill, JupyterLab, nbmake; the same outputs under each runner."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import tomllib
 from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import nbformat
 import papermill
@@ -18,6 +21,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dtbook.pages.notebooks import run_notebook, small_parameters
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -178,6 +183,34 @@ def test_plain_papermill_runs_a_chapter_from_any_folder(elsewhere):
     assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
 
 
+def test_lab_opens_on_the_notebooks(tmp_path):
+    """What `make lab` does, without the browser that it opens."""
+    target = subprocess.run(
+        ["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert target.splitlines()[-1] == '".venv/bin/jupyter" lab notebooks'
+    jupyter = Path(sys.executable).with_name("jupyter")
+    command = [jupyter, "lab", "notebooks", "--no-browser", "--allow-root", "--port=0"]
+    with subprocess.Popen(command, cwd=ROOT, env=clean_environment(tmp_path)) as server:
+        try:
+            while not any("}" in path.read_text() for path in tmp_path.glob("jpserver-*.json")):
+                assert server.poll() is None
+                time.sleep(0.05)
+            said = json.loads(next(tmp_path.glob("jpserver-*.json")).read_text())
+
+            def ask(path):
+                with urlopen(f"{said['url']}{path}?token={said['token']}") as answer:
+                    return answer.read()
+
+            listed = {file["name"] for file in json.loads(ask("api/contents"))["content"]}
+            assert listed >= {path.name for path in NOTEBOOKS}
+            kernel = json.loads(ask("api/kernelspecs"))["kernelspecs"]["python3"]
+            assert kernel["spec"]["argv"][0] in ("python", sys.executable)
+            assert b"JupyterLab" in ask("lab")
+        finally:
+            server.terminate()
+
+
 def outputs(notebook):
     """What the cells of a chapter put out, stderr aside; text that came in pieces is put together."""
     found = []
@@ -196,7 +229,6 @@ def state_of_the_checkout():
     return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_two_runs_of_a_chapter_put_out_the_same_and_touch_nothing_else(notebook, tmp_path):
     """One by nbmake, with its assertions, and one by the book's runner, both with the chapter's small parameters."""

@@ -204,6 +204,7 @@ def swept(tmp_path_factory):
     return root, points
 
 
+@pytest.mark.slow
 def test_a_sweep_is_collected_into_a_row_a_model_and_its_front_cells(swept, probe, tmp_path, monkeypatch):
     root, points = swept
     monkeypatch.setattr(experiments, "make_probe", lambda task: probe)
@@ -229,6 +230,7 @@ def test_a_sweep_is_collected_into_a_row_a_model_and_its_front_cells(swept, prob
     assert job.ensure() is None, "it was current"
 
 
+@pytest.mark.slow
 def test_an_incomplete_sweep_is_not_collected(swept, tmp_path):
     _, points = swept
     job = experiments.collected(ArtifactStore(tmp_path / "data"), "encodings", points, tmp_path, Recipe())

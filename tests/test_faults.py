@@ -20,6 +20,8 @@ from test_cli import PARAMETERS, copies, dtbook, executed, printed, write_notebo
 from dtbook import cli
 from dtbook.artifacts import ArtifactStore, provenance
 
+pytestmark = pytest.mark.slow
+
 COMMAND = """
 import sys
 from pathlib import Path

@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_measured_is_one_sentence_at_once(tmp_path):
 
     assert "there is no subject" in said(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "model.safetensors" in said(tmp_path / "empty")
+    assert "config.json does not exist" in said(tmp_path / "empty")
     DecisionTransformer(replace(TINY, n_layers=2)).save_pretrained(tmp_path / "two")
     assert "model has 2 layers" in said(tmp_path / "two")
     DecisionTransformer(TINY).save_pretrained(tmp_path / "short")

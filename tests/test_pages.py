@@ -16,6 +16,8 @@ from axe_playwright_python.sync_playwright import Axe
 from browser import draw_all, served, visit
 from bs4 import BeautifulSoup
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 HTML = ROOT / "book" / "_build" / "html"
 CONFIG = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())

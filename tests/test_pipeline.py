@@ -18,6 +18,8 @@ from dtbook.pipeline import name_of
 from dtbook.pipeline.replication import REPLICATION, ROWS
 from dtbook.trajectories import Trajectories
 
+pytestmark = pytest.mark.slow
+
 SMALL = """
 import sys
 from dtbook.artifacts.store import ArtifactStore

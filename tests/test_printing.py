@@ -12,6 +12,8 @@ from bs4 import BeautifulSoup
 
 from dtbook.pages.notebooks import find_notebooks
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 HTML = ROOT / "book" / "_build" / "html"
 TITLE = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())["title"]

@@ -158,6 +158,29 @@ def test_what_is_made_of_the_same_has_to_be_the_same(made):
     assert report.table["outcome"].tolist() == [FAILED]
 
 
+def test_a_table_over_replications_that_are_the_same_has_to_be_the_same(made):
+    names = ["seed_0/calibration.parquet", "replicas.parquet"]
+    as_if_made(made, names)
+    alter(made, names[1], scaled(1.001))
+    problem = "all together: replicas.parquet: not the same, though made of the same"
+    assert judged(made, names).problems == [problem]
+
+
+def test_a_table_of_the_same_weights_is_held_to_its_findings_where_paths_part(made):
+    names = [*of_another_path(made), "post/situations.parquet", "post/claims.parquet"]
+    as_if_made(made, names[-2:])
+    alter(made, names[-2], scaled(1.001))
+    report = judged(made, names)
+    assert report.problems == []
+    assert report.table[["of", "from", "outcome"]].to_numpy().tolist() == [
+        ["seed_0", "ppo", OTHER_PATH],
+        ["post", "situations", OTHER_PATH],
+    ]
+    alter(made, names[-1], lambda table: table.assign(effect=table["effect"] + 0.06))
+    assert all(line.startswith("post: the effect of C") for line in judged(made, names).problems)
+    assert len(judged(made, names).problems) == len(findings(0)) - 1, "all but C01, which no play decides"
+
+
 def test_what_was_not_made_is_named(made):
     names = ["seed_0/ppo.parquet", "seed_0/model"]
     as_if_made(made, names[:1])

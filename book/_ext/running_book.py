@@ -81,7 +81,16 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the extension."""
     app.connect("source-read", use_executed_copy)
     app.connect("build-finished", copy_libraries)
-    for room in ("api", "chapters", "diagrams", "front", "playground_weights", "scorecard", "website"):
+    for room in (
+        "api",
+        "artifacts",
+        "chapters",
+        "diagrams",
+        "front",
+        "playground_weights",
+        "scorecard",
+        "website",
+    ):
         app.setup_extension(room)
     for name in ("comments_config", "use_jupyterbook_latex"):
         app.add_config_value(name, None, "")  # set by jupyter-book for extensions that are left out here

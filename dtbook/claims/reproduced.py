@@ -99,14 +99,17 @@ def judge(
 ) -> Report:
     """Return what `comparison.compare` found, by group: a replication, the controls, the post's weights, the rest.
 
-    A group takes another path where an artifact that is made from nothing is not the same. What is made of others
-    names them by their hashes, and is the same up to rounding where these are. `measures` of a replication's
-    calibration curves are held against `bars`.
+    Paths part where an artifact that is made from nothing is not the same. Where none is, the processor rounds alike,
+    and what names the same inputs by their hashes has to be the same too. Elsewhere a table of the same weights may
+    have an episode or an observation fall on the other side, and is held to its group's findings. `measures` of a
+    replication's calibration curves are held against `bars`.
     """
+    alike = _of_the_same(made, shipped, [name for name, found in verdicts.items() if found == "differs"])
     rows, notes, problems = [], [], []
     for group, members in pd.Series(verdicts).groupby(_group_of, sort=False):
         differ = list(members.index[members == "differs"])
-        wrong = _absent(members) + _unexplained(made, shipped, differ)
+        wrong = [f"{name}: not made" for name in members.index[members == "not made"]]
+        wrong += [f"{name}: not the same, though made of the same" for name in differ if name in alike]
         if differ:
             wrong += _outside(made, shipped, str(group), bars, measures)
             notes += [f"{group}: {line}" for line in _turned(made, shipped, str(group))]
@@ -114,6 +117,14 @@ def judge(
         rows.append({"of": group, **_counts(members), "from": parts_at, "outcome": _outcome(members, wrong)})
         problems += [f"{group}: {line}" for line in wrong]
     return Report(pd.DataFrame(rows), notes, problems)
+
+
+def _of_the_same(made: ArtifactStore, shipped: ArtifactStore, differ: list[str]) -> list[str]:
+    """Those of the artifacts that differ which are made of the same inputs; none, if one is made from nothing."""
+    inputs = [{name: named_inputs(store.entries()[name]) for name in differ} for store in (made, shipped)]
+    if any(_group_of(name) != TOGETHER and not inputs[0][name] for name in differ):
+        return []
+    return [name for name in differ if inputs[0][name] == inputs[1][name]]
 
 
 def _group_of(name: str) -> str:
@@ -133,22 +144,6 @@ def _outcome(members: pd.Series, wrong: list[str]) -> str:
         if (members == kind).any():
             return outcome
     return "not in data/"
-
-
-def _absent(members: pd.Series) -> list[str]:
-    names = members.index[members == "not made"]
-    return [f"{', '.join(names)}: not made"] if len(names) else []
-
-
-def _unexplained(made: ArtifactStore, shipped: ArtifactStore, differ: list[str]) -> list[str]:
-    """What is not the same though it names the same inputs."""
-    ours, theirs = made.entries(), shipped.entries()
-    names = [
-        name
-        for name in differ
-        if (inputs := named_inputs(ours[name])) and inputs == named_inputs(theirs[name])
-    ]
-    return [f"{', '.join(names)}: not the same, though made of the same"] if names else []
 
 
 def _outside(

@@ -1,0 +1,97 @@
+"""What makes what: the stage and the command behind each artifact of `data/`, and the chapters that start from it."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from dtbook.artifacts.store import ArtifactStore
+from dtbook.pages.notebooks import find_notebooks
+from dtbook.pipeline import experiments, measure
+from dtbook.pipeline.engine import Stage
+from dtbook.pipeline.reproduce import STAGES
+
+ABSENT = "not in data/"
+
+
+def command_of(stage: Stage) -> str:
+    """Return the command that runs a stage."""
+    if stage.name == "own model":
+        return "dtbook measure FOLDER"
+    if stage in measure.CAUSES:
+        return "dtbook causes"
+    return "dtbook experiments" if stage in experiments.STAGES else "dtbook reproduce"
+
+
+def listing(notebooks: Path, store: ArtifactStore | None = None) -> pd.DataFrame:
+    """Return one row an artifact of the table of stages.
+
+    Columns: `artifact`, where SUBJECT stands for what `of` names, the subjects that the store has it of; `stage` and
+    `command`, which make it; `needs`; and the numbers of the `chapters` that start from it.
+    """
+    entries, used = (store or ArtifactStore()).entries(), dict(_used(notebooks))
+    rows = [
+        {
+            "artifact": _shown(name),
+            "of": _subjects(name, entries),
+            "stage": stage.name,
+            "command": command_of(stage),
+            "needs": ", ".join(map(_shown, stage.needs)),
+            "chapters": ", ".join(chapter for chapter, names in used.items() if name in names)
+            if _subjects(name, entries) != ABSENT
+            else "",
+        }
+        for stage in STAGES
+        for name in stage.makes
+    ]
+    return pd.DataFrame(rows)
+
+
+def _shown(name: str) -> str:
+    return "controls/shuffled_N" if name == "{of}" else name.format(of="SUBJECT", seed="N")
+
+
+def _subjects(name: str, entries: Mapping[str, Any]) -> str:
+    """Return of which subjects the store has an artifact: "seed_0 … seed_9, post"."""
+    if name == "{of}":
+        return ", ".join(filter(re.compile(r"controls/\w+").fullmatch, entries))
+    if "{of}" not in name:
+        return "" if name in entries else ABSENT
+    found = [re.fullmatch(name.replace("{of}", r"(seed_\d+|post)"), entry) for entry in entries]
+    subjects = [match[1] for match in found if match]
+    seeds = sorted((each for each in subjects if each != "post"), key=lambda seed: int(seed[5:]))
+    seeds = [f"{seeds[0]} … {seeds[-1]}"] if len(seeds) > 2 else seeds
+    return ", ".join([*seeds, *(["post"] if "post" in subjects else [])]) or ABSENT
+
+
+def _used(notebooks: Path) -> Iterator[tuple[str, set[str]]]:
+    """Yield the number of each chapter, and the names in the table of stages of what its code reads."""
+    names = sorted({name for stage in STAGES for name in stage.makes}, key=lambda name: "{of}" in name)
+    for path in find_notebooks(notebooks):
+        cells = nbformat.read(path, as_version=4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        found = set()
+        for (
+            name
+        ) in names:  # those with their folder first: they are taken out, so that no other matches there
+            if re.search(_pattern(name, code), code):
+                found.add(name)
+                code = code.replace(name, "")
+        yield str(int(path.stem.partition("_")[0])), found
+
+
+def _pattern(name: str, code: str) -> str:
+    """Return what stands in code that reads an artifact: its whole name, or its file of some subject."""
+    if name == "{of}":
+        return r"controls/|shuffled_"
+    if "{of}" not in name:
+        return re.escape(name)
+    file = name.rpartition("/")[2]
+    stem = file.partition(".")[0]
+    named = (
+        rf'|(?:\(\s*|= |in \((?:"\w+", )*)"{stem}"' if '}.parquet"' in code else ""
+    )  # of a loop, or a function's
+    return f'["/]{re.escape(file)}"{named}'
