@@ -4,10 +4,8 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -15,20 +13,17 @@ from typing import Any
 
 import click
 from filelock import FileLock
-from tqdm import tqdm
 
 from dtbook.artifacts.kernels import choose_portable
 from dtbook.artifacts.post_weights import named_copy
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
+from dtbook.pages.copies import copies_of, make_copies
 from dtbook.pages.notebooks import (
     NotebookError,
     check_parameters,
     declared_parameters,
     find_notebooks,
-    in_order,
-    inputs_digest,
     is_current,
-    run_notebook,
 )
 
 _PATH = click.Path(path_type=Path)
@@ -75,69 +70,14 @@ def run(names: tuple[str, ...], assignments: tuple[str, ...], again: bool, worke
     folder = CHECKOUT / "runs" if assignments else CHECKOUT / "book" / "_executed"
     given = dict(_assignment(text) for text in assignments)
     parameters = {path: check_parameters(path, given) for path in paths}
-    for job, outcome in _run_all(_jobs(parameters, folder), workers):
+    for job, outcome in make_copies(copies_of(parameters, folder), workers):
         click.echo(f"{job.line}: {outcome}")
     click.echo(f"Executed notebooks are in {folder}")
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A notebook to execute, with its line on the screen and the digest of all that its outputs follow from."""
-
-    line: str
-    path: Path
-    target: Path
-    parameters: dict[str, object]
-    inputs: str
-
-    def is_done(self) -> bool:
-        return is_current(self.target, self.inputs)
-
-
-def _jobs(parameters: dict[Path, dict[str, object]], folder: Path) -> list[_Job]:
-    store = ArtifactStore()
-    return [
-        _Job(
-            f"[{position}/{len(parameters)}] {path.stem}",
-            path,
-            folder / path.name,
-            given,
-            inputs_digest(path, given, store),
-        )
-        for position, (path, given) in enumerate(parameters.items(), start=1)
-    ]
-
-
-def _run_all(jobs: list[_Job], workers: int) -> Iterator[tuple[_Job, str]]:
-    """Make the copies that are not current, and yield what was done for each job, in their order.
-
-    On a terminal a bar counts the cells of the notebook that is executed, or of several at once the notebooks.
-    """
-    todo = [job for job in jobs if not job.is_done()]
-    several, terminal = min(workers, len(todo)) > 1, sys.stderr.isatty()
-    outcomes = in_order(_run, [(job, terminal and not several) for job in todo], workers)
-    with tqdm(total=len(jobs), desc="notebooks", leave=False, disable=not (terminal and several)) as bar:
-        for job in jobs:
-            outcome = next(outcomes) if job in todo else "up to date"
-            with bar.external_write_mode():
-                yield job, outcome
-            bar.update()
-
-
-def _run(job: _Job, bar: bool) -> str:
-    """Make one copy and return how long it took; of two runs at once the second waits, and finds it made."""
-    job.target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(job.target.with_name(f".{job.target.stem}.lock")):
-        if job.is_done():
-            return "up to date"
-        start = time.perf_counter()
-        run_notebook(job.path, job.target, job.parameters, job.inputs, progress=job.line if bar else "")
-    return f"done in {time.perf_counter() - start:.1f} s"
-
-
 def _run_again(paths: list[Path], workers: int) -> None:
     copies, folder = CHECKOUT / "book" / "_executed", CHECKOUT / "runs" / "again"
-    jobs = _jobs({path: {} for path in paths}, folder)
+    jobs = copies_of({path: {} for path in paths}, folder)
     if stale := [job.path.stem for job in jobs if not is_current(copies / job.path.name, job.inputs)]:
         raise click.ClickException(
             f"the book's copies of {', '.join(stale)} are not current: first `dtbook run`"
@@ -145,7 +85,7 @@ def _run_again(paths: list[Path], workers: int) -> None:
     for job in jobs:
         job.target.unlink(missing_ok=True)
     different = []
-    for job, _ in _run_all(jobs, workers):
+    for job, _ in make_copies(jobs, workers):
         same = job.target.read_bytes() == (copies / job.path.name).read_bytes()
         click.echo(f"{job.line}: {'identical' if same else 'differs'}")
         if not same:

@@ -1,16 +1,13 @@
 """The notebook runner: checked parameters, cells run by papermill, a digest to tell which copy is current."""
 
 import ast
-import itertools
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -255,37 +252,6 @@ def run_notebook(
         executed.metadata["dtbook"] = made_from
         nbformat.write(executed, draft)
     seconds.write_text(f"{time.perf_counter() - start:.1f}\n")
-
-
-def in_order(task: Callable[..., T], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[T]:
-    """Yield what `task(*job)` returns for each job, in their order, with `workers` processes at work on them.
-
-    Processes, because papermill changes its own folder; one or no job needs none. Of errors the first in the jobs'
-    order is raised. After any of them no job is begun; those that were are brought to their end.
-    """
-    workers = min(workers, len(jobs))
-    if workers < 2:
-        yield from itertools.starmap(task, jobs)
-        return
-    with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as processes,
-        ThreadPoolExecutor(
-            workers
-        ) as hands,  # each with one process at work: a pool's own queue begins one more
-    ):
-
-        def cancel(ended: Future[T]) -> None:
-            if not ended.cancelled() and ended.exception():
-                hands.shutdown(wait=False, cancel_futures=True)
-
-        futures = [hands.submit(lambda job: processes.submit(task, *job).result(), job) for job in jobs]
-        for future in futures:
-            future.add_done_callback(cancel)
-        try:
-            for future in futures:
-                yield future.result()
-        finally:
-            hands.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

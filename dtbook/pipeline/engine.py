@@ -8,25 +8,23 @@ there and current: neither by the next call, nor by a scheduler that lost a work
 
 import os
 import shutil
-import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from filelock import FileLock
-from tqdm import tqdm
 
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256
+from dtbook.artifacts.processes import Processes
 from dtbook.artifacts.provenance import Code, digest
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
 from dtbook.model.subject import Subject
@@ -317,55 +315,6 @@ def _settled(job: Job) -> Outcome | None:
 
 
 # ------------------------------------------------------------------------------------------- who runs them
-class Processes(Executor):
-    """Local processes of one thread each. Each is a pool of its own, so that one that dies takes no other's job along.
-
-    There are as many as jobs were ever running at once. They end with this process, however it ends.
-    """
-
-    def __init__(self) -> None:
-        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-            os.environ.setdefault(name, "1")
-        self._last: dict[ProcessPoolExecutor, Future[Any]] = {}
-        self._alive, self._held = get_context("spawn").Pipe(duplex=False)
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run a function in an idle process, or in a new one."""
-        while True:
-            pool = next((pool for pool, last in self._last.items() if last.done()), None) or self._start()
-            try:
-                self._last[pool] = pool.submit(function, *args, **kwargs)
-                return self._last[pool]
-            except BrokenProcessPool:
-                self._last.pop(pool, None)
-
-    def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, get_context("spawn"), _begin, (self._alive,))
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the processes; what is still running is broken off."""
-        if not all(last.done() for last in self._last.values()):
-            self._held.close()
-        for pool in self._last:
-            pool.shutdown(wait, cancel_futures=cancel_futures)
-        self._held.close()
-        self._alive.close()
-
-
-def _begin(alive: connection.Connection) -> None:
-    """Begin a process, which ends when nobody holds the other end of `alive`.
-
-    No other process draws on its progress bars; tqdm's own lock would be a semaphore that a killed process leaves.
-    """
-    tqdm.set_lock(threading.RLock())
-    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
-
-
-def _end_with(alive: connection.Connection) -> None:
-    connection.wait([alive])
-    os._exit(1)
-
-
 @contextmanager
 def _executor(scheduler: str | None) -> Iterator[Executor]:
     """Yield local processes, or Dask's own executor over the workers of a cluster."""

@@ -1,0 +1,92 @@
+"""Local processes, of one thread each, that end with the one that started them."""
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class Processes(Executor):
+    """Local processes of one thread each. Each is a pool of its own, so that one that dies takes no other's job along.
+
+    There are as many as jobs were ever running at once. They end with this process, however it ends.
+    """
+
+    def __init__(self) -> None:
+        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
+        self._last: dict[ProcessPoolExecutor, Future[Any]] = {}
+        self._alive, self._held = get_context("spawn").Pipe(duplex=False)
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a function in an idle process, or in a new one."""
+        while True:
+            pool = next((pool for pool, last in self._last.items() if last.done()), None) or self._start()
+            try:
+                self._last[pool] = pool.submit(function, *args, **kwargs)
+                return self._last[pool]
+            except BrokenProcessPool:
+                self._last.pop(pool, None)
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, get_context("spawn"), _begin, (self._alive,))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the processes; what is still running is broken off."""
+        if not all(last.done() for last in self._last.values()):
+            self._held.close()
+        for pool in self._last:
+            pool.shutdown(wait, cancel_futures=cancel_futures)
+        self._held.close()
+        self._alive.close()
+
+
+def _begin(alive: connection.Connection) -> None:
+    """Begin a process, which ends when nobody holds the other end of `alive`.
+
+    No other process draws on its progress bars; tqdm's own lock would be a semaphore that a killed process leaves.
+    """
+    tqdm.set_lock(threading.RLock())
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
+
+
+def _end_with(alive: connection.Connection) -> None:
+    connection.wait([alive])
+    os._exit(1)
+
+
+def in_order(task: Callable[..., T], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[T]:
+    """Yield what `task(*job)` returns for each job, in their order, with `workers` processes at work on them.
+
+    One worker is this process. Of errors the first in the jobs' order is raised. After any of them no job is begun;
+    those that were are brought to their end.
+    """
+    if min(workers, len(jobs)) < 2:
+        yield from itertools.starmap(task, jobs)
+        return
+    begun: list[Future[T]] = []
+    told = 0
+    with Processes() as processes:
+        while told < len(jobs):
+            running = [future for future in begun if not future.done()]
+            if len(running) < workers and len(begun) < len(jobs) and not _any_failed(begun):
+                begun.append(processes.submit(task, *jobs[len(begun)]))
+            elif not begun[told].done():
+                wait(running, return_when=FIRST_COMPLETED)
+            else:
+                if begun[told].exception():
+                    wait(running)
+                yield begun[told].result()
+                told += 1
+
+
+def _any_failed(futures: Sequence[Future[T]]) -> bool:
+    return any(future.done() and future.exception() for future in futures)
