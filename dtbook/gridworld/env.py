@@ -133,12 +133,12 @@ def _observations_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (pose, multiplicity, obstacles) of the observations with `k` obstacles in view, for one background."""
     rows = math.comb(len(seen), k)
-    chosen = np.fromiter(chain.from_iterable(combinations(seen.tolist(), k)), np.uint8, rows * k).reshape(
+    visible = np.fromiter(chain.from_iterable(combinations(seen.tolist(), k)), np.uint8, rows * k).reshape(
         rows, k
     )
     hidden = np.tile(unseen[: n_obstacles - k], (rows, 1))
     multiplicity = len(poses) * math.comb(len(unseen), n_obstacles - k)
-    return np.full(rows, poses[0]), np.full(rows, multiplicity), np.hstack([chosen, hidden])
+    return np.full(rows, poses[0]), np.full(rows, multiplicity), np.hstack([visible, hidden])
 
 
 def to_minigrid(
