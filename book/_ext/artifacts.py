@@ -37,7 +37,7 @@ def files(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def figures(notebooks: Path, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return every figure, the command that draws it, its chapter's files, and the commands behind those."""
+    """Return every figure, the command that draws it, the files its chapter starts from and their commands."""
     shown = []
     for path in find_notebooks(notebooks):
         number = str(int(path.stem.partition("_")[0]))
