@@ -141,7 +141,7 @@ def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) ->
 
 
 def measure_situations(store: ArtifactStore, folder: str, progress: bool = True) -> None:
-    """Make the table behind chapter 6 (`tables.situation_table`) of a model, named as in `measure_anatomy`."""
+    """Make the table behind chapter 6 (`ablations.situation_table`) of a model, named as in `measure_anatomy`."""
     sha256, model = _model_in(store, folder)
     settings: dict[str, Any] = {
         "rtgs": RTGS,

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from dtbook.analysis.attribution import contrast
-from dtbook.analysis.population import BATCH_SIZE, Condition, Folded, Run
+from dtbook.analysis.population import Condition, FoldedWeights, Run, embedded_batches
 from dtbook.analysis.stats import weighted_quantile
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import SITUATIONS, showing, weights
@@ -29,7 +29,7 @@ QUANTILES = {"low": 0.0, "q01": 0.01, "q05": 0.05, "q50": 0.5, "q95": 0.95, "q99
 Variant = tuple[str, str]
 """Which component is ablated, and how."""
 Means = tuple[Tensor, Tensor]
-"""The mean output of each head (on the readers) and of the MLP (on the logits)."""
+"""The mean result of each head (as it is read) and output of the MLP (on the logits)."""
 
 
 def variants(model: DecisionTransformer, how: Sequence[str] = HOW) -> list[Variant]:
@@ -60,103 +60,95 @@ def situation_table(
     `share` of all states, and the number of `observations`.
 
     Situations that no observation shows are left out. Peak memory: the observations, and P(forward) of each of them for
-    every condition and ablation. Raises ValueError as `exhaustive.Folded`, `variants` and `contrast`.
+    every condition and ablation. Raises ValueError as `population.FoldedWeights`, `variants` and `contrast`.
     """
-    asked = variants(model, how)
     direction = contrast(preference).to(model.W_U)
-    donors = np.random.default_rng(seed).choice(
-        len(observations.images), len(observations.images), p=weights(observations)
-    )
+    donors = np.random.default_rng(seed).choice(len(observations), len(observations), p=weights(observations))
     conditions = [Condition(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
-    run_through = _Pass(Folded(model), observations, donors, conditions, asked, direction)
-    with tqdm(
-        total=2 * len(observations.images), desc="situations", disable=not progress, unit_scale=True
-    ) as bar:
-        return run_through.table(bar)
+    sums = _Sums(FoldedWeights(model), observations, donors, conditions, variants(model, how), direction)
+    return sums.table(progress)
 
 
-class _Pass:
-    """All observations at all conditions: twice through, as mean ablation needs the means first."""
+class _Sums:
+    """Sums over all observations at all conditions: twice through, as mean ablation needs the means first."""
 
     def __init__(
         self,
-        folded: Folded,
+        folded: FoldedWeights,
         observations: ObservationSet,
         donors: np.ndarray,
         conditions: list[Condition],
-        asked: list[Variant],
+        ablations: list[Variant],
         direction: Tensor,
     ) -> None:
-        self.folded, self.conditions, self.asked = folded, conditions, asked
-        self.observations, self.donors, self.direction = observations, donors, direction
+        self.folded, self.conditions, self.variants = folded, conditions, ablations
+        self.images, self.donors, self.direction = observations.images, donors, direction
         self.weights = weights(observations)
-        rows = {name: showing(observations.images, name) for name in SITUATIONS}
+        rows = {name: showing(self.images, name) for name in SITUATIONS}
         self.rows = {name: mask for name, mask in rows.items() if mask.any()}
         masks = torch.from_numpy(np.stack(list(self.rows.values()))).double()
         self.share = masks * torch.from_numpy(self.weights)
-        self.forward = np.empty((len(conditions), len(asked), len(self.weights)), np.float32)
+        self.forward = np.empty((len(conditions), len(ablations), len(self.weights)), np.float32)
         self.sums: dict[tuple[Condition, Variant], Any] = {}
-        self.direct = slice(folded.d_mlp, folded.n_readers)  # of the readers, the logits
         self.components: list[str] = []
 
-    def table(self, bar: tqdm) -> pd.DataFrame:
-        ways = {way for _, way in self.asked}
-        means = self._means(bar) if "mean" in ways else {}
-        for batch in self._batches():
-            shared = self.folded.share(torch.from_numpy(self.observations.images[batch]))
+    def table(self, progress: bool) -> pd.DataFrame:
+        ways = {way for _, way in self.variants}
+        means = self._means(progress) if "mean" in ways else {}
+        for batch, embedded in embedded_batches(
+            self.folded, self.images, progress="situations" if progress else None
+        ):
             others = self.donors[batch] if "resample" in ways else self.donors[:0]
-            donor = self.folded.share(torch.from_numpy(self.observations.images[others]))
+            donor = self.folded.embed(torch.from_numpy(self.images[others]))
             for k, condition in enumerate(self.conditions):
-                pair = shared.at(*condition), donor.at(*condition)
+                pair = embedded.at(*condition), donor.at(*condition)
                 self._measure(k, batch, *pair, means.get(condition))
-            bar.update(batch.stop - batch.start)
         return pd.DataFrame([self._row(*key) for key in self._keys()])
 
-    def _batches(self) -> list[slice]:
-        n = len(self.weights)
-        return [slice(start, min(start + BATCH_SIZE, n)) for start in range(0, n, BATCH_SIZE)]
-
-    def _means(self, bar: tqdm) -> dict[Condition, Means]:
+    def _means(self, progress: bool) -> dict[Condition, Means]:
         """The mean outputs at each condition."""
         sums: dict[Condition, Means] = {}
-        for batch in self._batches():
-            shared = self.folded.share(torch.from_numpy(self.observations.images[batch]))
-            share = torch.from_numpy(self.weights[batch]).to(shared.state)
+        for batch, embedded in embedded_batches(
+            self.folded, self.images, progress="mean outputs" if progress else None
+        ):
+            share = torch.from_numpy(self.weights[batch]).to(embedded.state)
             for condition in self.conditions:
-                run = shared.at(*condition)
-                heads = run.heads()
-                new = share @ heads, share @ run.mlp(run.read(heads))
+                run = embedded.at(*condition)
+                results = run.head_results()
+                new = share @ results, share @ run.mlp_out(run.resid_mid(results))
                 old = sums.get(condition)
                 sums[condition] = new if old is None else (old[0] + new[0], old[1] + new[1])
-            bar.update(batch.stop - batch.start)
         return sums
 
     def _measure(self, k: int, batch: slice, run: Run, donor: Run, means: Means | None) -> None:
         """Run a batch at one condition, intact and with each ablation."""
-        heads, others = run.heads(), donor.heads()
-        read = run.read(heads)
-        own = dict(zip(self.folded.heads, heads[..., self.direct], strict=True)) | {"L0 MLP": run.mlp(read)}
-        mlp_of_donor = donor.mlp(donor.read(others))
-        for v, (component, how) in enumerate(self.asked):
-            written, total = dict(own), read
+        f, results, donor_results = self.folded, run.head_results(), donor.head_results()
+        resid_mid = run.resid_mid(results)
+        intact = dict(zip(f.head_names, f.direct_logits(results), strict=True))
+        intact["L0 MLP"] = run.mlp_out(resid_mid)
+        donor_mlp_out = donor.mlp_out(donor.resid_mid(donor_results))
+        for v, (component, how) in enumerate(self.variants):
+            written, total = dict(intact), resid_mid
             if component == "L0 MLP":
-                written[component] = _instead_mlp(how, run, read, mlp_of_donor, means)
+                written[component] = _instead_mlp(how, run, resid_mid, donor_mlp_out, means)
             elif component != "none":
-                head = self.folded.heads.index(component)
-                instead = _instead_head(how, head, run, heads, others, means)
-                total = read - heads[head, :, :-1] + instead
-                written |= {component: instead[:, self.direct], "L0 MLP": run.mlp(total)}
-            self._add(k, v, batch, run, run.finish(total, written["L0 MLP"]), written)
+                head = f.head_names.index(component)
+                instead = _instead_head(how, head, run, results, donor_results, means)
+                total = resid_mid - results[head, :, :-1] + instead
+                written |= {component: f.direct_logits(instead), "L0 MLP": run.mlp_out(total)}
+            self._add(k, v, batch, run, run.unembed(total, written["L0 MLP"]), written)
 
     def _add(
         self, k: int, v: int, batch: slice, run: Run, logits: Tensor, written: dict[str, Tensor]
     ) -> None:
         """Add this batch to the weighted sums of one condition and ablation, and keep its P(forward)."""
-        b_O, probabilities = self.folded.b_O[self.direct], logits.softmax(-1)
+        f, probabilities = self.folded, logits.softmax(-1)
+        b_O = f.direct_logits(f.b_O)
         self.forward[k, v, batch] = probabilities[:, 2].numpy()
-        mlp = written.pop("L0 MLP")
-        parts = {"state": run.shared.state[:, self.direct], "time and position": run.fixed[self.direct] - b_O}
-        parts |= written | {"L0 b_O": b_O, "L0 MLP": mlp, "b_U": self.folded.b_U}
+        mlp_out = written.pop("L0 MLP")
+        parts = {"state": f.direct_logits(run.embedded.state)}
+        parts |= {"time and position": f.direct_logits(run.fixed) - b_O}
+        parts |= written | {"L0 b_O": b_O, "L0 MLP": mlp_out, "b_U": f.b_U}
         on_preference = [part @ self.direction for part in (logits, *parts.values())]
         columns = [
             probabilities,
@@ -164,20 +156,20 @@ class _Pass:
             run.pattern.T,
         ]
         total = self.share[:, batch] @ torch.cat(columns, 1).double()
-        key = self.conditions[k], self.asked[v]
+        key = self.conditions[k], self.variants[v]
         self.sums[key] = self.sums.get(key, 0) + total
         self.components = list(parts)
 
     def _keys(self) -> list[tuple[str, Condition, Variant]]:
-        return [(s, c, v) for s in self.rows for c in self.conditions for v in self.asked]
+        return [(s, c, v) for s in self.rows for c in self.conditions for v in self.variants]
 
     def _row(self, situation: str, condition: Condition, variant: Variant) -> dict[str, object]:
         row, mask = list(self.rows).index(situation), self.rows[situation]
         share = float(self.weights[mask].sum())
         means = (self.sums[condition, variant][row] / share).tolist()
         names = ["left", "right", "forward", "logit_diff", *self.components]
-        names += [f"attention {head}" for head in self.folded.heads]
-        forward = self.forward[self.conditions.index(condition), self.asked.index(variant)][mask]
+        names += [f"attention {head}" for head in self.folded.head_names]
+        forward = self.forward[self.conditions.index(condition), self.variants.index(variant)][mask]
         quantiles = weighted_quantile(forward, self.weights[mask], np.array(list(QUANTILES.values())))
         where = {"situation": situation, **condition._asdict()}
         named = dict(zip(QUANTILES, map(float, quantiles), strict=True))
@@ -187,24 +179,26 @@ class _Pass:
 
 
 def _instead_head(
-    how: str, head: int, run: Run, heads: Tensor, others: Tensor, means: Means | None
-) -> Tensor:
-    """What an ablated head writes on the readers instead, one row or a row an observation."""
+    how: str, head: int, run: Run, results: Tensor, of_donor: Tensor, means: Means | None
+) -> Float[Tensor, "#n read"]:
+    """What is read of an ablated head instead, one row or a row an observation."""
     if how == "mean" and means:
         return means[0][head, None, :-1]
     if how == "resample":
-        return others[head, :, :-1]
+        return of_donor[head, :, :-1]
     if how == "feature mean":
-        return heads[head, :, -1:] * run.shared.folded.feature_mean[head]
-    return torch.zeros_like(heads[head, :1, :-1])
+        return results[head, :, -1:] * run.embedded.folded.feature_mean[head]
+    return torch.zeros_like(results[head, :1, :-1])
 
 
-def _instead_mlp(how: str, run: Run, read: Tensor, of_donor: Tensor, means: Means | None) -> Tensor:
+def _instead_mlp(
+    how: str, run: Run, resid_mid: Tensor, of_donor: Tensor, means: Means | None
+) -> Float[Tensor, "#n action"]:
     """What an ablated MLP writes on the logits instead, one row or a row an observation."""
     if how == "mean" and means:
         return means[1][None]
     if how == "resample":
         return of_donor
     if how == "feature mean":
-        return run.mlp_feature_mean(read)
-    return torch.zeros_like(read[:1, : run.shared.folded.b_U.numel()])
+        return run.mlp_feature_mean(resid_mid)
+    return torch.zeros_like(resid_mid[:1, : run.embedded.folded.b_U.numel()])

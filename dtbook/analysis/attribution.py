@@ -34,6 +34,11 @@ def contrast(preference: str) -> Float[Tensor, " action"]:
     return weights
 
 
+def forward_preference(logits: Float[Tensor, "*batch action"]) -> Float[Tensor, "*batch"]:
+    """Return logit F − logsumexp(logit L, logit R): the log odds of moving forward."""
+    return logits[..., 2] - logits[..., :2].logsumexp(-1)
+
+
 def preference_direction(model: DecisionTransformer, preference: str) -> Float[Tensor, " d_model"]:
     """Return the residual-stream direction of a preference (W_U @ contrast).
 

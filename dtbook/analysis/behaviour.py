@@ -15,10 +15,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dtbook.analysis.attribution import contrast
-from dtbook.analysis.heads import forward_preference
+from dtbook.analysis.attribution import contrast, forward_preference
 from dtbook.analysis.interventions import ablate
-from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
+from dtbook.analysis.population import Embedded, FoldedWeights, Run, embedded_batches, per_observation
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
 from dtbook.gridworld.situations import SITUATIONS, select, showing, weights
@@ -58,7 +57,7 @@ def distributions(
     together. Shares of one situation and RTG sum to 1; bins that hold nothing are left out.
     """
     asked = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
-    found = collect(model, observations, asked, _preference, progress=progress)["preference"]
+    found = per_observation(model, observations, asked, _preference, progress=progress)["preference"]
     middles, n_bins = (EDGES[1:] + EDGES[:-1]) / 2, len(EDGES) - 1
     bins = np.clip(np.digitize(found, EDGES) - 1, 0, n_bins - 1).reshape(len(rtgs), len(timesteps), -1)
     parts = []
@@ -94,7 +93,9 @@ def turns(
     may be averaged: `correlation` of that is the pooled r.
     """
     asked = [(float(rtg), timestep) for rtg in rtgs]
-    found = collect(model, observations, asked, lambda run: {"logits": run.logits()}, progress=progress)
+    found = per_observation(
+        model, observations, asked, lambda run: {"logits": run.logits()}, progress=progress
+    )
     share, rows = weights(observations), []
     for rtg, logits in zip(rtgs, found["logits"].astype(float), strict=True):
         for of, values in {"logits": logits, "centred": logits - logits.mean(1, keepdims=True)}.items():
@@ -132,7 +133,7 @@ def over_time(
         share = weights(chosen)
         for rtg in rtgs:
             asked = [(float(rtg), timestep) for timestep in timesteps]
-            found = collect(model, chosen, asked, _forward_and_margin, progress=progress)
+            found = per_observation(model, chosen, asked, _forward_and_margin, progress=progress)
             p, over = found["forward"], found["forward"] > AVOIDS
             columns = {"situation": situation, "rtg": float(rtg), "timestep": list(timesteps)}
             columns |= {"forward": p @ share, "low": p.min(1), "high": p.max(1)}
@@ -159,7 +160,9 @@ def exceptions(
     for situation, rtg in avoided(rtgs):
         rows = np.flatnonzero(showing(observations.images, situation))
         asked = [(rtg, timestep) for timestep in timesteps]
-        found = collect(model, select(observations, situation), asked, _forward_and_margin, progress=progress)
+        found = per_observation(
+            model, select(observations, situation), asked, _forward_and_margin, progress=progress
+        )
         p, over = found["forward"], found["forward"] > AVOIDS
         which, at = np.flatnonzero(over.any(0)), np.asarray(timesteps)
         columns = {"situation": situation, "rtg": rtg, "observation": rows[which]}
@@ -208,11 +211,12 @@ def scan(
         columns |= {"P(forward)": logits.softmax(1)[:, 2], "logit_diff": logits @ direction}
         columns |= {name: part @ direction for name, part in parts.items()}
         return columns | {
-            f"attention {head}": row for head, row in zip(run.shared.folded.heads, run.pattern, strict=True)
+            f"attention {head}": row
+            for head, row in zip(run.embedded.folded.head_names, run.pattern, strict=True)
         }
 
     asked = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
-    found = collect(model, observations, asked, measure, progress=progress)
+    found = per_observation(model, observations, asked, measure, progress=progress)
     means = {name: values.astype(float) @ share for name, values in found.items()}
     return pd.DataFrame(asked, columns=["rtg", "timestep"]).assign(**means)
 
@@ -255,7 +259,10 @@ def neurons(
     """
     if unknown := [name for name in how if name not in NEURON_WAYS]:
         raise ValueError(f"how is {unknown[0]!r}; it must be one of {', '.join(map(repr, NEURON_WAYS))}.")
-    folded, conditions = Folded(model), [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
+    folded, conditions = (
+        FoldedWeights(model),
+        [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps],
+    )
     means = _neuron_means(folded, observations, conditions, progress) if "mean" in how else {}
     parts = []
     for situation in situations:
@@ -269,17 +276,18 @@ def neurons(
 
 @torch.inference_mode()
 def _neuron_means(
-    folded: Folded, observations: ObservationSet, conditions: Sequence[tuple[float, int]], progress: bool
+    folded: FoldedWeights,
+    observations: ObservationSet,
+    conditions: Sequence[tuple[float, int]],
+    progress: bool,
 ) -> dict[tuple[float, int], np.ndarray]:
     """The mean activation of each neuron over all observations, at each condition."""
-    share, n = weights(observations), len(observations.images)
+    share = weights(observations)
     sums = {condition: np.zeros((1, folded.d_mlp)) for condition in conditions}
-    for start in tqdm(range(0, n, BATCH_SIZE), desc="means of the neurons", disable=not progress):
-        rows = slice(start, start + BATCH_SIZE)
-        shared, own = folded.share(torch.from_numpy(observations.images[rows])), share[None, rows]
+    name = "means of the neurons" if progress else None
+    for rows, embedded in embedded_batches(folded, observations.images, progress=name):
         for condition in conditions:
-            run = shared.at(*condition)
-            sums[condition] += own.astype(np.float32) @ run.neurons(run.read(run.heads())).numpy()
+            sums[condition] += share[None, rows].astype(np.float32) @ embedded.at(*condition).post().numpy()
     return sums
 
 
@@ -288,7 +296,7 @@ class _NeuronByNeuron:
 
     def __init__(
         self,
-        folded: Folded,
+        folded: FoldedWeights,
         observations: ObservationSet,
         situation: str,
         how: Sequence[str],
@@ -304,9 +312,9 @@ class _NeuronByNeuron:
     def table(self, conditions: Sequence[tuple[float, int]], preference: str, progress: bool) -> pd.DataFrame:
         """A row for each neuron and way, averaged over the conditions."""
         sums = np.zeros((len(self.how) + 1, 2, self.folded.d_mlp))
-        starts = range(0, len(self.images), BATCH_SIZE)
-        for start in tqdm(starts, desc=f"neurons, {self.situation}", disable=not progress):
-            self._add(slice(start, start + BATCH_SIZE), conditions, sums)
+        name = f"neurons, {self.situation}" if progress else None
+        for rows, embedded in embedded_batches(self.folded, self.images, progress=name):
+            self._add(rows, embedded, conditions, sums)
         on_preference = (self.folded.W_mlp @ contrast(preference).to(self.folded.W_mlp)).double().numpy()
         (active, fired), *ablated = sums / len(conditions)
         own = {
@@ -323,18 +331,20 @@ class _NeuronByNeuron:
         )
 
     @torch.inference_mode()
-    def _add(self, rows: slice, conditions: Sequence[tuple[float, int]], sums: np.ndarray) -> None:
-        shared = self.folded.share(torch.from_numpy(self.images[rows]))
-        donor = shared if self.others is None else self.folded.share(torch.from_numpy(self.others[rows]))
+    def _add(
+        self, rows: slice, embedded: Embedded, conditions: Sequence[tuple[float, int]], sums: np.ndarray
+    ) -> None:
+        others = None if self.others is None else torch.from_numpy(self.others[rows])
+        donor = embedded if others is None else self.folded.embed(others)
         share, weight = self.share[rows], self.folded.W_mlp.numpy()
         for condition in conditions:
-            run, other = shared.at(*condition), donor.at(*condition)
-            read = run.read(run.heads())
-            logits, post = run.finish(read).numpy(), run.neurons(read).numpy()
+            run = embedded.at(*condition)
+            resid_mid = run.resid_mid()
+            logits, post = run.unembed(resid_mid).numpy(), run.post(resid_mid).numpy()
             sums[0] += share @ (post > 0), share @ post
             for k, way in enumerate(self.how, start=1):
                 if way == "resample":
-                    instead = other.neurons(other.read(other.heads())).numpy()
+                    instead = donor.at(*condition).post().numpy()
                 elif way == "mean":
                     instead = self.means[condition].astype(post.dtype)
                 else:

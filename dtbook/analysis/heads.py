@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from dtbook.analysis.attribution import forward_preference
+from dtbook.analysis.counterfactuals import Case, HeadPatching, Pair, pairs
 from dtbook.analysis.interventions import STATE_TOKENS, Site, patch
-from dtbook.analysis.population import Folded
+from dtbook.analysis.population import FoldedWeights
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import BATCH_SIZE, Batch, counterfactual_pairs, select
 from dtbook.model.transformer import DecisionTransformer
@@ -31,11 +33,6 @@ RULE = (
     "the state token is patched from the counterfactual run (front cell empty) ÷ the whole change, each a weighted "
     f"mean over all observations with an obstacle in front; below {THRESHOLD} there is no obstacle head."
 )
-
-
-def forward_preference(logits: Float[Tensor, "*batch action"]) -> Float[Tensor, "*batch"]:
-    """Return logit F − logsumexp(logit L, logit R): the log odds of moving forward."""
-    return logits[..., 2] - logits[..., :2].logsumexp(-1)
 
 
 class Changes(NamedTuple):
@@ -96,11 +93,16 @@ def _changes(
     batch_size: int,
     progress: bool,
 ) -> Iterator[tuple[Tensor, Changes]]:
-    compute = changes_fused if model.cfg.n_layers == 1 else changes_by_patching
     obstacles = select(observations, "obstacle")
-    with tqdm(total=len(obstacles.images), desc="obstacle heads", disable=not progress) as bar:
+    with tqdm(total=len(obstacles), desc="obstacle heads", disable=not progress) as bar:
+        if model.cfg.n_layers == 1:
+            case, folded = Case("obstacle", rtg, rtg), FoldedWeights(model)
+            for pair in pairs(folded, obstacles, case, timestep, batch_size):
+                yield pair.weights, changes_fused(pair)
+                bar.update(len(pair.weights))
+            return
         for clean, other in counterfactual_pairs(obstacles, rtg, timestep, "obstacle", batch_size):
-            yield clean.weights, compute(model, clean, other)
+            yield clean.weights, changes_by_patching(model, clean, other)
             bar.update(len(clean.weights))
 
 
@@ -120,21 +122,11 @@ def changes_by_patching(model: DecisionTransformer, clean: Batch, counterfactual
 
 
 @torch.no_grad()
-def changes_fused(model: DecisionTransformer, clean: Batch, counterfactual: Batch) -> Changes:
-    """Return the changes for one layer, sharing all that is linear; up to rounding `changes_by_patching`'s.
-
-    A batch is of one RTG and timestep, as `scenarios.batches` makes them.
-    """
-    folded, asked = Folded(model), (float(clean.rtgs[0]), int(clean.timesteps[0]))
-    runs = [folded.share(batch.states[:, 0]).at(*asked) for batch in (clean, counterfactual)]
-    heads = [run.heads() for run in runs]
-    before, after = (forward_preference(run.logits(own)) for run, own in zip(runs, heads, strict=True))
-    by_head = torch.empty(len(folded.heads), len(before), dtype=before.dtype)
-    for head in range(len(folded.heads)):
-        patched = heads[0].clone()
-        patched[head] = heads[1][head]
-        by_head[head] = forward_preference(runs[0].logits(patched)) - before
-    return Changes(after - before, by_head[None])
+def changes_fused(pair: Pair) -> Changes:
+    """Return the changes for one layer, sharing all that is linear; up to rounding those of `changes_by_patching`."""
+    patching, n_heads = HeadPatching(pair), len(pair.base.pattern)
+    by_head = torch.stack([patching.by_head(head) for head in range(n_heads)])
+    return Changes(patching.total(), by_head[None])
 
 
 def order_heads(model: DecisionTransformer, scores: pd.DataFrame) -> DecisionTransformer:

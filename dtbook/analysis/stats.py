@@ -94,7 +94,7 @@ def least_squares(values: Float[np.ndarray, " n"]) -> Line:
     t = np.arange(len(y)) - (len(y) - 1) / 2
     slope = t @ y / (t @ t)
     residual = y - y.mean() - slope * t
-    quantile = scipy.stats.t.ppf(0.975, len(y) - 2)  # type: ignore[attr-defined] (SciPy makes it when imported)
+    quantile = scipy.stats.t.ppf(0.975, len(y) - 2)  # type: ignore[attr-defined]
     margin = quantile * np.sqrt(residual @ residual / (len(y) - 2) / (t @ t))
     memory = residual[1:] @ residual[:-1] / (residual @ residual)
     r2 = 1 - residual @ residual / ((y - y.mean()) @ (y - y.mean()))

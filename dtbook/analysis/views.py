@@ -20,11 +20,12 @@ from dtbook.analysis.attribution import by_cell, channel_slices, contrast
 from dtbook.analysis.weights import CELLS
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
+from dtbook.gridworld.situations import row_batches
 from dtbook.model.config import ONE_HOT_SIZES
 from dtbook.model.transformer import DecisionTransformer
 
 THINGS = tuple(CELLS)
-BATCH_SIZE = 16384
+MOMENTS_BATCH = 16384
 Effects = Float[np.ndarray, "7 7 4"]
 """What each thing (`THINGS`) in each cell adds to a preference: entry [i, j, thing] is about image[i, j] (logits)."""
 
@@ -119,8 +120,7 @@ def moments(observations: ObservationSet) -> Moments:
     total, second = observations.multiplicity.sum(), np.zeros((49 * len(THINGS),) * 2)
     if not total:
         raise ValueError("observations is empty: no mean can be taken over it.")
-    for start in range(0, len(observations.images), BATCH_SIZE):
-        rows = slice(start, start + BATCH_SIZE)
+    for rows in row_batches(len(observations), MOMENTS_BATCH):
         seen = observations.images[rows, ..., 0].reshape(-1, 49, 1) == objects
         if not seen.any(-1).all():
             raise ValueError(f"observations show something else than {', '.join(THINGS)}.")

@@ -13,13 +13,14 @@ import torch
 
 from dtbook.analysis.ablations import situation_table
 from dtbook.analysis.attribution import contrast, preference_direction
-from dtbook.analysis.heads import THRESHOLD, forward_preference, obstacle_head_scores
-from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
+from dtbook.analysis.counterfactuals import Case, HeadPatching, pairs
+from dtbook.analysis.heads import THRESHOLD, obstacle_head_scores
+from dtbook.analysis.population import FoldedWeights, Run, embedded_batches, per_observation
 from dtbook.analysis.stats import Line, least_squares, weighted_correlation
 from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
-from dtbook.gridworld.situations import counterfactual_pairs, select, showing, weights
+from dtbook.gridworld.situations import select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
 from dtbook.trajectories.recording import Trajectories
@@ -65,7 +66,7 @@ class Evidence:
 
     @cached_property
     def situations(self) -> pd.DataFrame:
-        """`tables.situation_table` of all that is no empty cell in front, zero ablation, timesteps averaged."""
+        """`ablations.situation_table` of all that is no empty cell in front, zero ablation, timesteps averaged."""
         facing = self.observations[~showing(self.observations.images, "empty")]
         table = situation_table(self.model, facing, RTGS, self.timesteps, how=("zero",))
         keys = ["situation", "rtg", "ablated"]
@@ -85,16 +86,14 @@ class Evidence:
     @cached_property
     def _over_all(self) -> tuple[float, float]:
         """What takes a run of all observations: `turn_correlation`, and `attention` with an empty cell in front."""
-        share, folded = weights(self.observations), Folded(self.model)
+        share, folded = weights(self.observations), FoldedWeights(self.model)
         turns = np.empty((len(RTGS), len(share), 2), np.float32)
         attention, empty = 0.0, showing(self.observations.images, "empty")
-        for start in range(0, len(share), BATCH_SIZE):
-            rows = slice(start, start + BATCH_SIZE)
-            shared = folded.share(torch.from_numpy(self.observations.images[rows]))
+        for rows, embedded in embedded_batches(folded, self.observations.images):
             for k, rtg in enumerate(RTGS):
-                turns[k, rows] = shared.at(rtg, TIMESTEP).logits()[:, :2].numpy()
+                turns[k, rows] = embedded.at(rtg, TIMESTEP).logits()[:, :2].numpy()
             part = share[rows] * empty[rows]
-            attention += sum(part @ shared.at(HIGH, t).pattern[1].double().numpy() for t in self.timesteps)
+            attention += sum(part @ embedded.at(HIGH, t).pattern[1].double().numpy() for t in self.timesteps)
         left, right = turns.reshape(-1, 2).astype(np.float64).T
         r = weighted_correlation(left, right, np.tile(share, len(RTGS)))
         return r, float(attention / share[empty].sum() / len(self.timesteps))
@@ -124,36 +123,24 @@ class Evidence:
         obstacles, direction = select(self.observations, "obstacle"), contrast("F-R").to(self.model.W_U)
 
         def measure(run: Run) -> dict[str, torch.Tensor]:
-            heads = run.heads()
-            intact = run.mlp(run.read(heads)) @ direction
-            heads[1] = 0
-            return {"rises": ((run.mlp(run.read(heads)) @ direction) > intact).double()}
+            results = run.head_results()
+            intact = run.mlp_out(run.resid_mid(results)) @ direction
+            results[1] = 0
+            return {"rises": ((run.mlp_out(run.resid_mid(results)) @ direction) > intact).double()}
 
-        asked = [(HIGH, t) for t in self.timesteps]
-        rises = collect(self.model, obstacles, asked, measure)["rises"]
+        conditions = [(HIGH, t) for t in self.timesteps]
+        rises = per_observation(self.model, obstacles, conditions, measure)["rises"]
         return float((rises @ weights(obstacles)).mean())
 
     @cached_property
     def circuit(self) -> "CircuitParts":
         """How the counterfactual's effect through head 1 divides into its pattern and its values."""
-        totals, folded = np.zeros(4), Folded(self.model)
-        for clean, other in counterfactual_pairs(self.observations, HIGH, TIMESTEP, "obstacle", BATCH_SIZE):
-            runs = [folded.share(batch.states[:, 0]).at(HIGH, TIMESTEP) for batch in (clean, other)]
-            own = runs[0].heads()
-            patched = [
-                runs[1].heads(),
-                runs[0].heads(pattern=runs[1].pattern),
-                runs[0].heads(value=runs[1].shared.value),
-            ]
-            before = forward_preference(runs[0].logits(own))
-            changed = [forward_preference(runs[1].logits())]
-            for heads in patched:
-                changed.append(forward_preference(runs[0].logits(torch.stack([own[0], heads[1]]))))
-            totals += (
-                torch.stack([after - before for after in changed]).double().numpy() @ clean.weights.numpy()
-            )
-        whole, head, qk, ov = totals.tolist()
-        return CircuitParts(whole, head, qk, ov)
+        totals = np.zeros(4)
+        for pair in pairs(FoldedWeights(self.model), self.observations, Case("obstacle", HIGH, HIGH)):
+            by = HeadPatching(pair)
+            changes = torch.stack([by.total(), by.by_head(1), by.by_pattern(1), by.by_values(1)])
+            totals += changes.double().numpy() @ pair.weights.numpy()
+        return CircuitParts(*totals.tolist())
 
     def preference_of_rtg(self, preference: str) -> float:
         """The RTG embedding's dot product with a preference direction (logits per unit of return)."""

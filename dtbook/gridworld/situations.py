@@ -95,6 +95,13 @@ class Batch(NamedTuple):
         return self.states, self.rtgs, self.timesteps
 
 
+def row_batches(n: int, batch_size: int) -> Iterator[slice]:
+    """Yield the rows 0 … n − 1, `batch_size` at a time; raises ValueError for a wrong `batch_size` at once."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    return (slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size))
+
+
 def batches(
     observations: ObservationSet, rtg: float, timestep: int, batch_size: int = BATCH_SIZE
 ) -> Iterator[Batch]:
@@ -104,18 +111,16 @@ def batches(
     set or a wrong `batch_size`; the model says what it thinks of RTG and timestep.
     """
     share = torch.from_numpy(weights(observations))
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
     return (
-        _batch(observations.images[start : start + batch_size], share, start, rtg, timestep)
-        for start in range(0, len(share), batch_size)
+        _batch(observations.images[rows], share[rows], rows, rtg, timestep)
+        for rows in row_batches(len(share), batch_size)
     )
 
 
-def _batch(images: np.ndarray, share: Tensor, start: int, rtg: float, timestep: int) -> Batch:
-    n, rows = len(images), slice(start, start + len(images))
+def _batch(images: np.ndarray, share: Tensor, rows: slice, rtg: float, timestep: int) -> Batch:
+    n = len(images)
     rtgs, timesteps = torch.full((n, 1), float(rtg)), torch.full((n, 1), timestep, dtype=torch.int64)
-    return Batch(torch.from_numpy(images).unsqueeze(1), rtgs, timesteps, share[rows], rows)
+    return Batch(torch.from_numpy(images).unsqueeze(1), rtgs, timesteps, share, rows)
 
 
 def without_front(states: UInt8[Tensor, "*batch 7 7 3"]) -> UInt8[Tensor, "*batch 7 7 3"]:
