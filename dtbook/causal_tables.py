@@ -62,7 +62,7 @@ def make_tables(
     )
     run(
         "circuits",
-        {"cases": faithfulness.CASES, "timestep": TIMESTEP, "keep": faithfulness.KEEP},
+        {"cases": faithfulness.CIRCUIT_CASES, "timestep": TIMESTEP, "keep": faithfulness.KEEP},
         lambda model: _circuits(model, seed),
     )
     run(
@@ -74,7 +74,9 @@ def make_tables(
 
 def _circuits(model: DecisionTransformer, seed: int) -> list[pd.DataFrame]:
     observations = all_observations()
-    tables = [faithfulness.circuit_tables(model, observations, case, seed) for case in faithfulness.CASES]
+    tables = [
+        faithfulness.circuit_tables(model, observations, case, seed) for case in faithfulness.CIRCUIT_CASES
+    ]
     return [pd.concat(parts, ignore_index=True) for parts in zip(*tables, strict=True)]
 
 

@@ -48,7 +48,7 @@ EXPERIMENT_CLAIMS = "experiments/claims.parquet"
 SCORECARD = ("scorecard.parquet", "scorecard.csv")
 
 ANATOMY: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
-    "distributions": (behaviour.distributions, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
+    "distributions": (behaviour.log_odds_distributions, {"rtgs": RTGS, "timesteps": TIMESTEPS}),
     "turns": (behaviour.turns, {"rtgs": RTGS, "timestep": 10}),
     "over_time": (behaviour.over_time, {"rtgs": RTGS, "timesteps": behaviour.EVERY_TIMESTEP}),
     "exceptions": (behaviour.exceptions, {"rtgs": RTGS, "timesteps": behaviour.CERTIFIED}),

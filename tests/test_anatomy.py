@@ -42,7 +42,7 @@ def run(model, observations, rtg, timestep):
 
 
 def test_distributions_are_histograms_of_the_hooked_model(model, observations):
-    table = behaviour.distributions(model, observations, rtgs=(0.9, -1.0), timesteps=(3, 10))
+    table = behaviour.log_odds_distributions(model, observations, rtgs=(0.9, -1.0), timesteps=(3, 10))
     totals = table.groupby(["situation", "rtg"])["share"].sum()
     assert len(totals) == 12
     np.testing.assert_allclose(totals, 1)
@@ -59,7 +59,7 @@ def test_distributions_are_histograms_of_the_hooked_model(model, observations):
 def test_log_odds_beyond_the_bins_are_counted_in_the_last(model, observations):
     sure = copy.deepcopy(model)
     sure.b_U.data += torch.tensor([0.0, 0.0, 200.0])
-    table = behaviour.distributions(sure, observations, rtgs=(0.0,), timesteps=(3,))
+    table = behaviour.log_odds_distributions(sure, observations, rtgs=(0.0,), timesteps=(3,))
     assert set(table["middle"]) == {29.75}
     np.testing.assert_allclose(table["share"], 1)
 
@@ -242,6 +242,6 @@ def test_play_without_a_head_is_play_with_its_output_weights_at_zero():
 
 
 def test_without_a_situation_there_is_no_row_for_it(model, observations):
-    table = behaviour.distributions(model, select(observations, "wall"), rtgs=(0.0,), timesteps=(3,))
+    table = behaviour.log_odds_distributions(model, select(observations, "wall"), rtgs=(0.0,), timesteps=(3,))
     assert set(table["situation"]) == {"wall"}
     assert showing(observations.images, "wall").any()

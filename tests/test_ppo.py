@@ -28,8 +28,8 @@ from dtbook.gridworld import DynamicObstaclesVectorEnv
 from dtbook.trajectories.ppo import (
     OBJECTS,
     ActorCritic,
-    Batch,
     PPOConfig,
+    PreparedBatch,
     collect,
     evaluate,
     gae,
@@ -157,7 +157,7 @@ def test_gradient_of_the_losses_is_the_formula():
     actions = torch.randint(3, (n,), generator=rng(3))
     old, advantages, returns = torch.randn(3, n, generator=rng(4))
     old = -old.abs() - 0.3
-    batch = Batch(torch.zeros(n, 1), actions, old, advantages, returns)
+    batch = PreparedBatch(torch.zeros(n, 1), actions, old, advantages, returns)
     terms = ppo_losses(logits, values, batch, clip)
 
     z = logits.detach().double().numpy()

@@ -106,7 +106,7 @@ class _Sums:
         return pd.DataFrame([self._row(*key) for key in self._keys()])
 
     def _means(self, progress: bool) -> dict[Condition, Means]:
-        """The mean outputs at each condition."""
+        """Return the mean outputs at each condition."""
         sums: dict[Condition, Means] = {}
         for batch, embedded in embedded_batches(
             self.folded, self.images, progress="mean outputs" if progress else None
@@ -181,7 +181,7 @@ class _Sums:
 def _instead_head(
     how: str, head: int, run: Run, results: Tensor, of_donor: Tensor, means: Means | None
 ) -> Float[Tensor, "#n read"]:
-    """What is read of an ablated head instead, one row or a row an observation."""
+    """Return what is read of an ablated head instead, one row or a row an observation."""
     if how == "mean" and means:
         return means[0][head, None, :-1]
     if how == "resample":
@@ -194,7 +194,7 @@ def _instead_head(
 def _instead_mlp(
     how: str, run: Run, resid_mid: Tensor, of_donor: Tensor, means: Means | None
 ) -> Float[Tensor, "#n action"]:
-    """What an ablated MLP writes on the logits instead, one row or a row an observation."""
+    """Return what an ablated MLP writes on the logits instead, one row or a row an observation."""
     if how == "mean" and means:
         return means[1][None]
     if how == "resample":

@@ -1,4 +1,4 @@
-"""What chapters 5 and 6 measure beside the situation table, each a table over every observation a situation has.
+"""Behaviour: the tables of chapters 5 and 6 beside the situation table, each over every observation of a situation.
 
 Distributions of the log odds of forward, the extremes at every timestep, scans over the RTG, what each neuron does,
 and play with components removed. Means and shares are weighted by how many states show an observation; `worst` and
@@ -20,13 +20,11 @@ from dtbook.analysis.interventions import ablate
 from dtbook.analysis.population import Embedded, FoldedWeights, Run, embedded_batches, per_observation
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
-from dtbook.gridworld.situations import SITUATIONS, select, showing, weights
+from dtbook.gridworld.situations import FACING, SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import ACTING, AVOIDS, RTGS, TABLE_1, TIMESTEP, TIMESTEPS
 from dtbook.rollout import CALIBRATION_RTGS, OUTCOMES, episode_table, rollout, summarise
 
-FACING = tuple(name for name in SITUATIONS if name != "empty")
-"""Situations in which there is something in front of the agent."""
 BIN_WIDTH = 0.5
 EDGES = np.arange(-30.0, 30.0 + BIN_WIDTH, BIN_WIDTH)
 """Bins of the log odds of forward (nats); what lies outside falls into the first or the last."""
@@ -44,7 +42,7 @@ def log_odds(p: float) -> float:
     return float(np.log(p / (1 - p)))
 
 
-def distributions(
+def log_odds_distributions(
     model: DecisionTransformer,
     observations: ObservationSet,
     rtgs: Sequence[float] = RTGS,
@@ -56,18 +54,18 @@ def distributions(
     Columns: `situation`, `rtg`, `middle` (of the bin, nats), `share` of the situation's weight, over all timesteps
     together. Shares of one situation and RTG sum to 1; bins that hold nothing are left out.
     """
-    asked = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
-    found = per_observation(model, observations, asked, _preference, progress=progress)["preference"]
+    conditions = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
+    odds = per_observation(model, observations, conditions, _preference, progress=progress)["preference"]
     middles, n_bins = (EDGES[1:] + EDGES[:-1]) / 2, len(EDGES) - 1
-    bins = np.clip(np.digitize(found, EDGES) - 1, 0, n_bins - 1).reshape(len(rtgs), len(timesteps), -1)
+    bins = np.clip(np.digitize(odds, EDGES) - 1, 0, n_bins - 1).reshape(len(rtgs), len(timesteps), -1)
     parts = []
     for situation in SITUATIONS:
         rows = showing(observations.images, situation)
         if not rows.any():
             continue
         weight = np.tile(weights(select(observations, situation)), len(timesteps)) / len(timesteps)
-        for rtg, chosen in zip(rtgs, bins[..., rows], strict=True):
-            share = np.bincount(chosen.ravel(), weight, n_bins)
+        for rtg, in_bin in zip(rtgs, bins[..., rows], strict=True):
+            share = np.bincount(in_bin.ravel(), weight, n_bins)
             part = pd.DataFrame(
                 {"situation": situation, "rtg": float(rtg), "middle": middles, "share": share}
             )
@@ -92,12 +90,12 @@ def turns(
     `rtg`, the weighted means `left`, `right` and of the products `left²`, `right²`, `left·right`. Rows of several RTGs
     may be averaged: `correlation` of that is the pooled r.
     """
-    asked = [(float(rtg), timestep) for rtg in rtgs]
-    found = per_observation(
-        model, observations, asked, lambda run: {"logits": run.logits()}, progress=progress
+    conditions = [(float(rtg), timestep) for rtg in rtgs]
+    values = per_observation(
+        model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress
     )
     share, rows = weights(observations), []
-    for rtg, logits in zip(rtgs, found["logits"].astype(float), strict=True):
+    for rtg, logits in zip(rtgs, values["logits"].astype(float), strict=True):
         for of, values in {"logits": logits, "centred": logits - logits.mean(1, keepdims=True)}.items():
             left, right = values[:, 0], values[:, 1]
             moments = [share @ x for x in (left, right, left**2, right**2, left * right)]
@@ -129,15 +127,15 @@ def over_time(
     parts = []
     for situation in situations:
         rows = np.flatnonzero(showing(observations.images, situation))
-        chosen = select(observations, situation)
-        share = weights(chosen)
+        seen = select(observations, situation)
+        share = weights(seen)
         for rtg in rtgs:
-            asked = [(float(rtg), timestep) for timestep in timesteps]
-            found = per_observation(model, chosen, asked, _forward_and_margin, progress=progress)
-            p, over = found["forward"], found["forward"] > AVOIDS
+            conditions = [(float(rtg), timestep) for timestep in timesteps]
+            values = per_observation(model, seen, conditions, _forward_and_margin, progress=progress)
+            p, over = values["forward"], values["forward"] > AVOIDS
             columns = {"situation": situation, "rtg": float(rtg), "timestep": list(timesteps)}
             columns |= {"forward": p @ share, "low": p.min(1), "high": p.max(1)}
-            columns |= {"over": over @ share, "n_over": over.sum(1), "greedy": (found["margin"] > 0) @ share}
+            columns |= {"over": over @ share, "n_over": over.sum(1), "greedy": (values["margin"] > 0) @ share}
             columns |= {"worst": rows[p.argmax(1)], "mildest": rows[p.argmin(1)]}
             parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
@@ -159,11 +157,11 @@ def exceptions(
     parts = []
     for situation, rtg in avoided(rtgs):
         rows = np.flatnonzero(showing(observations.images, situation))
-        asked = [(rtg, timestep) for timestep in timesteps]
-        found = per_observation(
-            model, select(observations, situation), asked, _forward_and_margin, progress=progress
+        conditions = [(rtg, timestep) for timestep in timesteps]
+        values = per_observation(
+            model, select(observations, situation), conditions, _forward_and_margin, progress=progress
         )
-        p, over = found["forward"], found["forward"] > AVOIDS
+        p, over = values["forward"], values["forward"] > AVOIDS
         which, at = np.flatnonzero(over.any(0)), np.asarray(timesteps)
         columns = {"situation": situation, "rtg": rtg, "observation": rows[which]}
         columns |= {"states": observations.multiplicity[rows[which]], "n": over.sum(0)[which]}
@@ -178,7 +176,7 @@ def avoided(rtgs: Sequence[float] = RTGS) -> list[tuple[str, float]]:
         (thing, rtg)
         for rtg, row in TABLE_1.items()
         for thing, yes in row.items()
-        if yes and any(np.isclose(rtg, asked) for asked in rtgs)
+        if yes and any(np.isclose(rtg, each) for each in rtgs)
     ]
 
 
@@ -215,10 +213,10 @@ def scan(
             for head, row in zip(run.embedded.folded.head_names, run.pattern, strict=True)
         }
 
-    asked = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
-    found = per_observation(model, observations, asked, measure, progress=progress)
-    means = {name: values.astype(float) @ share for name, values in found.items()}
-    return pd.DataFrame(asked, columns=["rtg", "timestep"]).assign(**means)
+    conditions = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
+    values = per_observation(model, observations, conditions, measure, progress=progress)
+    means = {name: each.astype(float) @ share for name, each in values.items()}
+    return pd.DataFrame(conditions, columns=["rtg", "timestep"]).assign(**means)
 
 
 def situation_scans(
@@ -268,8 +266,8 @@ def neurons(
     for situation in situations:
         ablate_each = _NeuronByNeuron(folded, observations, situation, how, means, seed)
         for k, rtg in enumerate(rtgs):
-            own = conditions[k * len(timesteps) : (k + 1) * len(timesteps)]
-            parts.append(ablate_each.table(own, preference, progress).assign(situation=situation, rtg=rtg))
+            of_rtg = conditions[k * len(timesteps) : (k + 1) * len(timesteps)]
+            parts.append(ablate_each.table(of_rtg, preference, progress).assign(situation=situation, rtg=rtg))
     table = pd.concat(parts, ignore_index=True)
     return table[["situation", "rtg", *table.columns.drop(["situation", "rtg"])]]
 
@@ -281,7 +279,7 @@ def _neuron_means(
     conditions: Sequence[tuple[float, int]],
     progress: bool,
 ) -> dict[tuple[float, int], np.ndarray]:
-    """The mean activation of each neuron over all observations, at each condition."""
+    """Return the mean activation of each neuron over all observations, at each condition."""
     share = weights(observations)
     sums = {condition: np.zeros((1, folded.d_mlp)) for condition in conditions}
     name = "means of the neurons" if progress else None
@@ -303,28 +301,28 @@ class _NeuronByNeuron:
         means: dict[tuple[float, int], np.ndarray],
         seed: int,
     ) -> None:
-        chosen, rng = select(observations, situation), np.random.default_rng(seed)
+        seen, rng = select(observations, situation), np.random.default_rng(seed)
         self.folded, self.how, self.means, self.situation = folded, how, means, situation
-        self.images, self.share = chosen.images, weights(chosen)
-        drawn = rng.choice(len(observations.images), len(chosen.images), p=weights(observations))
+        self.images, self.share = seen.images, weights(seen)
+        drawn = rng.choice(len(observations), len(seen), p=weights(observations))
         self.others = observations.images[drawn] if "resample" in how else None
 
     def table(self, conditions: Sequence[tuple[float, int]], preference: str, progress: bool) -> pd.DataFrame:
-        """A row for each neuron and way, averaged over the conditions."""
+        """Return a row for each neuron and way, averaged over the conditions."""
         sums = np.zeros((len(self.how) + 1, 2, self.folded.d_mlp))
         name = f"neurons, {self.situation}" if progress else None
         for rows, embedded in embedded_batches(self.folded, self.images, progress=name):
             self._add(rows, embedded, conditions, sums)
         on_preference = (self.folded.W_mlp @ contrast(preference).to(self.folded.W_mlp)).double().numpy()
         (active, fired), *ablated = sums / len(conditions)
-        own = {
+        intact = {
             "neuron": np.arange(self.folded.d_mlp),
             "active": active,
             "contribution": fired * on_preference,
         }
         return pd.concat(
             [
-                pd.DataFrame(own | {"change": moved * on_preference, "rise": rise}).assign(how=way)
+                pd.DataFrame(intact | {"change": moved * on_preference, "rise": rise}).assign(how=way)
                 for way, (moved, rise) in zip(self.how, ablated, strict=True)
             ],
             ignore_index=True,
@@ -394,12 +392,12 @@ def ablated_play(
     Columns: `ablated` ("none", "L0H0", …), `acting`, those of `rollout.summarise`, and the share of the episodes with
     each of `rollout.OUTCOMES`. All play from one seed.
     """
-    asked, parts = np.repeat(np.asarray(rtgs, dtype=float), episodes), []
+    each, parts = np.repeat(np.asarray(rtgs, dtype=float), episodes), []
     variants = [(name, acting) for name in ("none", *components(model)) for acting in ways]
     for name, acting in tqdm(variants, desc="play", disable=not progress):
         context: AbstractContextManager[Any] = nullcontext() if name == "none" else ablate(model, name)
         with context:
-            table = episode_table(rollout(model, asked, acting == "greedy", max_steps, seed), asked)
+            table = episode_table(rollout(model, each, acting == "greedy", max_steps, seed), each)
         shares = pd.crosstab(table["rtg"], table["outcome"], normalize="index")
         shares = shares.reindex(columns=list(OUTCOMES), fill_value=0.0).rename_axis(columns=None)
         curve = summarise(table).merge(shares.reset_index(), on="rtg")

@@ -27,20 +27,20 @@ from tqdm import tqdm
 from dtbook.analysis.attribution import forward_preference
 from dtbook.analysis.population import BATCH_SIZE, FoldedWeights, Run, embedded_batches
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.situations import SITUATIONS, select, weights, without_front
+from dtbook.gridworld.situations import FACING, select, weights, without_front
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, RTGS, TIMESTEP, printed
 
-FORWARD = (-0.5, -0.5, 1.0)
+FORWARD_OVER_TURNS = (-0.5, -0.5, 1.0)
 """The weights of the logits in direct attribution: forward against the mean of left and right."""
 INTO_CLEAN, INTO_SOURCE = "into the clean run", "into the source run"
 
 
 class Case(NamedTuple):
-    """Which observations are shown, and what is changed."""
+    """A situation that observations show, and one change."""
 
     situation: str
-    """One of `situations.SITUATIONS`."""
+    """One of `situations.FACING`."""
     rtg: float
     """The return asked for in the clean run."""
     source_rtg: float
@@ -54,10 +54,8 @@ class Case(NamedTuple):
         return f"RTG {printed(self.rtg)} → {printed(self.source_rtg)}"
 
 
-FRONT_CASES = tuple(
-    Case(situation, rtg, rtg) for rtg in RTGS for situation in SITUATIONS if situation != "empty"
-)
-CASES = (*FRONT_CASES, *(Case(situation, -1.0, HIGH) for situation in SITUATIONS if situation != "empty"))
+FRONT_CASES = tuple(Case(situation, rtg, rtg) for rtg in RTGS for situation in FACING)
+CASES = (*FRONT_CASES, *(Case(situation, -1.0, HIGH) for situation in FACING))
 """obstacle, wall and goal → empty at each return of the post's Table 1, and RTG −1 → 0.9 with each of them in front."""
 
 
@@ -149,7 +147,7 @@ class HeadPatching:
 
 
 class Scores(NamedTuple):
-    """What the attention of the state token is made of, head by head; time and biases that cancel are left out."""
+    """The vectors behind the attention of the state token, by head; time and biases that cancel are left out."""
 
     query: Float[Tensor, "*head n d_head"]
     rtg_key: Float[Tensor, "*head 1 d_head"]
@@ -241,12 +239,12 @@ def ablations(run: Run) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
     resid_mid = run.resid_mid()
     for head, name in enumerate(run.embedded.folded.head_names):
         yield name, run.unembed(resid_mid - head_result(run, head))
-    yield "L0 MLP", run.unembed(resid_mid, resid_mid.new_zeros(1, len(FORWARD)))
+    yield "L0 MLP", run.unembed(resid_mid, resid_mid.new_zeros(1, len(FORWARD_OVER_TURNS)))
 
 
 def attributions(pair: Pair) -> Iterator[tuple[str, Float[Tensor, " n"]]]:
     """Yield (component, change of its direct contribution to forward − mean of left and right), source − base."""
-    direction = torch.tensor(FORWARD).to(pair.base.fixed)
+    direction = torch.tensor(FORWARD_OVER_TURNS).to(pair.base.fixed)
     before, after = pair.base.contributions(), pair.source.contributions()
     for name in ("state", *pair.base.embedded.folded.head_names, "L0 MLP"):
         yield name, (after[name] - before[name]) @ direction
@@ -285,7 +283,7 @@ def _means(pair: Pair, *values: Tensor) -> np.ndarray:
 def _effects(
     pair: Pair, before: Tensor, after: Tensor
 ) -> Iterator[tuple[tuple[str, str, str, str], tuple[Tensor, Tensor]]]:
-    """Every intervention on a pair, with what it changes: (forward preference, P(forward)) of each observation."""
+    """Yield every intervention on a pair, and its changes of each observation's (forward preference, P(forward))."""
     for direction, runs, unpatched, sign in (
         (INTO_CLEAN, pair, before, 1.0),
         (INTO_SOURCE, pair.swapped(), after, -1.0),

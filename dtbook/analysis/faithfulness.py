@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dtbook.analysis.attribution import forward_preference
-from dtbook.analysis.counterfactuals import FORWARD, Case, pairs_of
+from dtbook.analysis.counterfactuals import FORWARD_OVER_TURNS, Case, pairs_of
 from dtbook.analysis.population import FoldedWeights, Run, embedded_batches
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import select, weights
@@ -42,7 +42,11 @@ SEARCH_ROWS = 2048
 MOST = 64
 """Neurons after which the search gives up."""
 
-CASES = (Case("obstacle", HIGH, HIGH), Case("goal from the top", -1.0, -1.0), Case("wall", HIGH, HIGH))
+CIRCUIT_CASES = (
+    Case("obstacle", HIGH, HIGH),
+    Case("goal from the top", -1.0, -1.0),
+    Case("wall", HIGH, HIGH),
+)
 """The behaviours that circuits are looked for: what the model avoids with each of them in front."""
 RANDOM_ORDERS = 3
 
@@ -64,8 +68,8 @@ class Trio(NamedTuple):
     weights: Float[Tensor, " n"]
 
 
-class Rows(NamedTuple):
-    """What a case is measured on: observations, their shares, and for each the observation it is resampled from."""
+class CaseRows(NamedTuple):
+    """The observations of a case, their shares, and for each the observation that it is resampled from."""
 
     case: Case
     timestep: int
@@ -73,7 +77,7 @@ class Rows(NamedTuple):
     weights: np.ndarray
     others: np.ndarray
 
-    def drawn(self, n: int, rng: np.random.Generator) -> "Rows":
+    def drawn(self, n: int, rng: np.random.Generator) -> "CaseRows":
         """Return n rows drawn by weight, each then of the same weight."""
         rows = rng.choice(len(self.weights), n, p=self.weights)
         return self._replace(images=self.images[rows], weights=np.full(n, 1 / n), others=self.others[rows])
@@ -85,7 +89,7 @@ class Rows(NamedTuple):
             yield Trio(*pair[:2], other.at(self.case.rtg, self.timestep), pair.weights)
 
 
-def case_rows(observations: ObservationSet, case: Case, seed: int, timestep: int = TIMESTEP) -> Rows:
+def case_rows(observations: ObservationSet, case: Case, seed: int, timestep: int = TIMESTEP) -> CaseRows:
     """Return a case's observations, each with one other observation of all there are, drawn by weight.
 
     A case of fewer than `LEAST_ROWS` observations has each of them several times, with as many others. Raises
@@ -97,14 +101,14 @@ def case_rows(observations: ObservationSet, case: Case, seed: int, timestep: int
     rng = np.random.default_rng(seed)
     others = rng.choice(len(observations), times * len(share), p=weights(observations))
     images = np.tile(seen.images, (times, 1, 1, 1))
-    return Rows(case, timestep, images, np.tile(share / times, times), observations.images[others])
+    return CaseRows(case, timestep, images, np.tile(share / times, times), observations.images[others])
 
 
 # How much each unit does, by three methods
 
 
 @torch.inference_mode()
-def importance(model: DecisionTransformer, rows: Rows) -> pd.DataFrame:
+def importance(model: DecisionTransformer, rows: CaseRows) -> pd.DataFrame:
     """Return each unit's weighted mean effect by each method, in logits of the forward preference; one row a unit.
 
     Columns: `unit`; `patching`, the change when the unit's output in the clean run is the source's; `ablation`, that
@@ -133,7 +137,7 @@ def _preference_with_each(
 
 
 def _one_by_one(run: Run, direct: Tensor, heads: Tensor, neurons: Tensor) -> Float[Tensor, "unit n"]:
-    """The change of the forward preference when one unit's output is changed by so much, for each unit."""
+    """Return the change of the forward preference when one unit's output is changed by so much, for each unit."""
     resid_mid = run.resid_mid()
     logits = run.unembed(resid_mid)
     changed = [forward_preference(logits + direct)]
@@ -159,7 +163,7 @@ def _ablation(trio: Trio) -> Float[Tensor, "unit n"]:
 
 def _attribution(trio: Trio) -> Float[Tensor, "unit n"]:
     f, clean, source = trio.clean.embedded.folded, trio.clean, trio.source
-    direction = torch.tensor(FORWARD).to(f.b_U)
+    direction = torch.tensor(FORWARD_OVER_TURNS).to(f.b_U)
     heads = f.direct_logits(source.head_results() - clean.head_results()) @ direction
     neurons = (source.post() - clean.post()) * (f.W_mlp @ direction)
     return torch.cat([((_direct(source) - _direct(clean)) @ direction)[None], heads, neurons.T])
@@ -169,7 +173,7 @@ def _attribution(trio: Trio) -> Float[Tensor, "unit n"]:
 
 
 @torch.inference_mode()
-def faithfulness(model: DecisionTransformer, rows: Rows, kept: Kept) -> pd.DataFrame:
+def faithfulness(model: DecisionTransformer, rows: CaseRows, kept: Kept) -> pd.DataFrame:
     """Return how much of the behaviour is left for each set of kept units; one row a set.
 
     Columns: `size`, units kept; `behaviour`, weighted mean of P(forward) in the source run − in the clean run, and
@@ -177,16 +181,16 @@ def faithfulness(model: DecisionTransformer, rows: Rows, kept: Kept) -> pd.DataF
     observation, ÷ the mean of that behaviour without its sign: at most 1, and 0 when nothing is kept; `agreement`,
     weight of the observations whose likeliest action in the clean run is the model's. A share above 1 overdoes it.
     """
-    sums, own, size = np.zeros((3, len(kept))), np.zeros(2), kept.sum(1)
+    sums, of_model, size = np.zeros((3, len(kept))), np.zeros(2), kept.sum(1)
     for trio in rows.trios(FoldedWeights(model)):
-        whole = _behaviour(trio.source.logits()[:, None], trio.clean.logits()[:, None])[:, 0]
-        own += [float(trio.weights @ whole), float(trio.weights @ whole.abs())]
+        full = _behaviour(trio.source.logits()[:, None], trio.clean.logits()[:, None])[:, 0]
+        of_model += [float(trio.weights @ full), float(trio.weights @ full.abs())]
         after, before = (circuit_logits(run, trio.other, kept) for run in (trio.source, trio.clean))
         left = _behaviour(after, before)
         agree = before.argmax(2) == trio.clean.logits().argmax(1)[:, None]
-        sums += np.stack([trio.weights @ x.double() for x in (left, (left - whole[:, None]).abs(), agree)])
-    table = pd.DataFrame({"size": size, "behaviour": sums[0], "share": sums[0] / own[0]})
-    return table.assign(match=1 - sums[1] / own[1], agreement=sums[2])
+        sums += np.stack([trio.weights @ x.double() for x in (left, (left - full[:, None]).abs(), agree)])
+    table = pd.DataFrame({"size": size, "behaviour": sums[0], "share": sums[0] / of_model[0]})
+    return table.assign(match=1 - sums[1] / of_model[1], agreement=sums[2])
 
 
 def _behaviour(after: Tensor, before: Tensor) -> Tensor:
@@ -214,7 +218,7 @@ def circuit_logits(run: Run, other: Run, kept: Kept) -> Float[Tensor, "n circuit
 
 
 def _mixed(own: Tensor, others: Tensor, part: np.ndarray) -> Tensor:
-    """The results of the heads: their own where they are kept, else those of the other observation."""
+    """Return the results of the heads: their own where they are kept, else those of the other observation."""
     return torch.where(torch.from_numpy(part[1:])[:, None, None], own, others)
 
 
@@ -227,16 +231,18 @@ def curve_masks(order: Sequence[int] | Int[np.ndarray, " unit"], sizes: Sequence
 def subset_masks(model: DecisionTransformer) -> tuple[list[str], Kept]:
     """Return every subset of "state → logits", the heads and the whole MLP, by name and as units."""
     names = [DIRECT, *(f"L0H{head}" for head in range(model.cfg.n_heads)), "L0 MLP"]
-    chosen = (np.arange(2 ** len(names))[:, None] >> np.arange(len(names)) & 1).astype(bool)
-    labels = [" + ".join(np.array(names)[row]) or "nothing" for row in chosen]
-    return labels, np.concatenate([chosen[:, :-1], np.repeat(chosen[:, -1:], model.cfg.d_mlp, 1)], 1)
+    members = (np.arange(2 ** len(names))[:, None] >> np.arange(len(names)) & 1).astype(bool)
+    labels = [" + ".join(np.array(names)[row]) or "nothing" for row in members]
+    return labels, np.concatenate([members[:, :-1], np.repeat(members[:, -1:], model.cfg.d_mlp, 1)], 1)
 
 
 # The smallest circuit
 
 
 @torch.inference_mode()
-def smallest_circuit(model: DecisionTransformer, rows: Rows, seed: int, keep: float = KEEP) -> pd.DataFrame:
+def smallest_circuit(
+    model: DecisionTransformer, rows: CaseRows, seed: int, keep: float = KEEP
+) -> pd.DataFrame:
     """Return the smallest circuit found that keeps a share of the behaviour, growing; one row a unit.
 
     Columns: `unit`, the unit added, and those of `faithfulness` for all units up to it, over all rows. For every subset
@@ -247,21 +253,21 @@ def smallest_circuit(model: DecisionTransformer, rows: Rows, seed: int, keep: fl
     """
     drawn = rows.drawn(SEARCH_ROWS, np.random.default_rng(seed))
     trio = next(drawn.trios(FoldedWeights(model)))
-    whole = float(_behaviour(trio.source.logits(), trio.clean.logits()).mean())
+    full = float(_behaviour(trio.source.logits(), trio.clean.logits()).mean())
     n_parts = 1 + model.cfg.n_heads
     parts = (np.arange(2**n_parts)[:, None] >> np.arange(n_parts) & 1).astype(bool)
-    found: list[tuple[int, float, np.ndarray, list[int]]] = []
+    circuits: list[tuple[int, float, np.ndarray, list[int]]] = []
     most = min(MOST, model.cfg.d_mlp)
     for part in sorted(parts, key=lambda part: int(part.sum())):
-        smallest = min((size for size, share, *_ in found if share >= keep), default=n_parts + most)
+        smallest = min((size for size, share, *_ in circuits if share >= keep), default=n_parts + most)
         room = min(smallest - int(part.sum()), most)
         if room >= 0:
-            neurons, share = _grow(trio, part, whole, room, keep)
-            found.append((int(part.sum()) + len(neurons), share, part, neurons))
+            neurons, share = _grow(trio, part, full, room, keep)
+            circuits.append((int(part.sum()) + len(neurons), share, part, neurons))
     _, _, part, neurons = min(
-        found, key=lambda one: (one[1] < keep, one[0] if one[1] >= keep else 0, -one[1])
+        circuits, key=lambda one: (one[1] < keep, one[0] if one[1] >= keep else 0, -one[1])
     )
-    neurons, _ = _grow(trio, part, whole, min(len(neurons) + 8, model.cfg.d_mlp), np.inf)
+    neurons, _ = _grow(trio, part, full, min(len(neurons) + 8, model.cfg.d_mlp), np.inf)
     units = [int(unit) for unit in np.flatnonzero(part)] + [n_parts + neuron for neuron in neurons]
     order = units + [unit for unit in range(n_parts + model.cfg.d_mlp) if unit not in units]
     masks = curve_masks(order, range(1, len(units) + 1))[: len(units)]
@@ -271,8 +277,8 @@ def smallest_circuit(model: DecisionTransformer, rows: Rows, seed: int, keep: fl
     return table[: enough[0] + 1] if len(enough) else table
 
 
-def _grow(trio: Trio, part: np.ndarray, whole: float, room: int, keep: float) -> tuple[list[int], float]:
-    """Neurons added to a subset of heads and direct path until the share is kept or there is no room."""
+def _grow(trio: Trio, part: np.ndarray, full: float, room: int, keep: float) -> tuple[list[int], float]:
+    """Return the neurons added to some heads and direct path until the share is kept or there is no room, and it."""
     runs, f = (trio.clean, trio.source), trio.other.embedded.folded
     kept = np.concatenate([part, np.zeros(f.d_mlp, bool)])[None]
     logits = [circuit_logits(run, trio.other, kept)[:, 0] for run in runs]
@@ -280,12 +286,12 @@ def _grow(trio: Trio, part: np.ndarray, whole: float, room: int, keep: float) ->
     changes = [
         run.post(run.resid_mid(mixed)) - trio.other.post() for run, mixed in zip(runs, results, strict=True)
     ]
-    share = float(_behaviour(logits[1], logits[0]).mean()) / whole
+    share = float(_behaviour(logits[1], logits[0]).mean()) / full
     neurons: list[int] = []
     left = torch.ones(f.d_mlp, dtype=torch.bool)
     while share < keep and len(neurons) < room:
         after, before = (_preference_with_each(logits[k], changes[k], f.W_mlp).sigmoid() for k in (1, 0))
-        shares = (after - before).double().mean(0) / whole
+        shares = (after - before).double().mean(0) / full
         best = int(shares.where(left, -torch.inf).argmax())
         share, left[best] = float(shares[best]), False
         logits = [logits[k] + changes[k][:, best, None] * f.W_mlp[best] for k in (0, 1)]

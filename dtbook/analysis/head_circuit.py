@@ -25,6 +25,7 @@ from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import (
     EMPTY_CELL,
+    FACING,
     IN_FRONT,
     SITUATIONS,
     showing,
@@ -39,7 +40,7 @@ ALL_QUANTILES = np.array([0.05, 0.5, 0.95])
 
 
 class Circuit(NamedTuple):
-    """What is measured of one head; each table says its columns where it is made."""
+    """The tables and maps of one head; each table says its columns where it is made."""
 
     maps: dict[str, Float[np.ndarray, "..."]]
     attention: pd.DataFrame
@@ -83,22 +84,23 @@ def measure_circuit(
     """
     maps = weight_maps(model, head)
     for situation in situations:
-        if situation not in SITUATIONS or situation == "empty":
-            allowed = ", ".join(map(repr, (name for name in SITUATIONS if name != "empty")))
+        if situation not in FACING:
+            allowed = ", ".join(map(repr, FACING))
             raise ValueError(
                 f"situation is {situation!r}; it must be one of {allowed}, which can be emptied."
             )
     attention = attention_table(model, observations, rtgs, timesteps, progress)
-    found = {
+    by_situation = {
         name: counterfactual_effects(model, observations, head, name, rtg, timestep) for name in situations
     }
     effects, terms = (
         pd.concat(
-            [getattr(one, kind).assign(situation=name) for name, one in found.items()], ignore_index=True
+            [getattr(one, kind).assign(situation=name) for name, one in by_situation.items()],
+            ignore_index=True,
         )
         for kind in ("effects", "terms")
     )
-    return Circuit(maps, attention, effects, terms, found[situations[0]].neurons)
+    return Circuit(maps, attention, effects, terms, by_situation[situations[0]].neurons)
 
 
 # What the weights say
@@ -190,7 +192,7 @@ def attention_table(
 # What it changes
 
 
-class Effects(NamedTuple):
+class CounterfactualEffects(NamedTuple):
     """Weighted mean changes from clean to counterfactual over the observations of a situation."""
 
     effects: pd.DataFrame
@@ -224,7 +226,7 @@ def counterfactual_effects(
     situation: str,
     rtg: float,
     timestep: int,
-) -> Effects:
+) -> CounterfactualEffects:
     """Return what emptying the front cell changes, and how much of it goes through one head's pattern and values.
 
     The parts of a change are not additive: pattern and values multiply, so `QK` + `OV` differs from `head` by how much
@@ -249,7 +251,7 @@ def counterfactual_effects(
 
 def _tables(
     model: DecisionTransformer, head: int, situation: str, rtg: float, n: int, sums: dict[str, Tensor]
-) -> Effects:
+) -> CounterfactualEffects:
     row = {name: float(sums[name]) for name in ("whole", "head", "QK", "OV")}
     row |= {"direct F-R": float(sums["direct"]), "MLP F-R": float(sums["neurons"].sum())}
     row |= {"pattern": float(sums["pattern"]), "pattern empty": float(sums["empty"])}
@@ -258,7 +260,7 @@ def _tables(
     neurons = neuron_directions(model, head, situation, rtg, sums["read"])
     pre = sums["read"].numpy()[: model.cfg.d_mlp]
     neurons = neurons.assign(pre=pre, change=sums["neurons"].numpy(), active=sums["active"].numpy())
-    return Effects(pd.DataFrame([row | {"n": n}]), terms, neurons)
+    return CounterfactualEffects(pd.DataFrame([row | {"n": n}]), terms, neurons)
 
 
 # What reads it

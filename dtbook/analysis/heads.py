@@ -1,4 +1,4 @@
-"""Which head avoids obstacles, by the scorecard's rule, and a model whose heads are numbered by it.
+"""The obstacle head: each head's score by the scorecard's rule, and a model whose heads are numbered by it.
 
 The rule: an observation with an obstacle in front is run beside its counterfactual, the same with that one cell
 empty. One head's output at the state token (`hook_z`) is patched from the counterfactual run into the clean one.
@@ -21,7 +21,7 @@ from dtbook.analysis.counterfactuals import Case, HeadPatching, Pair, pairs
 from dtbook.analysis.interventions import STATE_TOKENS, Site, patch
 from dtbook.analysis.population import FoldedWeights
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.situations import BATCH_SIZE, Batch, counterfactual_pairs, select
+from dtbook.gridworld.situations import MODEL_BATCH, ObservationBatch, counterfactual_pairs, select
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, TIMESTEP
 
@@ -36,7 +36,7 @@ RULE = (
 
 
 class Changes(NamedTuple):
-    """What the counterfactual changes in the forward preference of each observation of a batch (logits)."""
+    """The changes that the counterfactual makes to the forward preference of each observation of a batch (logits)."""
 
     whole: Float[Tensor, " batch"]
     """Counterfactual run − clean run."""
@@ -50,7 +50,7 @@ def obstacle_head_scores(
     observations: ObservationSet,
     rtg: float = HIGH,
     timestep: int = TIMESTEP,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = MODEL_BATCH,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return each head's obstacle score over the observations with an obstacle in front; one row a head.
@@ -107,7 +107,9 @@ def _changes(
 
 
 @torch.no_grad()
-def changes_by_patching(model: DecisionTransformer, clean: Batch, counterfactual: Batch) -> Changes:
+def changes_by_patching(
+    model: DecisionTransformer, clean: ObservationBatch, counterfactual: ObservationBatch
+) -> Changes:
     """Return the changes by running the model with each head patched: for any model, and to check the fast way."""
     before = forward_preference(model(*clean.inputs)[:, 0])
     logits, source = model.run_with_cache(
@@ -162,7 +164,7 @@ def order_heads(model: DecisionTransformer, scores: pd.DataFrame) -> DecisionTra
 
 
 def _order(scores: np.ndarray) -> list[int]:
-    """Heads in their new order: the best exchanged with head 1."""
+    """Return the heads in their new order: the best exchanged with head 1."""
     order = list(range(len(scores)))
     if len(order) > 1 and not np.isnan(scores).any():
         best = int(scores.argmax())
@@ -171,7 +173,7 @@ def _order(scores: np.ndarray) -> list[int]:
 
 
 def _or_none(number: float) -> float | None:
-    """The number, or None for one that JSON cannot hold."""
+    """Return the number, or None for one that JSON cannot hold."""
     return float(number) if np.isfinite(number) else None
 
 

@@ -215,7 +215,7 @@ class Run(NamedTuple):
 @partial(compiled, fastmath=True)
 @no_type_check
 def _relu_matmul(pre: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
-    """out = relu(pre[:, :n]) @ weightᵀ for a weight of three rows of n, in one go over `pre`."""
+    """Write relu(pre[:, :n]) @ weightᵀ into `out`, for a weight of three rows of n, in one go over `pre`."""
     n = weight.shape[1]
     for i in range(len(pre)):
         left = right = forward = pre[i, 0] * 0
@@ -279,7 +279,7 @@ def logits(
     progress: bool = False,
 ) -> Float[np.ndarray, "condition n action"]:
     """Return the action logits of every observation at every (rtg, timestep); `model` itself, up to rounding."""
-    found = per_observation(
+    values = per_observation(
         model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress
     )
-    return found["logits"]
+    return values["logits"]

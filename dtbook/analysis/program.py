@@ -70,7 +70,7 @@ def facts(images: Images) -> dict[str, np.ndarray]:
 
 
 class Step(NamedTuple):
-    """What a table looks at."""
+    """One table: the facts that it looks at."""
 
     name: str
     rtg: str | None
@@ -115,7 +115,7 @@ def bands(rtgs: Float[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
 
 
 def _rtg_rows(step: Step, rtgs: np.ndarray) -> np.ndarray:
-    """The part of a row that RTG decides; an RTG that is none of the exact ones takes the nearest."""
+    """Return the part of a row that RTG decides; an RTG that is none of the exact ones takes the nearest."""
     if step.rtg is None:
         return np.zeros(len(rtgs), np.int64)
     return bands(rtgs) if step.rtg == "band" else np.abs(rtgs[:, None] - FITTED_RTGS).argmin(1)
@@ -192,20 +192,20 @@ class Program:
 
     @property
     def kl(self) -> float:
-        """Weighted KL divergence of the model from the table (nats): 0 for a table that is the model."""
+        """The weighted KL divergence of the model from the table (nats): 0 for a table that is the model."""
         return self.negative_entropy - float(
             (self.sums * np.log(np.maximum(self.probabilities, 1e-300))).sum()
         )
 
     @property
     def agreement(self) -> float:
-        """Weight of the observations for which the table's likeliest action is the model's."""
+        """The weight of the observations for which the table's likeliest action is the model's."""
         best = self.probabilities.argmax(1)
         return float(self.likeliest[np.arange(len(best)), best].sum())
 
     @property
     def n_rows(self) -> int:
-        """Rows that some observation falls into."""
+        """The number of rows that some observation falls into."""
         return int((self.weight > 0).sum())
 
     def table(self) -> pd.DataFrame:

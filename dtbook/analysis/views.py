@@ -1,4 +1,4 @@
-"""What linear read-outs of the view say over every observation: direct effects by cell, and whose variance they are.
+"""Linear read-outs of the view over every observation: direct effects by cell, and whose variance they are.
 
 The embedding is linear in what the cells hold, so its effect on any preference is a sum over 49 cells, each of which
 holds one of four things. All that such a sum can do over the observations follows from one matrix, how often two cells
@@ -26,12 +26,12 @@ from dtbook.model.transformer import DecisionTransformer
 
 THINGS = tuple(CELLS)
 MOMENTS_BATCH = 16384
-Effects = Float[np.ndarray, "7 7 4"]
+ThingEffects = Float[np.ndarray, "7 7 4"]
 """What each thing (`THINGS`) in each cell adds to a preference: entry [i, j, thing] is about image[i, j] (logits)."""
 
 
 class Embeddings(NamedTuple):
-    """What each row of the embeddings writes on the action logits directly: its dot product with W_U."""
+    """The direct effect of each row of the embeddings on the action logits: its dot product with W_U."""
 
     state: Float[np.ndarray, "channel 7 7 action"]
     """One unit of a channel of image[i, j]."""
@@ -72,7 +72,7 @@ def embeddings(model: DecisionTransformer) -> Embeddings:
     return Embeddings(state, rtg, time, position, np.array(largest, np.float32))
 
 
-def thing_effects(maps: Float[np.ndarray, "channel 7 7"]) -> Effects:
+def thing_effects(maps: Float[np.ndarray, "channel 7 7"]) -> ThingEffects:
     """Return what each thing in each cell adds, from maps by channel (3, index encoding; 20, one-hot).
 
     Raises ValueError for another number of channels.
@@ -90,14 +90,14 @@ def thing_effects(maps: Float[np.ndarray, "channel 7 7"]) -> Effects:
 
 
 class Moments(NamedTuple):
-    """How often two cells hold two things: the share of the states whose observation shows both."""
+    """The second moments of the view: the share of the states whose observation shows two things in two cells."""
 
     second: Float64[np.ndarray, "cell_thing cell_thing"]
     """cell_thing counts (i, j, thing), thing fastest; the diagonal is how often a cell holds a thing."""
 
     @property
     def mean(self) -> Float64[np.ndarray, " cell_thing"]:
-        """How often each cell holds each thing."""
+        """The share of the states in which each cell holds each thing."""
         return np.diagonal(self.second)
 
     @property
@@ -147,7 +147,7 @@ REGIONS = {
 
 
 def variance_shares(
-    effects: Effects, seen: Moments, groups: Mapping[str, Bool[np.ndarray, "7 7 *things"]] | None = None
+    effects: ThingEffects, seen: Moments, groups: Mapping[str, Bool[np.ndarray, "7 7 *things"]] | None = None
 ) -> pd.DataFrame:
     """Return whose variance the effect's variance over the observations is, one row a group of cells (or of things).
 
@@ -159,16 +159,16 @@ def variance_shares(
     flat, covariance = effects.reshape(-1), seen.covariance
     whole, rows = flat @ covariance @ flat, {}
     for name, mask in groups.items():
-        chosen = np.broadcast_to(mask if mask.ndim == 3 else mask[..., None], effects.shape).reshape(-1)
-        part = np.where(chosen, flat, 0.0)
-        own = max(float(part @ covariance @ part), 0.0)
+        inside = np.broadcast_to(mask if mask.ndim == 3 else mask[..., None], effects.shape).reshape(-1)
+        part = np.where(inside, flat, 0.0)
+        variance = max(float(part @ covariance @ part), 0.0)
         share = float(part @ covariance @ flat)
-        rows[name] = {"share": share / whole, "alone": own / whole, "std": own**0.5}
+        rows[name] = {"share": share / whole, "alone": variance / whole, "std": variance**0.5}
     return pd.DataFrame(rows).T.rename_axis("group")
 
 
 class FrontCell(NamedTuple):
-    """How far the cell in front explains a linear effect of the view over the observations."""
+    """The part that the cell in front has in a linear effect of the view over the observations."""
 
     of_itself: float
     """1 − variance of (whole − front cell's own term) ÷ variance of the whole: what taking the rest as constant leaves
@@ -180,7 +180,7 @@ class FrontCell(NamedTuple):
     """By what is in front: `share` of the states, `front` (its own term), `rest` and `whole` (means; logits)."""
 
 
-def front_cell(effects: Effects, seen: Moments) -> FrontCell:
+def front_cell(effects: ThingEffects, seen: Moments) -> FrontCell:
     """Return how far the cell in front explains the effect; see `FrontCell`."""
     flat, covariance = effects.reshape(-1), seen.covariance
     front = np.where(np.broadcast_to(REGIONS["front cell"][..., None], effects.shape), effects, 0.0).reshape(

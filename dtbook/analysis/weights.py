@@ -1,4 +1,4 @@
-"""What the weights say without a forward pass: embeddings as view maps, and the QK and OV circuits of a head.
+"""Weights without a forward pass: embeddings as view maps, and the QK and OV circuits of a head.
 
 Circuits are matrices between embeddings (Elhage et al. 2021): rows are vectors, W_QK = W_Q W_Kᵀ, W_OV = W_V
 W_O. Embeddings are any rows of width d_model: `model.W_E_state` (one row for each channel and cell),
@@ -65,7 +65,7 @@ def qk_circuit(
 
 
 class OVCircuit(NamedTuple):
-    """What a head writes on some directions when it attends to a token with weight 1.
+    """The effect of a head on some directions when it attends to a token with weight 1.
 
     effect = Σ weight + bias, over the rows present in the token; bias once, as attention sums to 1. (b_O is
     the layer's, not the head's.)

@@ -1,4 +1,4 @@
-"""What the claims are decided on: a model's measures over every observation, each computed once, when first asked for.
+"""The evidence that claims are decided on: a model's measures over every observation, each computed when first used.
 
 Terms are those of the scorecard. P(F | situation, R) is the weighted mean probability of forward, averaged over
 `timesteps`; a rise is that with a component zero-ablated − that of the intact model; head 1 is the obstacle head.
@@ -30,7 +30,7 @@ FRONT_ROWS = {"object": 26, "colour": 75}
 
 
 class Evidence:
-    """A model with two heads in one layer, and what the claims ask of it.
+    """A model with two heads in one layer, and all measures that the claims are about.
 
     `calibration` is a table of `pipeline.calibrate`; `history` PPO's own episodes. Where one is absent, the claims that
     need it are not decided. Raises ValueError for a model of another shape.
@@ -73,19 +73,19 @@ class Evidence:
         return table.drop(columns="how").groupby(keys).mean()
 
     def forward(self, situation: str, rtg: float, without: str = "none") -> float:
-        """P(F | situation, R), with a component zero-ablated or none."""
+        """Return P(F | situation, R), with a component zero-ablated or none."""
         return self._mean(situation, rtg, without, "forward")
 
     def _mean(self, situation: str, rtg: float, ablated: str, column: str) -> float:
         return float(self.situations[column].to_dict()[situation, rtg, ablated])
 
     def rise(self, situation: str, rtg: float, without: str) -> float:
-        """How much P(F | situation, R) rises when a component is zero-ablated."""
+        """Return how much P(F | situation, R) rises when a component is zero-ablated."""
         return self.forward(situation, rtg, without) - self.forward(situation, rtg)
 
     @cached_property
     def _over_all(self) -> tuple[float, float]:
-        """What takes a run of all observations: `turn_correlation`, and `attention` with an empty cell in front."""
+        """`turn_correlation`, and `attention` with an empty cell in front: both take a run of all observations."""
         share, folded = weights(self.observations), FoldedWeights(self.model)
         turns = np.empty((len(RTGS), len(share), 2), np.float32)
         attention, empty = 0.0, showing(self.observations.images, "empty")
@@ -110,14 +110,14 @@ class Evidence:
         return self._mean(situation, HIGH, "none", "attention L0H1")
 
     def state_contribution(self, situation: str) -> float:
-        """Mean of what the state embedding adds to F−R directly (logits): linear, so that of the mean image."""
-        chosen = select(self.observations, situation)
-        mean = np.tensordot(weights(chosen), chosen.images.astype(np.float64), 1)
+        """Return the mean direct contribution of the state embedding to F−R (logits): that of the mean image."""
+        seen = select(self.observations, situation)
+        mean = np.tensordot(weights(seen), seen.images.astype(np.float64), 1)
         return float((state_maps(self.model, "F-R").double().numpy() * mean.transpose(2, 0, 1)).sum())
 
     @cached_property
     def mlp_rises(self) -> float:
-        """Share of the weight of obstacles in front (R = 0.9, mean over the timesteps) on which the MLP's
+        """The share of the weight of obstacles in front (R = 0.9, mean over the timesteps) on which the MLP's
         contribution to F−R rises when head 1 is zero-ablated.
         """
         obstacles, direction = select(self.observations, "obstacle"), contrast("F-R").to(self.model.W_U)
@@ -134,7 +134,7 @@ class Evidence:
 
     @cached_property
     def circuit(self) -> "CircuitParts":
-        """How the counterfactual's effect through head 1 divides into its pattern and its values."""
+        """The counterfactual's effect through head 1, and that of its pattern and of its values alone."""
         totals = np.zeros(4)
         for pair in pairs(FoldedWeights(self.model), self.observations, Case("obstacle", HIGH, HIGH)):
             by = HeadPatching(pair)
@@ -143,7 +143,7 @@ class Evidence:
         return CircuitParts(*totals.tolist())
 
     def preference_of_rtg(self, preference: str) -> float:
-        """The RTG embedding's dot product with a preference direction (logits per unit of return)."""
+        """Return the RTG embedding's dot product with a preference direction (logits per unit of return)."""
         return float(self.model.W_E_rtg.detach() @ preference_direction(self.model, preference))
 
     def time_slope(self, last: int) -> Line:
@@ -153,12 +153,12 @@ class Evidence:
 
     @cached_property
     def front_cell(self) -> dict[str, float]:
-        """What the front cell adds to F−R directly by what it holds (the post's Table 3)."""
+        """The direct contributions of the front cell to F−R, by what it holds (the post's Table 3)."""
         table = front_cell_table(self.model)["contribution"]
         return {str(name): float(value) for name, value in table.items()}
 
     def front_weight(self, channel: str) -> tuple[float, float]:
-        """The weight of the front cell of a channel on F−R, and its z-score among the channel's 49 cells."""
+        """Return the weight of the front cell of a channel on F−R, and its z-score among the channel's 49 cells."""
         maps = state_maps(self.model, "F-R")[["object", "colour", "state"].index(channel)].double()
         front = maps[FRONT]
         return float(front), float((front - maps.mean()) / maps.std())
@@ -177,7 +177,7 @@ class Evidence:
         return dict(zip(FRONT_ROWS, circuit.weight[:, 2].tolist(), strict=True))
 
     def rtg_through_head(self) -> float:
-        """0.9 times the RTG embedding through head 1's W_OV on F−R, at full attention (logits)."""
+        """Return 0.9 times the RTG embedding through head 1's W_OV on F−R, at full attention (logits)."""
         direction = preference_direction(self.model, "F-R")[:, None]
         return HIGH * float(ov_circuit(self.model, 0, 1, self.model.W_E_rtg[None], direction).weight)
 
@@ -185,7 +185,7 @@ class Evidence:
 class CircuitParts(NamedTuple):
     """Weighted mean changes of the forward preference from clean to counterfactual (obstacle → empty; logits)."""
 
-    whole: float
+    total: float
     head: float
     """Head 1's output patched."""
     qk: float

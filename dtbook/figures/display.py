@@ -29,7 +29,6 @@ from plotly.offline import get_plotlyjs_version
 INK, GRID, PAPER = "#1f2328", "#d9dee3", "#fefefe"
 BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#b8609a", "#57606a"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, GREY)
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SEQUENTIAL = ((0.0, PAPER), (1.0, BLUE))
 DIVERGING = ((0.0, VERMILLION), (0.5, PAPER), (1.0, BLUE))
 PLOTLY_MIME = "application/vnd.plotly.v1+json"

@@ -43,7 +43,7 @@ from dtbook.gridworld.rules import (
     unchecked_step,
 )
 
-Rows = slice | npt.NDArray[Any] | Sequence[int] | int | np.integer
+RowIndex = slice | npt.NDArray[Any] | Sequence[int] | int | np.integer
 """Which observations: a slice, a mask, integers, or one."""
 MAX_OBSERVATIONS = 10_000_000  # that `all_observations` lists; 147 bytes each
 
@@ -62,14 +62,14 @@ class ObservationSet:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, rows: Rows) -> ObservationSet:
+    def __getitem__(self, rows: RowIndex) -> ObservationSet:
         rows = [int(rows)] if isinstance(rows, int | np.integer) else rows
         witness = GridState(*(value[rows] for value in self.witness))
         return ObservationSet(self.images[rows], self.multiplicity[rows], witness)
 
 
 def all_observations(size: int = 8, n_obstacles: int = 4) -> ObservationSet:
-    """Every observation the task can show the agent before it acts, in a fixed order.
+    """Return every observation that the task can show the agent before it acts, in a fixed order.
 
     Two poses (cell, direction) of the agent with the same view of the empty room show the same
     observations, and no others do: an observation is such a view with some of its empty cells holding
@@ -110,7 +110,7 @@ def all_observations(size: int = 8, n_obstacles: int = 4) -> ObservationSet:
 
 
 def _poses_by_view(size: int) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
-    """(poses, seen, unseen) of each view of the empty room: the poses with it, the first one's free cells."""
+    """Return (poses, seen, unseen) of each view of the empty room: the poses with it, the first's free cells."""
     background, offset = kernels.view_tables(size)
     free = free_cells(size)
     poses = defaultdict(list)
@@ -125,27 +125,26 @@ def _poses_by_view(size: int) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
 
 
 def _visible(seen: np.ndarray, unseen: np.ndarray, n_obstacles: int) -> range:
-    """How many of the obstacles can be in view."""
+    """Return how many of the obstacles can be in view."""
     return range(max(0, n_obstacles - len(unseen)), min(n_obstacles, len(seen)) + 1)
 
 
 def _observations_of(
     poses: list[int], seen: np.ndarray, unseen: np.ndarray, k: int, n_obstacles: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(pose, multiplicity, obstacles) of the observations with `k` obstacles in view, for one background."""
+    """Return (pose, multiplicity, obstacles) of the observations with `k` obstacles in view, on one background."""
     rows = math.comb(len(seen), k)
-    chosen = np.fromiter(chain.from_iterable(combinations(seen.tolist(), k)), np.uint8, rows * k).reshape(
-        rows, k
-    )
+    cells = chain.from_iterable(combinations(seen.tolist(), k))
+    visible = np.fromiter(cells, np.uint8, rows * k).reshape(rows, k)
     hidden = np.tile(unseen[: n_obstacles - k], (rows, 1))
     multiplicity = len(poses) * math.comb(len(unseen), n_obstacles - k)
-    return np.full(rows, poses[0]), np.full(rows, multiplicity), np.hstack([chosen, hidden])
+    return np.full(rows, poses[0]), np.full(rows, multiplicity), np.hstack([visible, hidden])
 
 
 def to_minigrid(
     task: Task, state: GridState, index: int = 0, render_mode: str | None = None
 ) -> DynamicObstaclesEnv:
-    """minigrid's own environment in state `index` of the batch, its random numbers those of seed 0."""
+    """Return minigrid's own environment in state `index` of the batch, its random numbers those of seed 0."""
     check_state(task, state)
     env = DynamicObstaclesEnv(
         size=task.size,
@@ -236,7 +235,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """First observations; `options={"reset_mask": mask}` resets only the environments in the mask."""
+        """Return first observations; `options={"reset_mask": mask}` resets only the environments in the mask."""
         rows = self._rows_to_reset(options)
         super().reset(seed=seed)
         if len(rows) == self.num_envs:
@@ -265,7 +264,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         draw(state, self.task.size, rows, images)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Observations, rewards, terminations, truncations and infos, one entry for each environment."""
+        """Return observations, rewards, terminations, truncations and infos, one entry for each environment."""
         before, over = self._started(), np.flatnonzero(self._over)
         actions = check_actions(actions, self.num_envs)
         if self.autoreset_mode is AutoresetMode.DISABLED and len(over):
@@ -286,7 +285,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         return images, rewards, terminated, truncated, infos
 
     def _final_infos(self, state: GridState, images: np.ndarray, over: np.ndarray) -> dict[str, Any]:
-        """Last observations and states of the episodes that are over, named and masked as Gymnasium does."""
+        """Return the last observations and states of the episodes that are over, named and masked as Gymnasium does."""
         final_obs = np.full(self.num_envs, None, dtype=object)
         for row, image in zip(over.tolist(), images[over], strict=True):
             final_obs[row] = image
@@ -296,7 +295,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         return infos | {f"_{name}": self._over.copy() for name in infos}
 
     def render(self) -> tuple[Any, ...] | None:
-        """minigrid's picture of each environment, (height, width, 3) uint8; None without a `render_mode`."""
+        """Return minigrid's picture of each environment, (height, width, 3) uint8; None without a `render_mode`."""
         if self.render_mode is None:
             return None
         state = self._started()
