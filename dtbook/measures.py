@@ -10,11 +10,10 @@ from typing import Any
 
 import pandas as pd
 
-from dtbook.analysis import behaviour
-from dtbook.analysis.ablations import HOW, situation_table
+from dtbook.analysis import ablations, behaviour
 from dtbook.analysis.head_circuit import measure_circuit
 from dtbook.analysis.heads import obstacle_head_scores, order_heads
-from dtbook.analysis.views import embeddings
+from dtbook.analysis.weights import embeddings
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
 from dtbook.claims.evidence import Evidence
 from dtbook.claims.rules import measure
@@ -57,8 +56,8 @@ ANATOMY: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
         {"rtgs": behaviour.SCAN_RTGS, "timesteps": behaviour.SCAN_TIMESTEPS},
     ),
     "neurons": (
-        behaviour.neurons,
-        {"rtgs": RTGS, "timesteps": TIMESTEPS, "how": behaviour.NEURON_WAYS, "seed": 0},
+        ablations.neurons,
+        {"rtgs": RTGS, "timesteps": TIMESTEPS, "how": ablations.NEURON_WAYS, "seed": 0},
     ),
 }
 """Tables of chapters 5 and 6 beside the situations: file name → what makes it of a model and its observations, how."""
@@ -126,7 +125,7 @@ def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) ->
             store,
             0,
             "anatomy",
-            ("dtbook.analysis.behaviour",),
+            ("dtbook.analysis.behaviour", "dtbook.analysis.ablations"),
             parameters,
             names,
             lambda: [table_writer(make())],
@@ -137,7 +136,7 @@ def measure_anatomy(store: ArtifactStore, folder: str, progress: bool = True) ->
 
     for name, (table, settings) in ANATOMY.items():
         keep(name, settings, partial(run_it, table, settings))
-    keep(PLAY, PLAY_SETTINGS, lambda: behaviour.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
+    keep(PLAY, PLAY_SETTINGS, lambda: ablations.ablated_play(model(), progress=progress, **PLAY_SETTINGS))
 
 
 def measure_situations(store: ArtifactStore, folder: str, progress: bool = True) -> None:
@@ -146,14 +145,14 @@ def measure_situations(store: ArtifactStore, folder: str, progress: bool = True)
     settings: dict[str, Any] = {
         "rtgs": RTGS,
         "timesteps": TIMESTEPS,
-        "how": HOW,
+        "how": ablations.HOW,
         "preference": "F-R",
         "seed": 0,
     }
     parameters = {"model": sha256, "task": asdict(Task())} | settings
 
     def make() -> list[Writer]:
-        table = situation_table(model(), _observations(Task()), progress=progress, **settings)
+        table = ablations.situation_table(model(), _observations(Task()), progress=progress, **settings)
         return [table_writer(table)]
 
     run_stage(
@@ -179,7 +178,7 @@ def measure_circuit_of(store: ArtifactStore, folder: str, progress: bool = True)
         return [embeddings(model()).save]
 
     name = f"{folder}/embeddings.safetensors"
-    run_stage(store, 0, "anatomy", ("dtbook.analysis.views",), {"model": sha256}, [name], embedded)
+    run_stage(store, 0, "anatomy", ("dtbook.analysis.weights",), {"model": sha256}, [name], embedded)
     run_stage(
         store, 0, "anatomy", ("dtbook.analysis.head_circuit",), parameters, [f"{folder}/circuit"], circuit
     )

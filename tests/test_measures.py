@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 
 from dtbook import measures
-from dtbook.analysis import behaviour
+from dtbook.analysis import ablations
 from dtbook.analysis.attribution import preference_direction
 from dtbook.analysis.head_circuit import Circuit, measure_circuit
-from dtbook.analysis.views import Embeddings
+from dtbook.analysis.weights import Embeddings
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.claims import CLAIMS, RULES
 from dtbook.gridworld import all_observations
@@ -65,7 +65,7 @@ def test_findings_name_their_replication(store):
 
 def test_tables_of_the_anatomy_are_kept_by_the_models_hash(tmp_path, monkeypatch):
     store, small = ArtifactStore(tmp_path), {"rtgs": (0.9,), "timesteps": (3,)}
-    monkeypatch.setattr(measures, "ANATOMY", {"neurons": (behaviour.neurons, small)})
+    monkeypatch.setattr(measures, "ANATOMY", {"neurons": (ablations.neurons, small)})
     monkeypatch.setattr(
         measures, "PLAY_SETTINGS", {"rtgs": (0.9,), "episodes": 2, "max_steps": 10, "seed": 0}
     )
@@ -84,7 +84,7 @@ def test_tables_of_the_anatomy_are_kept_by_the_models_hash(tmp_path, monkeypatch
         made.append((tmp_path / "seed_0/neurons.parquet").stat().st_mtime_ns)
     assert made[0] == made[1] < made[2]
     model = DecisionTransformer.from_pretrained(tmp_path / "seed_0/model")
-    expected = behaviour.neurons(model, all_observations(5, 2), **small)
+    expected = ablations.neurons(model, all_observations(5, 2), **small)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "seed_0/neurons.parquet"), expected)
     assert set(pd.read_parquet(tmp_path / "seed_0/ablated_play.parquet")["ablated"]) == {
         "none",
