@@ -60,9 +60,7 @@ class ModelPolicy:
 
     @torch.inference_mode()
     def _logits(self, episodes: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        width = (
-            int(last.max()) + 1
-        )  # rows shorter than this are padded on the right, which attention never sees
+        width = int(last.max()) + 1  # shorter rows are padded on the right, which attention never sees
         timesteps = np.minimum(first[:, None] + np.arange(width), self.model.cfg.max_steps)
         logits = self.model.fast_forward(
             torch.from_numpy(self.images[episodes, :width]),
@@ -73,10 +71,8 @@ class ModelPolicy:
         return logits[torch.arange(len(episodes)), torch.from_numpy(last)].double().numpy()
 
     def _choose(self, logits: np.ndarray) -> np.ndarray:
-        if not self.greedy:
-            logits = logits + self.rng.gumbel(
-                size=logits.shape
-            )  # argmax of logits + Gumbel noise: a softmax sample
+        if not self.greedy:  # the argmax of logits + Gumbel noise is a softmax sample
+            logits = logits + self.rng.gumbel(size=logits.shape)
         return logits.argmax(1)
 
 
@@ -119,9 +115,8 @@ def rollout_in(
     policy = ModelPolicy(model, asked, greedy, np.random.default_rng(seed))
     rows = np.zeros((len(asked), 3))  # return, length, truncated
     queue = iter(range(envs.num_envs, len(asked)))
-    lane = np.where(
-        np.arange(envs.num_envs) < len(asked), np.arange(envs.num_envs), -1
-    )  # −1: nothing left to play
+    lane = np.arange(envs.num_envs)
+    lane[lane >= len(asked)] = -1  # nothing left to play
     images, _ = envs.reset(seed=seed)
     actions = np.zeros(envs.num_envs, dtype=np.int64)
     with tqdm(total=len(asked), desc="episodes", disable=not progress) as bar:

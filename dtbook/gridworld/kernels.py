@@ -48,9 +48,7 @@ def compiled(kernel: Callable[..., Any], fastmath: bool = False) -> Callable[...
     """
     try:
         return numba.njit(cache=True, fastmath=fastmath)(kernel)
-    except (
-        RuntimeError
-    ):  # neither the package's folder nor the user's cache is writable: compile in every process
+    except RuntimeError:  # no folder for the cache is writable: compile in every process
         return numba.njit(fastmath=fastmath)(kernel)
 
 
@@ -109,9 +107,7 @@ def view_tables(size: int) -> Views:
     """The tables by which observations are drawn in a room of this size."""
     y, x = np.divmod(np.arange(256), size)
     dx, dy = x - x[:, None, None], y - y[:, None, None]  # (agent's cell, 1, cell)
-    east, south = np.array(DIR_TO_VEC)[:, :, None].swapaxes(
-        0, 1
-    )  # of the way the agent looks, (direction, 1)
+    east, south = np.array(DIR_TO_VEC)[:, :, None].swapaxes(0, 1)  # of the agent's look, (direction, 1)
     i = VIEW_SIZE // 2 - south * dx + east * dy  # cells to the right, counted from the left edge
     j = VIEW_SIZE - 1 - east * dx - south * dy  # cells ahead, counted from the top edge
     seen = (i >= 0) & (i < VIEW_SIZE) & (j >= 0) & (j < VIEW_SIZE) & (np.arange(256) < size * size)

@@ -298,9 +298,8 @@ class RecordEpisodes(gym.vector.VectorWrapper):
         """Step the environment, keeping the states before and after."""
         before, taken = self.env.state, np.asarray(actions, dtype=np.uint8)
         images, rewards, terminated, truncated, infos = self.env.step(actions)
-        final = infos.get(
-            "final_info", self.env.state._asdict()
-        )  # of an episode that goes on it is never used
+        # the final state of an episode that goes on is never used
+        final = infos.get("final_info", self.env.state._asdict())
         after = GridState(*(final[name] for name in GridState._fields))
         self.recorder.add(self.playing, before, taken, rewards, truncated & ~terminated, after)
         self.steps += self.num_envs
