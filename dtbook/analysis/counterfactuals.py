@@ -162,11 +162,9 @@ class Scores(NamedTuple):
 @torch.no_grad()
 def scores(run: Run) -> Scores:
     """Return the queries and keys of a run; their `pattern()` is the run's own."""
-    f = run.embedded.folded
-    attn = f.model.blocks[0].attn
-    rtg, timestep = run.condition
-    query = (f.time[timestep] @ attn.W_Q + attn.b_Q)[:, None] + run.embedded.q
-    return Scores(query, ((rtg * f.rtg + f.key) @ attn.W_K)[:, None], run.embedded.k)
+    f, (rtg, timestep) = run.embedded.folded, run.condition
+    query = f.query_of_time(timestep)[:, None] + run.embedded.q
+    return Scores(query, f.key(f.rtg_token(rtg))[:, None], run.embedded.k)
 
 
 def head_result(

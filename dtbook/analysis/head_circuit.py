@@ -143,9 +143,8 @@ def score_terms(run: Run) -> Float[Tensor, "term head n"]:
     √d_head; "state → itself" is quadratic in the view: no map by cell shows it.
     """
     embedded, f = run.embedded, run.embedded.folded
-    attn, time = f.model.blocks[0].attn, f.time[run.condition.timestep]
-    query = (time @ attn.W_Q + attn.b_Q).unsqueeze(2)
-    keys = [(token @ attn.W_K).unsqueeze(2) for token in (run.condition.rtg * f.rtg, f.key)]
+    query = f.query_of_time(run.condition.timestep).unsqueeze(2)
+    keys = [f.key(token).unsqueeze(2) for token in (run.condition.rtg * f.rtg, f.position)]
     of_state = [(embedded.q @ key).squeeze(2) for key in keys]
     of_time = [(query.transpose(1, 2) @ key).squeeze(2).expand_as(embedded.qk) for key in keys]
     terms = [*of_state, -embedded.qk, *of_time, -(embedded.k @ query).squeeze(2)]

@@ -78,8 +78,23 @@ class FoldedWeights:
         image = w["W_E_state"].view(-1, view, view, m).permute(1, 2, 0, 3).reshape(-1, m)  # as images lie
         columns = W_read[None], of("attn.W_V") @ written, torch.cat([of("attn.W_Q"), of("attn.W_K")])
         self.from_image = [cast(image @ weight) for weight in columns]  # each: part input column
-        self.rtg, self.key = cast(w["W_E_rtg"]), cast(w["W_pos"][0] - w["W_pos"][1])
+        self.rtg, self.position = cast(w["W_E_rtg"]), cast(w["W_pos"][0] - w["W_pos"][1])
         self.time = cast(w["W_E_time"] + w["W_pos"][1])  # of the state token, its position included
+
+    def rtg_token(self, rtg: float) -> Float[Tensor, " d_model"]:
+        """Return what the RTG token has that the state token has not, time and the state embedding aside."""
+        return rtg * self.rtg + self.position
+
+    @torch.no_grad()
+    def query_of_time(self, timestep: int) -> Float[Tensor, "head d_head"]:
+        """Return the part of the state token's query that time, its position and b_Q make."""
+        attn = self.model.blocks[0].attn
+        return self.time[timestep] @ attn.W_Q + attn.b_Q
+
+    @torch.no_grad()
+    def key(self, token: Float[Tensor, " d_model"]) -> Float[Tensor, "head d_head"]:
+        """Return the key that a vector makes, without b_K, which both tokens have and softmax does not see."""
+        return token @ self.model.blocks[0].attn.W_K
 
     def pre(self, read: Float[Tensor, "*axes read"]) -> Float[Tensor, "*axes d_mlp"]:
         """Return the neurons' part of what is read."""
@@ -122,14 +137,14 @@ class Embedded(NamedTuple):
     @torch.no_grad()
     def at(self, rtg: float, timestep: int) -> "Run":
         """Return the run of this batch at an RTG and a timestep. Raises ValueError where the model has none such."""
-        f, attn = self.folded, self.folded.model.blocks[0].attn
+        f = self.folded
         if not 0 <= timestep < len(f.time):
             raise ValueError(f"timestep is {timestep}; this model has timesteps 0 to {len(f.time) - 1}.")
         if not np.isfinite(rtg):
             raise ValueError(f"rtg is {rtg}; it must be a finite number.")
-        time, token = f.time[timestep], rtg * f.rtg + f.key
+        time, token = f.time[timestep], f.rtg_token(rtg)
         # (q of the state + q of the time) · (k of the RTG token − k of the state), multiplied out
-        query, key = (time @ attn.W_Q + attn.b_Q).unsqueeze(2), (token @ attn.W_K).unsqueeze(2)
+        query, key = f.query_of_time(timestep).unsqueeze(2), f.key(token).unsqueeze(2)
         scores = (self.q @ key - self.k @ query + query.transpose(1, 2) @ key).squeeze(2) - self.qk
         scores = scores / f.model.cfg.d_head**0.5
         pattern = torch.sigmoid(scores)

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from dtbook.analysis.ablations import situation_table
-from dtbook.analysis.attribution import contrast, preference_direction
+from dtbook.analysis.attribution import IMAGE_CHANNELS, contrast, preference_direction
 from dtbook.analysis.counterfactuals import Case, HeadPatching, pairs
 from dtbook.analysis.heads import THRESHOLD, obstacle_head_scores
 from dtbook.analysis.population import FoldedWeights, Run, embedded_batches, per_observation
@@ -159,7 +159,7 @@ class Evidence:
 
     def front_weight(self, channel: str) -> tuple[float, float]:
         """Return the weight of the front cell of a channel on F−R, and its z-score among the channel's 49 cells."""
-        maps = state_maps(self.model, "F-R")[["object", "colour", "state"].index(channel)].double()
+        maps = state_maps(self.model, "F-R")[IMAGE_CHANNELS.index(channel)].double()
         front = maps[FRONT]
         return float(front), float((front - maps.mean()) / maps.std())
 
