@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from tqdm import tqdm
 
-from dtbook.gridworld.rules import Task
+from dtbook.gridworld.kernels import WALL
+from dtbook.gridworld.rules import FRONT, Task
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.trajectories.recording import Trajectories, play
 
@@ -20,7 +21,6 @@ CALIBRATION_RTGS = tuple(round(float(rtg), 1) for rtg in np.linspace(-1, 1, 21))
 """The RTGs of the post's Fig. 5: −1 to 1 in steps of 0.1."""
 
 OUTCOMES = ("goal", "truncated", "obstacle", "wall")
-WALL = 2  # minigrid.core.constants.OBJECT_TO_IDX["wall"]
 
 
 class ModelPolicy:
@@ -141,7 +141,7 @@ def rollout_in(
 def outcomes(trajectories: Trajectories) -> np.ndarray:
     """Return how each episode ended, one of `OUTCOMES`: at the goal, truncated, on an obstacle or on a wall."""
     last = trajectories.episode_starts + trajectories.lengths - 1
-    into_wall = trajectories.observations(last)[:, 3, 5, 0] == WALL
+    into_wall = trajectories.observations(last)[:, *FRONT, 0] == WALL
     conditions = [trajectories.returns > 0, trajectories.truncated, ~into_wall]
     return np.select(conditions, OUTCOMES[:3], default="wall")
 

@@ -42,7 +42,7 @@ from dtbook.gridworld.rules import (
     unchecked_step,
 )
 
-Rows = slice | npt.NDArray[Any] | Sequence[int] | int | np.integer
+RowIndex = slice | npt.NDArray[Any] | Sequence[int] | int | np.integer
 """Which observations: a slice, a mask, integers, or one."""
 MAX_OBSERVATIONS = 10_000_000  # that `all_observations` lists; 147 bytes each
 
@@ -61,7 +61,7 @@ class ObservationSet:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, rows: Rows) -> ObservationSet:
+    def __getitem__(self, rows: RowIndex) -> ObservationSet:
         rows = [int(rows)] if isinstance(rows, int | np.integer) else rows
         witness = GridState(*(value[rows] for value in self.witness))
         return ObservationSet(self.images[rows], self.multiplicity[rows], witness)
