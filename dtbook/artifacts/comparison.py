@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from dtbook.artifacts.store import ArtifactStore
 
-ROUNDING = 1e-5
+ROUNDING_TOLERANCE = 1e-5
 """Of a column's or tensor's largest number: what libraries may differ by that sum in another order."""
 
 
@@ -26,7 +26,7 @@ def compare(made: ArtifactStore, shipped: ArtifactStore, names: Sequence[str]) -
             verdicts[name] = "identical"
         else:
             distance = largest_difference(made.path(name), shipped.path(name))
-            verdicts[name] = "differs" if distance > ROUNDING else "rounding"
+            verdicts[name] = "differs" if distance > ROUNDING_TOLERANCE else "rounding"
     return verdicts
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import nbformat
 import papermill
@@ -25,7 +25,6 @@ from dtbook.artifacts.store import ArtifactStore, atomic_write, describe
 
 # Nobody watches a kernel of the runner, and times in progress bars would make every copy different.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-T = TypeVar("T")
 
 
 class NotebookError(ValueError):
