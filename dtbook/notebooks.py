@@ -267,11 +267,10 @@ def in_order(task: Callable[..., T], jobs: Sequence[tuple[Any, ...]], workers: i
     if workers < 2:
         yield from itertools.starmap(task, jobs)
         return
+    # The pool of processes alone would begin one job more than it has processes; each thread waits for its own.
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as processes,
-        ThreadPoolExecutor(
-            workers
-        ) as hands,  # each with one process at work: a pool's own queue begins one more
+        ThreadPoolExecutor(workers) as hands,
     ):
 
         def cancel(ended: Future[T]) -> None:
