@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from tqdm import tqdm
 
-from dtbook.gridworld.rules import Task
+from dtbook.gridworld.kernels import WALL
+from dtbook.gridworld.rules import FRONT, Task
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.trajectories.recording import Trajectories, play
 
@@ -20,7 +21,6 @@ CALIBRATION_RTGS = tuple(round(float(rtg), 1) for rtg in np.linspace(-1, 1, 21))
 """The RTGs of the post's Fig. 5: −1 to 1 in steps of 0.1."""
 
 OUTCOMES = ("goal", "truncated", "obstacle", "wall")
-WALL = 2  # minigrid.core.constants.OBJECT_TO_IDX["wall"]
 
 
 class ModelPolicy:
@@ -93,11 +93,11 @@ def rollout(
     `task` says where (default: the 8×8 task truncated after `max_steps`, which `task` overrides). Raises
     ValueError for an RTG that is not a finite number, or where the task outlasts the model's time embedding.
     """
-    asked = _check_rtgs(rtgs)
+    targets = _check_rtgs(rtgs)
     task = _check_task(task or Task(max_steps=max_steps), model)
     rng = np.random.default_rng(seed)
-    policy = ModelPolicy(model, asked, greedy, rng)
-    return play(task, policy, len(asked), rng)
+    policy = ModelPolicy(model, targets, greedy, rng)
+    return play(task, policy, len(targets), rng)
 
 
 def rollout_in(
@@ -113,17 +113,17 @@ def rollout_in(
     The sub-environments (same-step autoreset, image observations) take the next episode from the queue when they
     have finished one. Columns: `rtg`, `return`, `length`, `truncated`.
     """
-    asked = _check_rtgs(rtgs)
+    targets = _check_rtgs(rtgs)
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.SAME_STEP:
         raise ValueError(f"envs must reset in the same step, not {envs.metadata.get('autoreset_mode')}")
-    policy = ModelPolicy(model, asked, greedy, np.random.default_rng(seed))
-    rows = np.zeros((len(asked), 3))  # return, length, truncated
-    queue = iter(range(envs.num_envs, len(asked)))
+    policy = ModelPolicy(model, targets, greedy, np.random.default_rng(seed))
+    rows = np.zeros((len(targets), 3))  # return, length, truncated
+    queue = iter(range(envs.num_envs, len(targets)))
     lane = np.arange(envs.num_envs)
-    lane = np.where(lane < len(asked), lane, -1)  # −1: nothing left to play
+    lane = np.where(lane < len(targets), lane, -1)  # −1: nothing left to play
     images, _ = envs.reset(seed=seed)
     actions = np.zeros(envs.num_envs, dtype=np.int64)
-    with tqdm(total=len(asked), desc="episodes", disable=not progress) as bar:
+    with tqdm(total=len(targets), desc="episodes", disable=not progress) as bar:
         while (busy := np.flatnonzero(lane >= 0)).size:
             episodes = lane[busy]
             actions[busy] = policy(images[busy], episodes, rows[episodes, 1].astype(np.int64))
@@ -134,14 +134,14 @@ def rollout_in(
             done = busy[(terminated | truncated)[busy]]
             lane[done] = [next(queue, -1) for _ in done]
             bar.update(len(done))
-    frame = pd.DataFrame({"rtg": asked, "return": rows[:, 0], "length": rows[:, 1].astype(np.int64)})
+    frame = pd.DataFrame({"rtg": targets, "return": rows[:, 0], "length": rows[:, 1].astype(np.int64)})
     return frame.assign(truncated=rows[:, 2].astype(bool))
 
 
 def outcomes(trajectories: Trajectories) -> np.ndarray:
     """Return how each episode ended, one of `OUTCOMES`: at the goal, truncated, on an obstacle or on a wall."""
     last = trajectories.episode_starts + trajectories.lengths - 1
-    into_wall = trajectories.observations(last)[:, 3, 5, 0] == WALL
+    into_wall = trajectories.observations(last)[:, *FRONT, 0] == WALL
     conditions = [trajectories.returns > 0, trajectories.truncated, ~into_wall]
     return np.select(conditions, OUTCOMES[:3], default="wall")
 
@@ -174,8 +174,8 @@ def calibration_curve(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, not {episodes}")
-    asked = np.repeat(_check_rtgs(rtgs), episodes)
-    return summarise(episode_table(rollout(model, asked, greedy, max_steps, seed, task), asked))
+    targets = np.repeat(_check_rtgs(rtgs), episodes)
+    return summarise(episode_table(rollout(model, targets, greedy, max_steps, seed, task), targets))
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -231,12 +231,12 @@ def calibration_row(
 
 def _check_rtgs(rtgs: npt.ArrayLike) -> np.ndarray:
     try:
-        asked = np.atleast_1d(np.asarray(rtgs, dtype=np.float64))
+        targets = np.atleast_1d(np.asarray(rtgs, dtype=np.float64))
     except (TypeError, ValueError):
         raise ValueError(f"rtgs must be finite numbers, not {rtgs!r}") from None
-    if asked.ndim != 1 or not len(asked) or not np.isfinite(asked).all():
+    if targets.ndim != 1 or not len(targets) or not np.isfinite(targets).all():
         raise ValueError(f"rtgs must be a non-empty list of finite numbers, not {rtgs!r}")
-    return asked
+    return targets
 
 
 def _check_task(task: Task, model: DecisionTransformer) -> Task:

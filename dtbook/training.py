@@ -200,10 +200,10 @@ def evaluate(model: DecisionTransformer, episodes: int, seed: int, data: Traject
     """Return mean returns, greedy and sampled, at RTGs −1, 0 and 0.9 in the task the data come from."""
     if not episodes:
         return {}
-    asked = np.repeat([-1.0, 0.0, 0.9], episodes)
+    rtgs = np.repeat([-1.0, 0.0, 0.9], episodes)
     result: Row = {}
     for how in ("greedy", "sampled"):
-        returns = rollout(model, asked, how == "greedy", seed=seed, task=data.task).returns
+        returns = rollout(model, rtgs, how == "greedy", seed=seed, task=data.task).returns
         means = returns.reshape(3, episodes).mean(1)
         result |= {f"{how} {rtg:g}": float(mean) for rtg, mean in zip((-1, 0, 0.9), means, strict=True)}
     return result

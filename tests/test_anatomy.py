@@ -8,7 +8,7 @@ import pytest
 import torch
 from planted import scattered
 
-from dtbook.analysis import behaviour
+from dtbook.analysis import ablations, behaviour
 from dtbook.analysis.attribution import contrast, decompose
 from dtbook.analysis.interventions import ablate
 from dtbook.gridworld import Task, all_observations
@@ -42,7 +42,7 @@ def run(model, observations, rtg, timestep):
 
 
 def test_distributions_are_histograms_of_the_hooked_model(model, observations):
-    table = behaviour.distributions(model, observations, rtgs=(0.9, -1.0), timesteps=(3, 10))
+    table = behaviour.log_odds_distributions(model, observations, rtgs=(0.9, -1.0), timesteps=(3, 10))
     totals = table.groupby(["situation", "rtg"])["share"].sum()
     assert len(totals) == 12
     np.testing.assert_allclose(totals, 1)
@@ -59,7 +59,7 @@ def test_distributions_are_histograms_of_the_hooked_model(model, observations):
 def test_log_odds_beyond_the_bins_are_counted_in_the_last(model, observations):
     sure = copy.deepcopy(model)
     sure.b_U.data += torch.tensor([0.0, 0.0, 200.0])
-    table = behaviour.distributions(sure, observations, rtgs=(0.0,), timesteps=(3,))
+    table = behaviour.log_odds_distributions(sure, observations, rtgs=(0.0,), timesteps=(3,))
     assert set(table["middle"]) == {29.75}
     np.testing.assert_allclose(table["share"], 1)
 
@@ -172,14 +172,14 @@ def posts(model, observations, rtg, timestep):
 @torch.no_grad()
 def test_a_neuron_ablated_alone_is_a_hooked_run(model, observations):
     asked = dict(rtgs=(0.9, -1.0), timesteps=(3, 10), situations=("goal", "obstacle"), seed=7)
-    table = behaviour.neurons(model, observations, **asked).set_index(["situation", "rtg", "how", "neuron"])
+    table = ablations.neurons(model, observations, **asked).set_index(["situation", "rtg", "how", "neuron"])
     assert len(table) == 2 * 2 * 3 * CFG.d_mlp
     chosen, share = select(observations, "obstacle"), weights(select(observations, "obstacle"))
     drawn = np.random.default_rng(7).choice(len(observations.images), len(share), p=weights(observations))
     direction, share = contrast("F-R").double(), torch.from_numpy(share)
     everywhere = torch.from_numpy(weights(observations))
     for neuron in (0, 5, 11):
-        expected = {how: torch.zeros(4).double() for how in behaviour.NEURON_WAYS}
+        expected = {how: torch.zeros(4).double() for how in ablations.NEURON_WAYS}
         for t in (3, 10):
             intact, own = run(model, chosen, 0.9, t), posts(model, chosen, 0.9, t)[:, neuron]
             instead = {"zero": 0 * own, "mean": everywhere @ posts(model, observations, 0.9, t)[:, neuron]}
@@ -203,7 +203,7 @@ def test_a_neuron_ablated_alone_is_a_hooked_run(model, observations):
 
 def test_zero_ablation_of_a_neuron_is_that_of_the_interventions(model, observations):
     asked = dict(rtgs=(0.9,), timesteps=(3,), situations=("goal",), how=("zero",))
-    table = behaviour.neurons(model, observations, **asked)
+    table = ablations.neurons(model, observations, **asked)
     goal = select(observations, "goal")
     with ablate(model, "L0N5"):
         without = run(model, goal, 0.9, 3).softmax(-1)[:, 2]
@@ -215,7 +215,7 @@ def test_an_unknown_way_to_ablate_a_neuron_is_named(model, observations):
     with pytest.raises(
         ValueError, match="how is 'feature mean'; it must be one of 'zero', 'mean', 'resample'"
     ):
-        behaviour.neurons(model, observations, how=("zero", "feature mean"))
+        ablations.neurons(model, observations, how=("zero", "feature mean"))
 
 
 def test_play_without_a_head_is_play_with_its_output_weights_at_zero():
@@ -224,7 +224,7 @@ def test_play_without_a_head_is_play_with_its_output_weights_at_zero():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     asked = dict(rtgs=[-1.0, 0.9], episodes=50, max_steps=20, seed=4)
-    table = behaviour.ablated_play(model, **asked)
+    table = ablations.ablated_play(model, **asked)
     assert table["ablated"].unique().tolist() == ["none", "L0H0", "L0H1", "L0 MLP"]
     np.testing.assert_allclose(table[["goal", "truncated", "obstacle", "wall"]].sum(axis=1), 1)
     cut = copy.deepcopy(model)
@@ -242,6 +242,6 @@ def test_play_without_a_head_is_play_with_its_output_weights_at_zero():
 
 
 def test_without_a_situation_there_is_no_row_for_it(model, observations):
-    table = behaviour.distributions(model, select(observations, "wall"), rtgs=(0.0,), timesteps=(3,))
+    table = behaviour.log_odds_distributions(model, select(observations, "wall"), rtgs=(0.0,), timesteps=(3,))
     assert set(table["situation"]) == {"wall"}
     assert showing(observations.images, "wall").any()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtbook.analysis.attribution import contrast, decompose
+from dtbook.analysis.attribution import contrast, decompose, forward_preference
 from dtbook.analysis.head_circuit import (
     TERMS,
     Circuit,
@@ -17,9 +17,9 @@ from dtbook.analysis.head_circuit import (
     score_terms,
     weight_maps,
 )
-from dtbook.analysis.heads import forward_preference, obstacle_head_scores
+from dtbook.analysis.heads import obstacle_head_scores
 from dtbook.analysis.interventions import STATE_TOKENS, Site, patch
-from dtbook.analysis.population import Folded
+from dtbook.analysis.population import FoldedWeights
 from dtbook.gridworld import FRONT, all_observations
 from dtbook.gridworld.situations import batches, counterfactual_pairs, select, weights
 from dtbook.model import DecisionTransformer, DTConfig
@@ -46,7 +46,7 @@ def observations():
 
 def test_score_terms_add_up_to_the_cached_attention(model, observations):
     batch = next(iter(batches(observations, RTG, T)))
-    run = Folded(model).share(batch.states[:, 0]).at(RTG, T)
+    run = FoldedWeights(model).embed(batch.states[:, 0]).at(RTG, T)
     _, cache = model.run_with_cache(*batch.inputs)
     pattern = cache["blocks.0.attn.hook_pattern"][:, :, 1]  # the state token's
     odds = (pattern[..., 0] / pattern[..., 1]).log().T

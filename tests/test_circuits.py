@@ -20,7 +20,7 @@ from dtbook.analysis.faithfulness import (
     unit_names,
 )
 from dtbook.analysis.interventions import Site, ablate, edited, patch
-from dtbook.analysis.population import Folded
+from dtbook.analysis.population import FoldedWeights
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.situations import without_front
 from dtbook.model import DecisionTransformer, DTConfig
@@ -65,7 +65,7 @@ def chance(logits):
 @torch.no_grad()
 def test_a_circuit_is_the_hooked_model_with_the_rest_resampled(model, rows):
     """Some heads, some neurons, with and without the direct path; all units, and none."""
-    trio = next(rows.trios(Folded(model)))
+    trio = next(rows.trios(FoldedWeights(model)))
     own, other = ask(rows.images), ask(rows.others)
     _, cache = model.run_with_cache(*other)
     names, rng = unit_names(model), np.random.default_rng(1)
@@ -87,7 +87,7 @@ def test_shares_are_the_definition(model, rows):
     names = unit_names(model)
     masks = np.stack([np.zeros(len(names), bool), np.arange(len(names)) % 2 == 0, np.ones(len(names), bool)])
     table = faithfulness(model, rows, masks)
-    trio = next(rows.trios(Folded(model)))
+    trio = next(rows.trios(FoldedWeights(model)))
     left = chance(circuit_logits(trio.source, trio.other, masks)) - chance(
         circuit_logits(trio.clean, trio.other, masks)
     )

@@ -8,8 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dtbook.analysis.attribution import contrast, decompose
-from dtbook.analysis.heads import forward_preference
+from dtbook.analysis.attribution import contrast, decompose, forward_preference
 from dtbook.analysis.interventions import Site, ablate, patch
 from dtbook.claims import CLAIMS, RULES, measure
 from dtbook.claims.evidence import CircuitParts, Evidence

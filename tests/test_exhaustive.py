@@ -6,7 +6,7 @@ import torch
 
 from dtbook.analysis.attribution import decompose
 from dtbook.analysis.interventions import ablate, feature_mean, patch
-from dtbook.analysis.population import Folded, collect, logits
+from dtbook.analysis.population import FoldedWeights, logits, per_observation
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.situations import without_front
 from dtbook.model import DecisionTransformer, DTConfig
@@ -49,7 +49,9 @@ def close(a, b):
 
 @torch.no_grad()
 def test_logits_are_the_hooked_models(model, observations):
-    found = collect(model, observations, ASKED, lambda run: {"logits": run.logits()}, batch_size=7)["logits"]
+    found = per_observation(model, observations, ASKED, lambda run: {"logits": run.logits()}, batch_size=7)[
+        "logits"
+    ]
     assert found.dtype == np.float64
     for condition, values in zip(ASKED, found, strict=True):
         close(values, model(*inputs(observations, *condition))[:, 0])
@@ -57,7 +59,7 @@ def test_logits_are_the_hooked_models(model, observations):
 
 @torch.no_grad()
 def test_contributions_are_those_of_decompose(model, observations):
-    run = Folded(model).share(torch.from_numpy(observations.images)).at(0.9, 10)
+    run = FoldedWeights(model).embed(torch.from_numpy(observations.images)).at(0.9, 10)
     ours, theirs = run.contributions(), decompose(model, *inputs(observations, 0.9, 10))
     close(sum(ours.values()), run.logits())
     close(
@@ -71,46 +73,48 @@ def test_contributions_are_those_of_decompose(model, observations):
 
 @torch.no_grad()
 def test_ablated_heads_and_mlp_are_those_of_interventions(model, observations):
-    folded, asked = Folded(model), inputs(observations, 0.25, 20)
-    run = folded.share(torch.from_numpy(observations.images)).at(0.25, 20)
-    for head, name in enumerate(folded.heads):
-        heads = run.heads()
-        means = heads[head, :, -1:].clone()
-        heads[head] = 0
+    folded, asked = FoldedWeights(model), inputs(observations, 0.25, 20)
+    run = folded.embed(torch.from_numpy(observations.images)).at(0.25, 20)
+    for head, name in enumerate(folded.head_names):
+        results = run.head_results()
+        means = results[head, :, -1:].clone()
+        results[head] = 0
         with ablate(model, name):
-            close(run.logits(heads), model(*asked)[:, 0])
-        heads[head, :, :-1] = means * folded.feature_mean[head]
+            close(run.logits(results), model(*asked)[:, 0])
+        results[head, :, :-1] = means * folded.feature_mean[head]
         with ablate(model, name, to=feature_mean):
-            close(run.logits(heads), model(*asked)[:, 0])
+            close(run.logits(results), model(*asked)[:, 0])
     with ablate(model, "L0 MLP"):
-        close(run.logits(mlp=torch.zeros(1, 3, dtype=torch.float64)), model(*asked)[:, 0])
+        close(run.unembed(run.resid_mid(), torch.zeros(1, 3, dtype=torch.float64)), model(*asked)[:, 0])
 
 
 @torch.no_grad()
 def test_patterns_values_and_neurons_are_those_of_the_cache(model, observations):
-    shared = Folded(model).share(torch.from_numpy(observations.images))
-    other = Folded(model).share(without_front(shared.images))
-    clean, source = shared.at(0.9, 10), other.at(0.9, 10)
+    embedded = FoldedWeights(model).embed(torch.from_numpy(observations.images))
+    other = FoldedWeights(model).embed(without_front(embedded.images))
+    clean, source = embedded.at(0.9, 10), other.at(0.9, 10)
     asked = inputs(observations, 0.9, 10)
     counterfactual = (without_front(asked[0]), *asked[1:])
     _, cache = model.run_with_cache(*asked)
     _, changed = model.run_with_cache(*counterfactual)
     close(clean.pattern.T, cache["pattern", 0][:, :, 1, 0])
-    close(clean.neurons(clean.read(clean.heads())), cache["post", 0][:, 1])
+    close(clean.post(), cache["post", 0][:, 1])
     with patch(model, changed, "blocks.0.attn.hook_pattern"):
-        close(clean.logits(clean.heads(pattern=source.pattern)), model(*asked)[:, 0])
+        close(clean.logits(clean.head_results(pattern=source.pattern)), model(*asked)[:, 0])
     with patch(model, changed, "blocks.0.attn.hook_v"):
-        close(clean.logits(clean.heads(value=other.value)), model(*asked)[:, 0])
+        close(clean.logits(clean.head_results(state_result=other.state_result)), model(*asked)[:, 0])
 
 
-def test_a_run_leaves_what_is_shared_as_it_was(model, observations):
-    shared = Folded(model).share(torch.from_numpy(observations.images))
-    before = [part.clone() for part in (shared.state, shared.value, shared.q, shared.k)]
-    run = shared.at(0.9, 10)
+def test_a_run_leaves_what_is_embedded_as_it_was(model, observations):
+    embedded = FoldedWeights(model).embed(torch.from_numpy(observations.images))
+    before = [part.clone() for part in (embedded.state, embedded.state_result, embedded.q, embedded.k)]
+    run = embedded.at(0.9, 10)
     first = run.logits()
     run.contributions()
     close(run.logits(), first)
-    for part, was in zip((shared.state, shared.value, shared.q, shared.k), before, strict=True):
+    for part, was in zip(
+        (embedded.state, embedded.state_result, embedded.q, embedded.k), before, strict=True
+    ):
         assert torch.equal(part, was)
 
 
@@ -136,4 +140,4 @@ def test_a_condition_that_the_model_cannot_be_asked_gets_one_sentence(model, obs
 
 def test_only_one_layer_can_be_folded():
     with pytest.raises(ValueError, match="model has 2 layers; only one can be folded"):
-        Folded(DecisionTransformer(DTConfig(d_model=8, d_head=4, d_mlp=8, n_layers=2)))
+        FoldedWeights(DecisionTransformer(DTConfig(d_model=8, d_head=4, d_mlp=8, n_layers=2)))

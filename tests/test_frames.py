@@ -38,9 +38,9 @@ def forward(model, *asked):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("claim", frames.CASES)
+@pytest.mark.parametrize("claim", frames.FRAME_CASES)
 def test_a_frame_is_the_weighted_median_of_its_situation(model, observations, claim):
-    situation, rtg, removed = frames.CASES[claim]
+    situation, rtg, removed = frames.FRAME_CASES[claim]
     chosen, asked = select(observations, situation), inputs(select(observations, situation), rtg, 7)
     intact, before = forward(model, *asked), decompose(model, *asked)
     with ablate(model, removed):

@@ -8,13 +8,15 @@ import pytest
 import torch
 from planted import FORWARD, FRONT_OBJECT, NEAR, SEEN, TOLD, blank, plant_head, plant_mlp
 
+from dtbook.analysis.attribution import forward_preference
+from dtbook.analysis.counterfactuals import Case, pairs
 from dtbook.analysis.heads import (
     changes_by_patching,
     changes_fused,
-    forward_preference,
     obstacle_head_scores,
     order_heads,
 )
+from dtbook.analysis.population import FoldedWeights
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.situations import counterfactual_pairs, select, weights
 from dtbook.model import DecisionTransformer, DTConfig
@@ -133,8 +135,10 @@ def test_a_model_that_no_obstacle_moves_has_none(observations):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
 def test_fused_changes_are_those_of_patching(observations, cfg, dtype, tolerance):
     model = loud(cfg, dtype)
-    clean, other = next(counterfactual_pairs(observations, 0.9, 10))
-    fast, slow = changes_fused(model, clean, other), changes_by_patching(model, clean, other)
+    rtg = 0.75  # the same in float32, which batches are in, and float64
+    clean, other = next(counterfactual_pairs(observations, rtg, 10))
+    pair = next(pairs(FoldedWeights(model), observations, Case("obstacle", rtg, rtg), 10))
+    fast, slow = changes_fused(pair), changes_by_patching(model, clean, other)
     torch.testing.assert_close(fast.whole, slow.whole, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(fast.by_head, slow.by_head, atol=tolerance, rtol=tolerance)
     assert slow.by_head.abs().mean() > 0.01

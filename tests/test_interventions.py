@@ -22,7 +22,6 @@ from dtbook.analysis.interventions import (
     mean_output,
     patch,
     path_patch,
-    resample,
     site,
     written,
 )
@@ -163,32 +162,6 @@ def test_mean_output_is_the_weighted_mean_over_all_observations():
         with ablate(model, name, to=constant(mean)):
             outputs = component_outputs(model, name, *inputs(ONE))
         torch.testing.assert_close(outputs, value.expand_as(outputs), **CLOSE)
-
-
-def test_resampling_draws_outputs_by_their_weights_and_seed():
-    model, batch = loud(ONE), inputs(ONE, batch=3000)
-    pool = component_outputs(model, "L0H1", *inputs(ONE, 7, batch=3)).flatten(0, 1)
-    chances = torch.tensor([0.0, 0.25, 0.75])
-
-    def drawn(seed):
-        with ablate(model, "L0H1", to=resample(pool, torch.Generator().manual_seed(seed), chances)):
-            outputs = component_outputs(model, "L0H1", *batch)[:, 0]
-        return (outputs[:, None] == pool).all(-1)
-
-    which = drawn(0)
-    assert (which.sum(1) == 1).all()
-    assert which.double().mean(0).tolist() == pytest.approx([0, 0.25, 0.75], abs=0.04)
-    assert torch.equal(which, drawn(0))
-    assert not torch.equal(which, drawn(1))
-
-
-@pytest.mark.parametrize("name", ["L0 MLP", "L0N3"])
-def test_whatever_a_component_is_can_be_resampled(name):
-    model, batch = loud(DEEP), inputs(DEEP)
-    pool = component_outputs(model, name, *inputs(DEEP, 7)).flatten(0, 1)
-    with ablate(model, name, to=resample(pool, torch.Generator().manual_seed(0))):
-        outputs = component_outputs(model, name, *batch).flatten(0, 1)
-    assert all(any(torch.equal(row, other) for other in pool) for row in outputs)
 
 
 # Activation patching

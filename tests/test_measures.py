@@ -9,10 +9,10 @@ import small
 from click.testing import CliRunner
 
 from dtbook import cli
-from dtbook.analysis import behaviour
+from dtbook.analysis import ablations
 from dtbook.analysis.attribution import preference_direction
 from dtbook.analysis.head_circuit import Circuit, measure_circuit
-from dtbook.analysis.views import Embeddings
+from dtbook.analysis.weights import Embeddings
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.claims import CLAIMS, RULES
 from dtbook.claims.evidence import Evidence
@@ -103,11 +103,11 @@ def test_tables_are_kept_by_the_models_hash(tmp_path):
         entry = store.entries()["seed_0/neurons.parquet"]["parameters"]
         assert entry["from"] == {"seed_0/model": store.entries()["seed_0/model"]["sha256"]}
         assert (entry["task"]["size"], entry["timesteps"], entry["seed"]) == (5, [3], 0)
-    expected = behaviour.neurons(model, all_observations(5, 2), **small)
+    expected = ablations.neurons(model, all_observations(5, 2), **small)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "seed_0/neurons.parquet"), expected)
     played = pd.read_parquet(tmp_path / "seed_0/ablated_play.parquet")
     assert set(played["ablated"]) == {"none", "L0H0", "L0H1", "L0 MLP"}
-    expected = behaviour.ablated_play(model, task=RECIPE.task, **play)
+    expected = ablations.ablated_play(model, task=RECIPE.task, **play)
     pd.testing.assert_frame_equal(played, expected)
 
 

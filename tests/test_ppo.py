@@ -27,8 +27,8 @@ from probe_envs import (
 from dtbook.gridworld import DynamicObstaclesVectorEnv
 from dtbook.trajectories.agent import OBJECTS, ActorCritic
 from dtbook.trajectories.ppo import (
-    Batch,
     PPOConfig,
+    PreparedBatch,
     collect,
     evaluate,
     gae,
@@ -156,7 +156,7 @@ def test_gradient_of_the_losses_is_the_formula():
     actions = torch.randint(3, (n,), generator=rng(3))
     old, advantages, returns = torch.randn(3, n, generator=rng(4))
     old = -old.abs() - 0.3
-    batch = Batch(torch.zeros(n, 1), actions, old, advantages, returns)
+    batch = PreparedBatch(torch.zeros(n, 1), actions, old, advantages, returns)
     terms = ppo_losses(logits, values, batch, clip)
 
     z = logits.detach().double().numpy()

@@ -27,8 +27,9 @@ WHOLE = """<html lang="en"><head><link rel="stylesheet" href="style.css"></head>
 <article class="bd-article"><dl class="build-state"><dd>commit abc</dd></dl>
 <span id="document-notebooks/01_one"></span><section id="one"><h2>One question</h2>
 <p><a href="02_two.html">chapter</a> <a href="book/intro.html#term">term</a>
-<a href="_sources/a.ipynb">file</a></p></section>
+<a href="#document-book/api/02_two">room</a> <a href="_sources/a.ipynb">file</a></p></section>
 <span id="document-notebooks/02_two"></span><section id="two"><h2>Two questions</h2><p id="term">word</p></section>
+<span id="document-book/api/02_two"></span><section id="room"><h2>A room</h2></section>
 </article></body></html>"""
 
 
@@ -60,12 +61,15 @@ def test_a_page_is_printed_with_its_chapters_apart_and_its_links_inside(tmp_path
     done = print_in_a_process(tmp_path / "whole.html", tmp_path / "book.pdf")
     assert done.returncode == 0, done.stderr
     pdf = (tmp_path / "book.pdf").read_bytes()
-    assert pages(pdf) == 5  # title, contents, front page, two chapters
+    assert (
+        pages(pdf) == 6
+    )  # title, contents, front page, two chapters, a page with a chapter's name in another folder
     assert [title for title in outline(pdf) if "question" in title] == ["One question", "Two questions"]
     assert set(re.findall(rb"/Subtype /Link(?:(?!endobj)[\s\S])*?/Dest /(\S+)", pdf)) == {
         b"one",
         b"two",
         b"term",
+        b"room",
     }
     assert b"_sources" not in pdf
 

@@ -58,6 +58,21 @@ def random_states(size, rng):
     return GridState(agent, direction, obstacles, np.zeros(len(rows), np.int32))
 
 
+ROWS = {"slice": slice(3, 40, 7), "integers": np.arange(5) * 11, "twice": [2, 2, 5], "one": 9, "the last": -1}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_a_set_is_indexed_by_rows(small, rows):
+    every = np.arange(len(small.images))
+    which, some = np.atleast_1d(every[rows]), small[rows]
+    assert len(some) == len(which)
+    assert np.array_equal(some.images, small.images[which])
+    assert some.multiplicity.tolist() == small.multiplicity[which].tolist()
+    assert np.array_equal(observe(some.witness, 5), some.images), "each witness shows its observation"
+    mask = np.isin(every, which)
+    assert np.array_equal(small[mask].images, small.images[mask])
+
+
 def test_the_whole_task_has_the_counts_the_design_gives(observations):
     counts = {name: int(showing(observations.images, name).sum()) for name in SITUATIONS}
     assert counts["empty"] == 767_032

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from dtbook.analysis.attribution import decompose
-from dtbook.analysis.views import (
+from dtbook.analysis.weights import (
     REGIONS,
     THINGS,
     Embeddings,
     embeddings,
     front_cell,
+    front_cell_table,
     moments,
     thing_effects,
     variance_shares,
 )
-from dtbook.analysis.weights import front_cell_table
 from dtbook.gridworld import FRONT, all_observations
 from dtbook.gridworld.situations import showing, weights
 from dtbook.model import DecisionTransformer, DTConfig

@@ -75,11 +75,11 @@ class Api(SphinxDirective):
         line = nodes.paragraph("", f"To be imported from {room} itself: ")
         domain: Any = self.env.get_domain("py")
         for short, full in sorted(names.items()):
-            shown: nodes.Node = nodes.literal(short, short)
             if full in domain.objects:
                 domain.note_object(f"{room}.{short}", domain.objects[full].objtype, full, aliased=True)
-                shown = nodes.reference("", "", shown, internal=True, refuri=f"#{full}")
-            line += [nodes.Text(" "), shown]
+            link = addnodes.pending_xref(refdomain="py", reftype="obj", reftarget=full, refwarn=False)
+            link += nodes.literal(short, short)
+            line += [nodes.Text(" "), link]
         return [line] if names else []
 
     def section(self, name: str, tree: ast.Module) -> nodes.section:

@@ -21,7 +21,7 @@ class Artifacts(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """One table."""
+        """Return one table."""
         root = Path(self.env.srcdir)
         for path in [*find_notebooks(root / "notebooks"), root / "data" / "manifest.json"]:
             self.env.note_dependency(str(path))
@@ -31,13 +31,13 @@ class Artifacts(SphinxDirective):
 
 
 def files(rows: pd.DataFrame) -> pd.DataFrame:
-    """The artifacts of `listing`, with names as code and chapters as links."""
+    """Return the artifacts of `listing`, with names as code and chapters as links."""
     shown = pd.DataFrame({"file": rows["artifact"].map(code), "of": rows["of"], "stage": rows["stage"]})
     return shown.assign(command=rows["command"].map(code), chapters=rows["chapters"])
 
 
 def figures(notebooks: Path, rows: pd.DataFrame) -> pd.DataFrame:
-    """Every figure, the command that draws it, the files its chapter starts from, and the commands behind those."""
+    """Return every figure, the command that draws it, the files its chapter starts from and their commands."""
     shown = []
     for path in find_notebooks(notebooks):
         number = str(int(path.stem.partition("_")[0]))
@@ -51,19 +51,19 @@ def figures(notebooks: Path, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure_names(path: Path) -> list[str]:
-    """The labels of a notebook's figures, in order."""
+    """Return the labels of a notebook's figures, in order."""
     cells = nbformat.read(path, as_version=4).cells
     found = [cell.metadata.get("mystnb", {}).get("figure", {}).get("name") for cell in cells]
     return [name for name in found if name]
 
 
 def code(text: str) -> str:
-    """A text as code."""
+    """Return a text as code."""
     return f"`{text}`"
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown."""
+    """Return a table as Markdown."""
     rows = [table.columns, ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(re.sub(r'[|]', '/', str(cell)) for cell in row)} |" for row in rows)
 

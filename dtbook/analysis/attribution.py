@@ -16,7 +16,7 @@ from dtbook.gridworld.rules import ACTIONS
 from dtbook.model.config import ONE_HOT_SIZES, Actions, Rtgs, States, Timesteps, one_hot
 from dtbook.model.transformer import DecisionTransformer
 
-CHANNELS = ("object", "colour", "state")
+IMAGE_CHANNELS = ("object", "colour", "state")
 LETTERS = {name[0].upper(): index for index, name in enumerate(ACTIONS)}
 
 
@@ -34,6 +34,11 @@ def contrast(preference: str) -> Float[Tensor, " action"]:
     return weights
 
 
+def forward_preference(logits: Float[Tensor, "*batch action"]) -> Float[Tensor, "*batch"]:
+    """Return logit F − logsumexp(logit L, logit R): the log odds of moving forward."""
+    return logits[..., 2] - logits[..., :2].logsumexp(-1)
+
+
 def preference_direction(model: DecisionTransformer, preference: str) -> Float[Tensor, " d_model"]:
     """Return the residual-stream direction of a preference (W_U @ contrast).
 
@@ -46,7 +51,7 @@ def channel_slices(model: DecisionTransformer) -> dict[str, slice]:
     """Return which of the encoding's channels hold each of minigrid's three."""
     sizes = (1, 1, 1) if model.cfg.encoding == "index" else ONE_HOT_SIZES
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    return {name: slice(end - size, end) for name, end, size in zip(CHANNELS, ends, sizes, strict=True)}
+    return {name: slice(end - size, end) for name, end, size in zip(IMAGE_CHANNELS, ends, sizes, strict=True)}
 
 
 def by_cell(

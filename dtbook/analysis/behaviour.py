@@ -1,34 +1,24 @@
-"""What chapters 5 and 6 measure beside the situation table, each a table over every observation a situation has.
+"""Behaviour of the intact model: the tables of chapter 5, each over every observation that a situation has.
 
-Distributions of the log odds of forward, the extremes at every timestep, scans over the RTG, what each neuron does,
-and play with components removed. Means and shares are weighted by how many states show an observation; `worst` and
+Distributions of the log odds of forward, the extremes at every timestep, exceptions to the post's Table 1, and scans
+over the RTG. Means and shares are weighted by how many states show an observation; `worst` and
 `mildest` are rows of `gridworld.all_observations`, so that whoever reads the table can look at them.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, no_type_check
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
-from dtbook.analysis.attribution import contrast
-from dtbook.analysis.heads import forward_preference
-from dtbook.analysis.interventions import ablate
-from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
+from dtbook.analysis.attribution import contrast, forward_preference
+from dtbook.analysis.population import Run, per_observation
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.kernels import compiled
-from dtbook.gridworld.rules import Task
-from dtbook.gridworld.situations import SITUATIONS, select, showing, weights
+from dtbook.gridworld.situations import FACING, SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.protocol import ACTING, AVOIDS, RTGS, TABLE_1, TIMESTEP, TIMESTEPS
-from dtbook.rollout import CALIBRATION_RTGS, OUTCOMES, episode_table, rollout, summarise
+from dtbook.protocol import AVOIDS, RTGS, TABLE_1, TIMESTEP, TIMESTEPS
 
-FACING = tuple(name for name in SITUATIONS if name != "empty")
-"""Situations in which there is something in front of the agent."""
 BIN_WIDTH = 0.5
 EDGES = np.arange(-30.0, 30.0 + BIN_WIDTH, BIN_WIDTH)
 """Bins of the log odds of forward (nats); what lies outside falls into the first or the last."""
@@ -46,7 +36,7 @@ def log_odds(p: float) -> float:
     return float(np.log(p / (1 - p)))
 
 
-def distributions(
+def log_odds_distributions(
     model: DecisionTransformer,
     observations: ObservationSet,
     rtgs: Sequence[float] = RTGS,
@@ -58,18 +48,18 @@ def distributions(
     Columns: `situation`, `rtg`, `middle` (of the bin, nats), `share` of the situation's weight, over all timesteps
     together. Shares of one situation and RTG sum to 1; bins that hold nothing are left out.
     """
-    asked = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
-    found = collect(model, observations, asked, _preference, progress=progress)["preference"]
+    conditions = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
+    odds = per_observation(model, observations, conditions, _preference, progress=progress)["preference"]
     middles, n_bins = (EDGES[1:] + EDGES[:-1]) / 2, len(EDGES) - 1
-    bins = np.clip(np.digitize(found, EDGES) - 1, 0, n_bins - 1).reshape(len(rtgs), len(timesteps), -1)
+    bins = np.clip(np.digitize(odds, EDGES) - 1, 0, n_bins - 1).reshape(len(rtgs), len(timesteps), -1)
     parts = []
     for situation in SITUATIONS:
         rows = showing(observations.images, situation)
         if not rows.any():
             continue
         weight = np.tile(weights(select(observations, situation)), len(timesteps)) / len(timesteps)
-        for rtg, chosen in zip(rtgs, bins[..., rows], strict=True):
-            share = np.bincount(chosen.ravel(), weight, n_bins)
+        for rtg, in_bin in zip(rtgs, bins[..., rows], strict=True):
+            share = np.bincount(in_bin.ravel(), weight, n_bins)
             part = pd.DataFrame(
                 {"situation": situation, "rtg": float(rtg), "middle": middles, "share": share}
             )
@@ -94,10 +84,12 @@ def turns(
     `rtg`, the weighted means `left`, `right` and of the products `left²`, `right²`, `left·right`. Rows of several RTGs
     may be averaged: `correlation` of that is the pooled r.
     """
-    asked = [(float(rtg), timestep) for rtg in rtgs]
-    found = collect(model, observations, asked, lambda run: {"logits": run.logits()}, progress=progress)
+    conditions = [(float(rtg), timestep) for rtg in rtgs]
+    values = per_observation(
+        model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress
+    )
     share, rows = weights(observations), []
-    for rtg, logits in zip(rtgs, found["logits"].astype(float), strict=True):
+    for rtg, logits in zip(rtgs, values["logits"].astype(float), strict=True):
         for of, values in {"logits": logits, "centred": logits - logits.mean(1, keepdims=True)}.items():
             left, right = values[:, 0], values[:, 1]
             moments = [share @ x for x in (left, right, left**2, right**2, left * right)]
@@ -129,15 +121,15 @@ def over_time(
     parts = []
     for situation in situations:
         rows = np.flatnonzero(showing(observations.images, situation))
-        chosen = select(observations, situation)
-        share = weights(chosen)
+        seen = select(observations, situation)
+        share = weights(seen)
         for rtg in rtgs:
-            asked = [(float(rtg), timestep) for timestep in timesteps]
-            found = collect(model, chosen, asked, _forward_and_margin, progress=progress)
-            p, over = found["forward"], found["forward"] > AVOIDS
+            conditions = [(float(rtg), timestep) for timestep in timesteps]
+            values = per_observation(model, seen, conditions, _forward_and_margin, progress=progress)
+            p, over = values["forward"], values["forward"] > AVOIDS
             columns = {"situation": situation, "rtg": float(rtg), "timestep": list(timesteps)}
             columns |= {"forward": p @ share, "low": p.min(1), "high": p.max(1)}
-            columns |= {"over": over @ share, "n_over": over.sum(1), "greedy": (found["margin"] > 0) @ share}
+            columns |= {"over": over @ share, "n_over": over.sum(1), "greedy": (values["margin"] > 0) @ share}
             columns |= {"worst": rows[p.argmax(1)], "mildest": rows[p.argmin(1)]}
             parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
@@ -159,9 +151,11 @@ def exceptions(
     parts = []
     for situation, rtg in avoided(rtgs):
         rows = np.flatnonzero(showing(observations.images, situation))
-        asked = [(rtg, timestep) for timestep in timesteps]
-        found = collect(model, select(observations, situation), asked, _forward_and_margin, progress=progress)
-        p, over = found["forward"], found["forward"] > AVOIDS
+        conditions = [(rtg, timestep) for timestep in timesteps]
+        values = per_observation(
+            model, select(observations, situation), conditions, _forward_and_margin, progress=progress
+        )
+        p, over = values["forward"], values["forward"] > AVOIDS
         which, at = np.flatnonzero(over.any(0)), np.asarray(timesteps)
         columns = {"situation": situation, "rtg": rtg, "observation": rows[which]}
         columns |= {"states": observations.multiplicity[rows[which]], "n": over.sum(0)[which]}
@@ -176,7 +170,7 @@ def avoided(rtgs: Sequence[float] = RTGS) -> list[tuple[str, float]]:
         (thing, rtg)
         for rtg, row in TABLE_1.items()
         for thing, yes in row.items()
-        if yes and any(np.isclose(rtg, asked) for asked in rtgs)
+        if yes and any(np.isclose(rtg, each) for each in rtgs)
     ]
 
 
@@ -209,13 +203,14 @@ def scan(
         columns |= {"P(forward)": logits.softmax(1)[:, 2], "logit_diff": logits @ direction}
         columns |= {name: part @ direction for name, part in parts.items()}
         return columns | {
-            f"attention {head}": row for head, row in zip(run.shared.folded.heads, run.pattern, strict=True)
+            f"attention {head}": row
+            for head, row in zip(run.embedded.folded.head_names, run.pattern, strict=True)
         }
 
-    asked = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
-    found = collect(model, observations, asked, measure, progress=progress)
-    means = {name: values.astype(float) @ share for name, values in found.items()}
-    return pd.DataFrame(asked, columns=["rtg", "timestep"]).assign(**means)
+    conditions = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
+    values = per_observation(model, observations, conditions, measure, progress=progress)
+    means = {name: each.astype(float) @ share for name, each in values.items()}
+    return pd.DataFrame(conditions, columns=["rtg", "timestep"]).assign(**means)
 
 
 def situation_scans(
@@ -227,173 +222,3 @@ def situation_scans(
         for name in FACING
     ]
     return pd.concat(scans, ignore_index=True)
-
-
-NEURON_WAYS = ("zero", "mean", "resample")
-"""What an ablated neuron has in place of its activation: nothing; its mean over all observations, at that RTG and
-timestep; that on another observation, drawn as often as states show it. The post's feature mean is none of a single
-neuron: it averages the entries of a vector, and a neuron has one."""
-
-
-def neurons(
-    model: DecisionTransformer,
-    observations: ObservationSet,
-    rtgs: Sequence[float] = RTGS,
-    timesteps: Sequence[int] = TIMESTEPS,
-    situations: Sequence[str] = FACING,
-    how: Sequence[str] = NEURON_WAYS,
-    preference: str = "F-R",
-    seed: int = 0,
-    progress: bool = False,
-) -> pd.DataFrame:
-    """Return what each neuron does in each situation: a row for each situation, RTG, neuron and way to ablate it.
-
-    Columns: `situation`, `rtg`, `neuron`, `how` (`NEURON_WAYS`); weighted means over observations and timesteps of
-    `active` (1 where it fires), of its `contribution` to the preference, and of what ablating it changes: of the
-    preference (`change`) and of P(forward) (`rise`). All is exact: a neuron writes its activation times its row of
-    W_out W_U on the logits, so that other activation gives other logits without another run. Raises ValueError for an
-    unknown way.
-    """
-    if unknown := [name for name in how if name not in NEURON_WAYS]:
-        raise ValueError(f"how is {unknown[0]!r}; it must be one of {', '.join(map(repr, NEURON_WAYS))}.")
-    folded, conditions = Folded(model), [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
-    means = _neuron_means(folded, observations, conditions, progress) if "mean" in how else {}
-    parts = []
-    for situation in situations:
-        ablate_each = _NeuronByNeuron(folded, observations, situation, how, means, seed)
-        for k, rtg in enumerate(rtgs):
-            own = conditions[k * len(timesteps) : (k + 1) * len(timesteps)]
-            parts.append(ablate_each.table(own, preference, progress).assign(situation=situation, rtg=rtg))
-    table = pd.concat(parts, ignore_index=True)
-    return table[["situation", "rtg", *table.columns.drop(["situation", "rtg"])]]
-
-
-@torch.inference_mode()
-def _neuron_means(
-    folded: Folded, observations: ObservationSet, conditions: Sequence[tuple[float, int]], progress: bool
-) -> dict[tuple[float, int], np.ndarray]:
-    """The mean activation of each neuron over all observations, at each condition."""
-    share, n = weights(observations), len(observations.images)
-    sums = {condition: np.zeros((1, folded.d_mlp)) for condition in conditions}
-    for start in tqdm(range(0, n, BATCH_SIZE), desc="means of the neurons", disable=not progress):
-        rows = slice(start, start + BATCH_SIZE)
-        shared, own = folded.share(torch.from_numpy(observations.images[rows])), share[None, rows]
-        for condition in conditions:
-            run = shared.at(*condition)
-            sums[condition] += own.astype(np.float32) @ run.neurons(run.read(run.heads())).numpy()
-    return sums
-
-
-class _NeuronByNeuron:
-    """The observations of a situation, and the others whose activations resampling takes."""
-
-    def __init__(
-        self,
-        folded: Folded,
-        observations: ObservationSet,
-        situation: str,
-        how: Sequence[str],
-        means: dict[tuple[float, int], np.ndarray],
-        seed: int,
-    ) -> None:
-        chosen, rng = select(observations, situation), np.random.default_rng(seed)
-        self.folded, self.how, self.means, self.situation = folded, how, means, situation
-        self.images, self.share = chosen.images, weights(chosen)
-        drawn = rng.choice(len(observations.images), len(chosen.images), p=weights(observations))
-        self.others = observations.images[drawn] if "resample" in how else None
-
-    def table(self, conditions: Sequence[tuple[float, int]], preference: str, progress: bool) -> pd.DataFrame:
-        """A row for each neuron and way, averaged over the conditions."""
-        sums = np.zeros((len(self.how) + 1, 2, self.folded.d_mlp))
-        starts = range(0, len(self.images), BATCH_SIZE)
-        for start in tqdm(starts, desc=f"neurons, {self.situation}", disable=not progress):
-            self._add(slice(start, start + BATCH_SIZE), conditions, sums)
-        on_preference = (self.folded.W_mlp @ contrast(preference).to(self.folded.W_mlp)).double().numpy()
-        (active, fired), *ablated = sums / len(conditions)
-        own = {
-            "neuron": np.arange(self.folded.d_mlp),
-            "active": active,
-            "contribution": fired * on_preference,
-        }
-        return pd.concat(
-            [
-                pd.DataFrame(own | {"change": moved * on_preference, "rise": rise}).assign(how=way)
-                for way, (moved, rise) in zip(self.how, ablated, strict=True)
-            ],
-            ignore_index=True,
-        )
-
-    @torch.inference_mode()
-    def _add(self, rows: slice, conditions: Sequence[tuple[float, int]], sums: np.ndarray) -> None:
-        shared = self.folded.share(torch.from_numpy(self.images[rows]))
-        donor = shared if self.others is None else self.folded.share(torch.from_numpy(self.others[rows]))
-        share, weight = self.share[rows], self.folded.W_mlp.numpy()
-        for condition in conditions:
-            run, other = shared.at(*condition), donor.at(*condition)
-            read = run.read(run.heads())
-            logits, post = run.finish(read).numpy(), run.neurons(read).numpy()
-            sums[0] += share @ (post > 0), share @ post
-            for k, way in enumerate(self.how, start=1):
-                if way == "resample":
-                    instead = other.neurons(other.read(other.heads())).numpy()
-                elif way == "mean":
-                    instead = self.means[condition].astype(post.dtype)
-                else:
-                    instead = np.zeros_like(post[:1])
-                _replace_each(logits, post, np.broadcast_to(instead, post.shape), weight, share, sums[k])
-
-
-@partial(compiled, fastmath=True)
-@no_type_check
-def _replace_each(
-    logits: np.ndarray,
-    post: np.ndarray,
-    instead: np.ndarray,
-    weight: np.ndarray,
-    share: np.ndarray,
-    sums: np.ndarray,
-) -> None:
-    """Add a batch to the sums (change of the activation, rise of P(forward)) of each neuron, in place."""
-    for i in range(len(logits)):
-        left, right = np.exp(logits[i, 0] - logits[i, 2]), np.exp(logits[i, 1] - logits[i, 2])
-        intact = 1 / (1 + left + right)
-        for n in range(post.shape[1]):
-            change = instead[i, n] - post[i, n]
-            if change != 0:
-                turned = left * np.exp(change * (weight[n, 0] - weight[n, 2]))
-                turned += right * np.exp(change * (weight[n, 1] - weight[n, 2]))
-                sums[0, n] += share[i] * change
-                sums[1, n] += share[i] * (1 / (1 + turned) - intact)
-
-
-def components(model: DecisionTransformer) -> list[str]:
-    """Return the heads and the MLP of a one-layer model, as `interventions.ablate` names them."""
-    return [f"L0H{head}" for head in range(model.cfg.n_heads)] + ["L0 MLP"]
-
-
-def ablated_play(
-    model: DecisionTransformer,
-    rtgs: Sequence[float] = CALIBRATION_RTGS,
-    episodes: int = 100,
-    max_steps: int = 300,
-    seed: int = 0,
-    ways: Sequence[str] = ACTING,
-    progress: bool = False,
-    task: Task | None = None,
-) -> pd.DataFrame:
-    """Return calibration and causes of death, intact and with each component zero-ablated at every step.
-
-    Columns: `ablated` ("none", "L0H0", …), `acting`, those of `rollout.summarise`, and the share of the episodes with
-    each of `rollout.OUTCOMES`. All play from one seed.
-    """
-    asked, parts = np.repeat(np.asarray(rtgs, dtype=float), episodes), []
-    variants = [(name, acting) for name in ("none", *components(model)) for acting in ways]
-    for name, acting in tqdm(variants, desc="play", disable=not progress):
-        context: AbstractContextManager[Any] = nullcontext() if name == "none" else ablate(model, name)
-        with context:
-            table = episode_table(rollout(model, asked, acting == "greedy", max_steps, seed, task), asked)
-        shares = pd.crosstab(table["rtg"], table["outcome"], normalize="index")
-        shares = shares.reindex(columns=list(OUTCOMES), fill_value=0.0).rename_axis(columns=None)
-        curve = summarise(table).merge(shares.reset_index(), on="rtg")
-        parts.append(curve.assign(ablated=name, acting=acting))
-    return pd.concat(parts, ignore_index=True)

@@ -1,10 +1,11 @@
 """Causal effects over every observation: what carries the difference between a run and its counterfactual.
 
-A *case* is a set of observations and one change: the front cell emptied, or another return asked for. The *clean* run
-is the one before the change, the *source* run the one after it. Activation patching puts an activation of one run into
-the other; path patching lets one reader only see the change of one writer. The measure is the forward preference,
-logit F − logsumexp(logit L, logit R), and P(forward), its logistic function; effects are signed as the whole change is,
-source − clean, so that effect ÷ whole change is a share: 1 for what does all of it, 0 for what does nothing of it.
+A *case* is a set of observations and one change: the front cell emptied, or another return asked for. Its *clean* run
+is the one before the change, its *source* the one after it. Activation patching puts an activation of the source into
+the run that is edited, the *base*; path patching lets one reader only see the change of one writer. In a case either
+run can be the base of a `Pair`. The measure is the forward preference, logit F − logsumexp(logit L, logit R), and
+P(forward), its logistic function; effects are signed as the whole change is, source − clean, so that effect ÷ whole
+change is a share: 1 for what does all of it, 0 for what does nothing of it.
 
 One layer only: with two tokens, what another run's RTG token can change is the keys and values of the heads, and what
 its state token can change is the queries too, the heads' outputs, the MLP, and what the embedding says directly.
@@ -19,27 +20,27 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from dtbook.analysis.heads import forward_preference
-from dtbook.analysis.population import BATCH_SIZE, Folded, Run
+from dtbook.analysis.attribution import forward_preference
+from dtbook.analysis.population import BATCH_SIZE, FoldedWeights, Run, embedded_batches
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.situations import SITUATIONS, select, weights, without_front
+from dtbook.gridworld.situations import FACING, select, weights, without_front
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.protocol import HIGH, RTGS, TIMESTEP
+from dtbook.protocol import HIGH, RTGS, TIMESTEP, printed
 
-FORWARD = (-0.5, -0.5, 1.0)
+FORWARD_OVER_TURNS = (-0.5, -0.5, 1.0)
 """The weights of the logits in direct attribution: forward against the mean of left and right."""
 INTO_CLEAN, INTO_SOURCE = "into the clean run", "into the source run"
 
 
 class Case(NamedTuple):
-    """Which observations are shown, and what is changed."""
+    """A situation that observations show, and one change."""
 
     situation: str
-    """One of `situations.SITUATIONS`."""
+    """One of `situations.FACING`."""
     rtg: float
     """The return asked for in the clean run."""
     source_rtg: float
@@ -47,51 +48,106 @@ class Case(NamedTuple):
 
     @property
     def change(self) -> str:
-        """What the source run has changed."""
+        """The change in words."""
         if self.rtg == self.source_rtg:
             return "front cell → empty"
-        return f"RTG {self.rtg:g} → {self.source_rtg:g}".replace("-", "−")
+        return f"RTG {printed(self.rtg)} → {printed(self.source_rtg)}"
 
 
-FRONT_CASES = tuple(
-    Case(situation, rtg, rtg) for rtg in RTGS for situation in SITUATIONS if situation != "empty"
-)
-CASES = (*FRONT_CASES, *(Case(situation, -1.0, HIGH) for situation in SITUATIONS if situation != "empty"))
+FRONT_CASES = tuple(Case(situation, rtg, rtg) for rtg in RTGS for situation in FACING)
+CASES = (*FRONT_CASES, *(Case(situation, -1.0, HIGH) for situation in FACING))
 """obstacle, wall and goal → empty at each return of the post's Table 1, and RTG −1 → 0.9 with each of them in front."""
 
 
 class Pair(NamedTuple):
-    """A batch of observations in the clean and in the source run."""
+    """A batch of observations in the run that is edited and in the one whose activations replace its own."""
 
-    clean: Run
+    base: Run
     source: Run
     weights: Float[Tensor, " n"]
     """Shares of the whole case, summing to 1 over its batches."""
 
     def swapped(self) -> "Pair":
         """Return the pair with the runs exchanged."""
-        return Pair(self.source, self.clean, self.weights)
+        return Pair(self.source, self.base, self.weights)
 
 
 def pairs(
-    folded: Folded, observations: ObservationSet, case: Case, timestep: int = TIMESTEP
+    folded: FoldedWeights,
+    observations: ObservationSet,
+    case: Case,
+    timestep: int = TIMESTEP,
+    batch_size: int = BATCH_SIZE,
 ) -> Iterator[Pair]:
     """Yield a case's observations batch by batch, with float64 weights; raises ValueError where there are none."""
-    chosen = select(observations, case.situation)
-    share = torch.from_numpy(weights(chosen))
-    for start in range(0, len(share), BATCH_SIZE):
-        rows = slice(start, start + BATCH_SIZE)
-        images = torch.from_numpy(chosen.images[rows])
-        shared = folded.share(images)
-        other = folded.share(without_front(images)) if case.rtg == case.source_rtg else shared
-        yield Pair(shared.at(case.rtg, timestep), other.at(case.source_rtg, timestep), share[rows])
+    seen = select(observations, case.situation)
+    return pairs_of(folded, seen.images, weights(seen), case, timestep, batch_size)
+
+
+def pairs_of(
+    folded: FoldedWeights,
+    images: UInt8[np.ndarray, "n 7 7 3"],
+    share: Float[np.ndarray, " n"],
+    case: Case,
+    timestep: int,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Pair]:
+    """Yield the pairs of these observations, the clean run as base, batch by batch."""
+    for rows, embedded in embedded_batches(folded, images, batch_size):
+        other = embedded
+        if case.rtg == case.source_rtg:
+            other = folded.embed(without_front(embedded.images))
+        clean, source = embedded.at(case.rtg, timestep), other.at(case.source_rtg, timestep)
+        yield Pair(clean, source, torch.from_numpy(share[rows]))
+
+
+class HeadPatching:
+    """The base run of a pair with one head's result, or a part of it, from the source, and what that changes.
+
+    Changes are those of each observation's forward preference (logits). They are not additive: pattern and values
+    multiply, so the change by the head differs from the sum of both by how much each depends on the other.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        self.base, self.source, _ = pair
+        self.results, self.source_results = self.base.head_results(), self.source.head_results()
+        self.preference = forward_preference(self.base.logits(self.results))
+
+    def total(self) -> Float[Tensor, " n"]:
+        """Return the whole change, source − base."""
+        return forward_preference(self.source.logits(self.source_results)) - self.preference
+
+    def by_head(self, head: int) -> Float[Tensor, " n"]:
+        """Return the change when the head's result is the source's."""
+        return self._change(self.patched(head))
+
+    def by_pattern(self, head: int) -> Float[Tensor, " n"]:
+        """Return the change when where the head looks is as in the source (the QK circuit)."""
+        return self._change(self._with(head, self.base.head_results(pattern=self.source.pattern)))
+
+    def by_values(self, head: int) -> Float[Tensor, " n"]:
+        """Return the change when what the head reads from the state token is as in the source (the OV circuit)."""
+        values = self.source.embedded.state_result
+        return self._change(self._with(head, self.base.head_results(state_result=values)))
+
+    def patched(self, head: int) -> Float[Tensor, "head n column"]:
+        """Return the base run's head results with that of one head from the source."""
+        return self._with(head, self.source_results)
+
+    def _with(self, head: int, others: Tensor) -> Tensor:
+        results = self.results.clone()
+        results[head] = others[head]
+        return results
+
+    def _change(self, results: Tensor) -> Tensor:
+        return forward_preference(self.base.logits(results)) - self.preference
 
 
 # What attends, what is attended to, and what follows from another run's
 
 
 class Scores(NamedTuple):
-    """What the attention of the state token is made of, head by head; time and biases that cancel are left out."""
+    """The vectors behind the attention of the state token, by head; time and biases that cancel are left out."""
 
     query: Float[Tensor, "*head n d_head"]
     rtg_key: Float[Tensor, "*head 1 d_head"]
@@ -106,91 +162,89 @@ class Scores(NamedTuple):
 @torch.no_grad()
 def scores(run: Run) -> Scores:
     """Return the queries and keys of a run; their `pattern()` is the run's own."""
-    f, attn = run.shared.folded, run.shared.folded.model.blocks[0].attn
-    rtg, timestep = run.condition
-    query = (f.time[timestep] @ attn.W_Q + attn.b_Q)[:, None] + run.shared.q
-    return Scores(query, ((rtg * f.rtg + f.key) @ attn.W_K)[:, None], run.shared.k)
+    f, (rtg, timestep) = run.embedded.folded, run.condition
+    query = f.query_of_time(timestep)[:, None] + run.embedded.q
+    return Scores(query, f.key(f.rtg_token(rtg))[:, None], run.embedded.k)
 
 
-Write = Float[Tensor, "n reader"]
-
-
-def head_write(run: Run, head: int, pattern: Tensor | None = None, value: Tensor | None = None) -> Write:
-    """Return what one head writes on the readers, with its own attention to RTG (n) and values or with others."""
+def head_result(
+    run: Run, head: int, pattern: Tensor | None = None, state_result: Tensor | None = None
+) -> Float[Tensor, "n read"]:
+    """Return one head's result as it is read, with its own attention to RTG (n) and values or with others."""
     pattern = run.pattern[head] if pattern is None else pattern
-    value = run.shared.value[head] if value is None else value
-    written = torch.lerp(value, run.rtg_value[head], pattern.unsqueeze(-1)).add_(run.time_value[head])
+    result = run.embedded.state_result[head] if state_result is None else state_result
+    written = torch.lerp(result, run.rtg_result[head], pattern.unsqueeze(-1)).add_(run.time_result[head])
     return written[:, :-1]
 
 
 def activation_patches(pair: Pair) -> Iterator[tuple[str, str, Float[Tensor, "n action"]]]:
-    """Yield (token, site, logits): the clean run with the source's activation at one site of one token.
+    """Yield (token, site, logits): the base run with the source's activation at one site of one token.
 
     Sites of a token are its embedding and, for each head, "L0H1 Q", "L0H1 K" and "L0H1 V"; of the state token also the
     attention pattern, the head's output "L0H1", all "heads", and "L0 MLP". The logits are read at the state token, so
     of the RTG token nothing else matters. Where the runs share a token, its sites are left out: they change nothing.
     """
-    clean, source, _ = pair
-    read, other_read = (run.read(run.heads()) for run in (clean, source))
-    for head, name in enumerate(clean.shared.folded.heads):
-        own = head_write(clean, head)
-        for token, part, write in _head_writes(pair, head):
-            yield token, f"{name} {part}".removesuffix(" output"), clean.finish(read + (write - own))
-    yield "state", "heads", clean.logits(source.heads())
-    yield "state", "L0 MLP", clean.finish(read, source.mlp(other_read))
-    if clean.condition != source.condition:
-        yield "RTG", "embedding", clean.shared.at(*source.condition).logits()
-    if clean.shared is not source.shared:
-        yield "state", "embedding", source.shared.at(*clean.condition).logits()
+    base, source, _ = pair
+    resid_mid = base.resid_mid()
+    for head, name in enumerate(base.embedded.folded.head_names):
+        own = head_result(base, head)
+        for token, part, result in _patched_results(pair, head):
+            yield token, f"{name} {part}".removesuffix(" output"), base.unembed(resid_mid + (result - own))
+    yield "state", "heads", base.logits(source.head_results())
+    yield "state", "L0 MLP", base.unembed(resid_mid, source.mlp_out())
+    if base.condition != source.condition:
+        yield "RTG", "embedding", base.embedded.at(*source.condition).logits()
+    if base.embedded is not source.embedded:
+        yield "state", "embedding", source.embedded.at(*base.condition).logits()
 
 
-def _head_writes(pair: Pair, head: int) -> Iterator[tuple[str, str, Write]]:
-    """(token, part, what the head writes) with one thing that it reads or makes taken from the source."""
-    clean, source, _ = pair
-    mine, theirs = (Scores(*(part[head] for part in scores(run))) for run in (clean, source))
-    if clean.condition != source.condition:
-        yield "RTG", "K", head_write(clean, head, mine._replace(rtg_key=theirs.rtg_key).pattern())
-        yield "RTG", "V", head_write(clean._replace(rtg_value=source.rtg_value), head)
-    if clean.shared is not source.shared:
-        yield "state", "Q", head_write(clean, head, mine._replace(query=theirs.query).pattern())
-        yield "state", "K", head_write(clean, head, mine._replace(state_key=theirs.state_key).pattern())
-        yield "state", "V", head_write(clean, head, value=source.shared.value[head])
-    yield "state", "pattern", head_write(clean, head, source.pattern[head])
-    yield "state", "output", head_write(source, head)
+def _patched_results(pair: Pair, head: int) -> Iterator[tuple[str, str, Float[Tensor, "n read"]]]:
+    """Yield (token, part, the head's result) with one thing that it reads or makes taken from the source."""
+    base, source, _ = pair
+    own, donor = (Scores(*(part[head] for part in scores(run))) for run in (base, source))
+    if base.condition != source.condition:
+        yield "RTG", "K", head_result(base, head, own._replace(rtg_key=donor.rtg_key).pattern())
+        yield "RTG", "V", head_result(base._replace(rtg_result=source.rtg_result), head)
+    if base.embedded is not source.embedded:
+        yield "state", "Q", head_result(base, head, own._replace(query=donor.query).pattern())
+        yield "state", "K", head_result(base, head, own._replace(state_key=donor.state_key).pattern())
+        yield "state", "V", head_result(base, head, state_result=source.embedded.state_result[head])
+    yield "state", "pattern", head_result(base, head, source.pattern[head])
+    yield "state", "output", head_result(source, head)
 
 
 def path_patches(pair: Pair) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
-    """Yield (path, logits): the clean run in which one reader sees the source's version of one writer.
+    """Yield (path, logits): the base run in which one reader sees the source's version of one writer.
 
     "state → logits", "state → L0 MLP", and for each head "L0H1 → logits" and "L0H1 → L0 MLP". Paths from an embedding
     into a head are the activation patches of its Q, K and V: nothing else is written before a head reads.
     """
-    clean, source, _ = pair
-    read, d_mlp = clean.read(clean.heads()), clean.shared.folded.d_mlp
-    direct, mlp = read[:, d_mlp:], clean.mlp(read)
+    base, source, _ = pair
+    resid_mid, f = base.resid_mid(), base.embedded.folded
+    direct, mlp_out = f.direct_logits(resid_mid), base.mlp_out(resid_mid)
     changes = {}
-    if clean.shared is not source.shared:
-        changes["state"] = source.shared.state - clean.shared.state
-    for head, name in enumerate(clean.shared.folded.heads):
-        changes[name] = head_write(source, head) - head_write(clean, head)
+    if base.embedded is not source.embedded:
+        changes["state"] = source.embedded.state - base.embedded.state
+    for head, name in enumerate(f.head_names):
+        changes[name] = head_result(source, head) - head_result(base, head)
     for sender, change in changes.items():
-        yield f"{sender} → logits", direct + change[:, d_mlp:] + mlp + clean.shared.folded.b_U
-        yield f"{sender} → L0 MLP", direct + clean.mlp(read + change) + clean.shared.folded.b_U
+        yield f"{sender} → logits", direct + f.direct_logits(change) + mlp_out + f.b_U
+        yield f"{sender} → L0 MLP", direct + base.mlp_out(resid_mid + change) + f.b_U
 
 
 def ablations(run: Run) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
     """Yield (component, logits) of a run with each head, then the MLP, zero-ablated."""
-    read = run.read(run.heads())
-    for head, name in enumerate(run.shared.folded.heads):
-        yield name, run.finish(read - head_write(run, head))
-    yield "L0 MLP", run.finish(read, read.new_zeros(1, len(FORWARD)))
+    resid_mid = run.resid_mid()
+    for head, name in enumerate(run.embedded.folded.head_names):
+        yield name, run.unembed(resid_mid - head_result(run, head))
+    yield "L0 MLP", run.unembed(resid_mid, resid_mid.new_zeros(1, len(FORWARD_OVER_TURNS)))
 
 
 def attributions(pair: Pair) -> Iterator[tuple[str, Float[Tensor, " n"]]]:
-    """Yield (component, change of its direct contribution to forward − mean of left and right), source − clean."""
-    direction = torch.tensor(FORWARD).to(pair.clean.fixed)
-    before, after = pair.clean.contributions(), pair.source.contributions()
-    for name in ("state", *pair.clean.shared.folded.heads, "L0 MLP"):
+    """Yield (component, change of its direct contribution to forward − mean of left and right), source − base."""
+    direction = torch.tensor(FORWARD_OVER_TURNS).to(pair.base.fixed)
+    before, after = pair.base.contributions(), pair.source.contributions()
+    for name in ("state", *pair.base.embedded.folded.head_names, "L0 MLP"):
         yield name, (after[name] - before[name]) @ direction
 
 
@@ -199,13 +253,13 @@ def attributions(pair: Pair) -> Iterator[tuple[str, Float[Tensor, " n"]]]:
 
 @torch.inference_mode()
 def case_effects(
-    folded: Folded, observations: ObservationSet, case: Case, timestep: int = TIMESTEP
+    folded: FoldedWeights, observations: ObservationSet, case: Case, timestep: int = TIMESTEP
 ) -> pd.DataFrame:
     """Return the mean effects of one case, a row an intervention; see `causal_table` for the columns."""
     sums: dict[tuple[str, str, str, str], np.ndarray] = {}
     totals = np.zeros(4)
     for pair in pairs(folded, observations, case, timestep):
-        before, after = (forward_preference(run.logits()) for run in (pair.clean, pair.source))
+        before, after = (forward_preference(run.logits()) for run in (pair.base, pair.source))
         totals += _means(
             pair, after - before, after.sigmoid() - before.sigmoid(), before.sigmoid(), after.sigmoid()
         )
@@ -227,16 +281,16 @@ def _means(pair: Pair, *values: Tensor) -> np.ndarray:
 def _effects(
     pair: Pair, before: Tensor, after: Tensor
 ) -> Iterator[tuple[tuple[str, str, str, str], tuple[Tensor, Tensor]]]:
-    """Every intervention on a pair, with what it changes: (forward preference, P(forward)) of each observation."""
-    for direction, runs, base, sign in (
+    """Yield every intervention on a pair, and its changes of each observation's (forward preference, P(forward))."""
+    for direction, runs, unpatched, sign in (
         (INTO_CLEAN, pair, before, 1.0),
         (INTO_SOURCE, pair.swapped(), after, -1.0),
     ):
         patched = [("activation", token, site, logits) for token, site, logits in activation_patches(runs)]
         patched += [("path", path.split(" ")[0], path, logits) for path, logits in path_patches(runs)]
         for kind, token, site, logits in patched:
-            yield (kind, direction, token, site), _change(forward_preference(logits), base, sign)
-    without = {name: [forward_preference(logits)] for name, logits in ablations(pair.clean)}
+            yield (kind, direction, token, site), _change(forward_preference(logits), unpatched, sign)
+    without = {name: [forward_preference(logits)] for name, logits in ablations(pair.base)}
     for name, logits in ablations(pair.source):
         without[name].append(forward_preference(logits))
     for name, (clean, source) in without.items():
@@ -248,8 +302,8 @@ def _effects(
         yield ("attribution", "both", "state", name), (change, torch.full_like(change, torch.nan))
 
 
-def _change(now: Tensor, base: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-    return sign * (now - base), sign * (now.sigmoid() - base.sigmoid())
+def _change(now: Tensor, before: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    return sign * (now - before), sign * (now.sigmoid() - before.sigmoid())
 
 
 def causal_table(
@@ -272,10 +326,10 @@ def causal_table(
     mean of left and right; over all components it sums to the whole change of that.
 
     A mean effect says nothing of single observations, and shares of parts that act together need not sum to 1. Cases
-    that no observation shows are left out. Raises ValueError as `population.Folded`.
+    that no observation shows are left out. Raises ValueError as `population.FoldedWeights`.
     """
-    folded, frames = Folded(model), []
-    shown = [case for case in cases if len(select(observations, case.situation).images)]
+    folded, frames = FoldedWeights(model), []
+    shown = [case for case in cases if len(select(observations, case.situation))]
     for case in tqdm(shown, desc="causal tests", disable=not progress):
         table = case_effects(folded, observations, case, timestep)
         names = {"situation": case.situation, "change": case.change, "rtg": case.rtg, "timestep": timestep}

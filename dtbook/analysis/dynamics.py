@@ -16,9 +16,9 @@ from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import ACTING, RTGS, TIMESTEP
 from dtbook.rollout import episode_table, rollout, summarise
 
-Row = dict[str, float]
+Record = dict[str, float]
 
-FACING = ("obstacle", "wall", "goal")
+PROBED = ("obstacle", "wall", "goal")
 """What is in front of the agent when a model's P(forward) is looked at."""
 TOLERANCE = 0.1
 """How near its end a measure must stay to be settled: logit shares and returns alike (the scorecard's rule)."""
@@ -32,10 +32,10 @@ class Probe(NamedTuple):
 
 
 def make_probe(task: Task | None = None, n: int = 10_000, seed: int = 0) -> Probe:
-    """Return, for each of `FACING`, all observations; where there are more than `n`, so many drawn by weight."""
+    """Return, for each of `PROBED`, all observations; where there are more than `n`, so many drawn by weight."""
     task = task or Task()
     observations, rng = all_observations(task.size, task.n_obstacles), np.random.default_rng(seed)
-    facing = {name: select(observations, name) for name in FACING}
+    facing = {name: select(observations, name) for name in PROBED}
     drawn = {name: sample(o, n, rng)[0] if len(o.images) > n else o for name, o in facing.items()}
     return Probe(drawn, task)
 
@@ -50,7 +50,7 @@ def forward_probability(model: DecisionTransformer, observations: ObservationSet
     return total
 
 
-def inspect(model: DecisionTransformer, probe: Probe) -> Row:
+def inspect(model: DecisionTransformer, probe: Probe) -> Record:
     """Return what a model does when facing things (`forward goal 0.9` …) and the obstacle score of each head.
 
     `score L0H1` … are those of `heads.obstacle_head_scores`, `whole_change` the effect they are shares of (logits),
@@ -75,13 +75,13 @@ def inspect(model: DecisionTransformer, probe: Probe) -> Row:
 
 def play_for(
     model: DecisionTransformer, task: Task, rtgs: Sequence[float] = RTGS, episodes: int = 200, seed: int = 0
-) -> Row:
+) -> Record:
     """Return mean returns (`greedy 0.9` …) and the shares of episodes at the goal (`greedy success 0.9` …)."""
-    asked = np.repeat(np.array(rtgs), episodes)
-    row: Row = {}
+    each = np.repeat(np.array(rtgs), episodes)
+    row: Record = {}
     for acting in ACTING:
-        played = rollout(model, asked, acting == "greedy", seed=seed, task=task)
-        points = summarise(episode_table(played, asked)).set_index("rtg")
+        played = rollout(model, each, acting == "greedy", seed=seed, task=task)
+        points = summarise(episode_table(played, each)).set_index("rtg")
         for rtg in rtgs:
             row[f"{acting} {rtg:g}"] = float(points["mean"].to_dict()[rtg])
             row[f"{acting} success {rtg:g}"] = float(points["succeeded"].to_dict()[rtg])

@@ -5,7 +5,7 @@ on the logits directly. A unit that is not kept is *resampled*: it writes what i
 same one for all units, drawn as often as states show it. A kept neuron sees the present observation, and of the heads
 what they write now: their own output where they are kept, the other observation's where not.
 
-The *behaviour* is how much more likely forward is in the source run of a counterfactual case than in the clean one:
+The *behaviour* is how much likelier forward is in the source run of a case (`counterfactuals`) than in the clean one:
 for an obstacle in front, by how much it lowers P(forward). With nothing kept both runs are the other observation's, so
 it is exactly 0; with everything kept it is the model's own, so its share is exactly 1.
 
@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dtbook.analysis.counterfactuals import FORWARD, Case
-from dtbook.analysis.heads import forward_preference
-from dtbook.analysis.population import BATCH_SIZE, Folded, Run
+from dtbook.analysis.attribution import forward_preference
+from dtbook.analysis.counterfactuals import FORWARD_OVER_TURNS, Case, pairs_of
+from dtbook.analysis.population import FoldedWeights, Run, embedded_batches
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.situations import select, weights, without_front
+from dtbook.gridworld.situations import select, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, TIMESTEP
 
@@ -42,7 +42,11 @@ SEARCH_ROWS = 2048
 MOST = 64
 """Neurons after which the search gives up."""
 
-CASES = (Case("obstacle", HIGH, HIGH), Case("goal from the top", -1.0, -1.0), Case("wall", HIGH, HIGH))
+CIRCUIT_CASES = (
+    Case("obstacle", HIGH, HIGH),
+    Case("goal from the top", -1.0, -1.0),
+    Case("wall", HIGH, HIGH),
+)
 """The behaviours that circuits are looked for: what the model avoids with each of them in front."""
 RANDOM_ORDERS = 3
 
@@ -64,8 +68,8 @@ class Trio(NamedTuple):
     weights: Float[Tensor, " n"]
 
 
-class Rows(NamedTuple):
-    """What a case is measured on: observations, their shares, and for each the observation it is resampled from."""
+class CaseRows(NamedTuple):
+    """The observations of a case, their shares, and for each the observation that it is resampled from."""
 
     case: Case
     timestep: int
@@ -73,43 +77,38 @@ class Rows(NamedTuple):
     weights: np.ndarray
     others: np.ndarray
 
-    def drawn(self, n: int, rng: np.random.Generator) -> "Rows":
+    def drawn(self, n: int, rng: np.random.Generator) -> "CaseRows":
         """Return n rows drawn by weight, each then of the same weight."""
         rows = rng.choice(len(self.weights), n, p=self.weights)
         return self._replace(images=self.images[rows], weights=np.full(n, 1 / n), others=self.others[rows])
 
-    def trios(self, folded: Folded) -> Iterator[Trio]:
+    def trios(self, folded: FoldedWeights) -> Iterator[Trio]:
         """Yield the runs batch by batch."""
-        for start in range(0, len(self.weights), BATCH_SIZE):
-            batch, case = slice(start, start + BATCH_SIZE), self.case
-            images = torch.from_numpy(self.images[batch])
-            shared = folded.share(images)
-            changed = folded.share(without_front(images)) if case.rtg == case.source_rtg else shared
-            other = folded.share(torch.from_numpy(self.others[batch])).at(case.rtg, self.timestep)
-            runs = shared.at(case.rtg, self.timestep), changed.at(case.source_rtg, self.timestep)
-            yield Trio(*runs, other, torch.from_numpy(self.weights[batch]))
+        pairs = pairs_of(folded, self.images, self.weights, self.case, self.timestep)
+        for pair, (_, other) in zip(pairs, embedded_batches(folded, self.others), strict=True):
+            yield Trio(*pair[:2], other.at(self.case.rtg, self.timestep), pair.weights)
 
 
-def case_rows(observations: ObservationSet, case: Case, seed: int, timestep: int = TIMESTEP) -> Rows:
+def case_rows(observations: ObservationSet, case: Case, seed: int, timestep: int = TIMESTEP) -> CaseRows:
     """Return a case's observations, each with one other observation of all there are, drawn by weight.
 
     A case of fewer than `LEAST_ROWS` observations has each of them several times, with as many others. Raises
     ValueError where no observation shows the situation.
     """
-    chosen = select(observations, case.situation)
-    share = weights(chosen)
+    seen = select(observations, case.situation)
+    share = weights(seen)
     times = -(-LEAST_ROWS // len(share)) if len(share) < LEAST_ROWS else 1
     rng = np.random.default_rng(seed)
-    others = rng.choice(len(observations.images), times * len(share), p=weights(observations))
-    images = np.tile(chosen.images, (times, 1, 1, 1))
-    return Rows(case, timestep, images, np.tile(share / times, times), observations.images[others])
+    others = rng.choice(len(observations), times * len(share), p=weights(observations))
+    images = np.tile(seen.images, (times, 1, 1, 1))
+    return CaseRows(case, timestep, images, np.tile(share / times, times), observations.images[others])
 
 
 # How much each unit does, by three methods
 
 
 @torch.inference_mode()
-def importance(model: DecisionTransformer, rows: Rows) -> pd.DataFrame:
+def importance(model: DecisionTransformer, rows: CaseRows) -> pd.DataFrame:
     """Return each unit's weighted mean effect by each method, in logits of the forward preference; one row a unit.
 
     Columns: `unit`; `patching`, the change when the unit's output in the clean run is the source's; `ablation`, that
@@ -117,9 +116,8 @@ def importance(model: DecisionTransformer, rows: Rows) -> pd.DataFrame:
     Positive is what holds forward down in the clean run. Of a head, patching and ablation include what the MLP makes of
     it.
     """
-    folded = Folded(model)
     sums = np.zeros((len(METHODS), len(unit_names(model))))
-    for trio in rows.trios(folded):
+    for trio in rows.trios(FoldedWeights(model)):
         effects = torch.stack([_patching(trio), _ablation(trio), _attribution(trio)]).double()
         sums += (effects @ trio.weights).numpy()
     return pd.DataFrame({"unit": unit_names(model), **dict(zip(METHODS, sums, strict=True))})
@@ -139,44 +137,35 @@ def _preference_with_each(
 
 
 def _one_by_one(run: Run, direct: Tensor, heads: Tensor, neurons: Tensor) -> Float[Tensor, "unit n"]:
-    """The change of the forward preference when one unit's output is changed by so much, for each unit."""
-    f, own = run.shared.folded, run.heads()
-    read = run.read(own)
-    logits = run.finish(read)
-    before = forward_preference(logits)
+    """Return the change of the forward preference when one unit's output is changed by so much, for each unit."""
+    resid_mid = run.resid_mid()
+    logits = run.unembed(resid_mid)
     changed = [forward_preference(logits + direct)]
-    changed += [forward_preference(run.finish(read + head[:, :-1])) for head in heads]
-    return torch.cat([torch.stack(changed), _preference_with_each(logits, neurons, f.W_mlp).T]) - before
+    changed += [forward_preference(run.unembed(resid_mid + head[:, :-1])) for head in heads]
+    each_neuron = _preference_with_each(logits, neurons, run.embedded.folded.W_mlp).T
+    return torch.cat([torch.stack(changed), each_neuron]) - forward_preference(logits)
 
 
 def _direct(run: Run) -> Tensor:
-    return run.shared.state[:, run.shared.folded.d_mlp :]
-
-
-def _posts(run: Run) -> Tensor:
-    return run.neurons(run.read(run.heads()))
+    return run.embedded.folded.direct_logits(run.embedded.state)
 
 
 def _patching(trio: Trio) -> Float[Tensor, "unit n"]:
     clean, source = trio.clean, trio.source
-    changes = (
-        _direct(source) - _direct(clean),
-        source.heads() - clean.heads(),
-        _posts(source) - _posts(clean),
-    )
-    return _one_by_one(clean, *changes)
+    heads, neurons = source.head_results() - clean.head_results(), source.post() - clean.post()
+    return _one_by_one(clean, _direct(source) - _direct(clean), heads, neurons)
 
 
 def _ablation(trio: Trio) -> Float[Tensor, "unit n"]:
     clean = trio.clean
-    return _one_by_one(clean, -_direct(clean), -clean.heads(), -_posts(clean))
+    return _one_by_one(clean, -_direct(clean), -clean.head_results(), -clean.post())
 
 
 def _attribution(trio: Trio) -> Float[Tensor, "unit n"]:
-    f, clean, source = trio.clean.shared.folded, trio.clean, trio.source
-    direction = torch.tensor(FORWARD).to(f.b_U)
-    heads = (source.heads() - clean.heads())[:, :, f.d_mlp : f.n_readers] @ direction
-    neurons = (_posts(source) - _posts(clean)) * (f.W_mlp @ direction)
+    f, clean, source = trio.clean.embedded.folded, trio.clean, trio.source
+    direction = torch.tensor(FORWARD_OVER_TURNS).to(f.b_U)
+    heads = f.direct_logits(source.head_results() - clean.head_results()) @ direction
+    neurons = (source.post() - clean.post()) * (f.W_mlp @ direction)
     return torch.cat([((_direct(source) - _direct(clean)) @ direction)[None], heads, neurons.T])
 
 
@@ -184,7 +173,7 @@ def _attribution(trio: Trio) -> Float[Tensor, "unit n"]:
 
 
 @torch.inference_mode()
-def faithfulness(model: DecisionTransformer, rows: Rows, kept: Kept) -> pd.DataFrame:
+def faithfulness(model: DecisionTransformer, rows: CaseRows, kept: Kept) -> pd.DataFrame:
     """Return how much of the behaviour is left for each set of kept units; one row a set.
 
     Columns: `size`, units kept; `behaviour`, weighted mean of P(forward) in the source run − in the clean run, and
@@ -192,16 +181,16 @@ def faithfulness(model: DecisionTransformer, rows: Rows, kept: Kept) -> pd.DataF
     observation, ÷ the mean of that behaviour without its sign: at most 1, and 0 when nothing is kept; `agreement`,
     weight of the observations whose likeliest action in the clean run is the model's. A share above 1 overdoes it.
     """
-    folded, sums, own, size = Folded(model), np.zeros((3, len(kept))), np.zeros(2), kept.sum(1)
-    for trio in rows.trios(folded):
-        whole = _behaviour(trio.source.logits()[:, None], trio.clean.logits()[:, None])[:, 0]
-        own += [float(trio.weights @ whole), float(trio.weights @ whole.abs())]
+    sums, of_model, size = np.zeros((3, len(kept))), np.zeros(2), kept.sum(1)
+    for trio in rows.trios(FoldedWeights(model)):
+        full = _behaviour(trio.source.logits()[:, None], trio.clean.logits()[:, None])[:, 0]
+        of_model += [float(trio.weights @ full), float(trio.weights @ full.abs())]
         after, before = (circuit_logits(run, trio.other, kept) for run in (trio.source, trio.clean))
         left = _behaviour(after, before)
         agree = before.argmax(2) == trio.clean.logits().argmax(1)[:, None]
-        sums += np.stack([trio.weights @ x.double() for x in (left, (left - whole[:, None]).abs(), agree)])
-    table = pd.DataFrame({"size": size, "behaviour": sums[0], "share": sums[0] / own[0]})
-    return table.assign(match=1 - sums[1] / own[1], agreement=sums[2])
+        sums += np.stack([trio.weights @ x.double() for x in (left, (left - full[:, None]).abs(), agree)])
+    table = pd.DataFrame({"size": size, "behaviour": sums[0], "share": sums[0] / of_model[0]})
+    return table.assign(match=1 - sums[1] / of_model[1], agreement=sums[2])
 
 
 def _behaviour(after: Tensor, before: Tensor) -> Tensor:
@@ -210,21 +199,27 @@ def _behaviour(after: Tensor, before: Tensor) -> Tensor:
 
 def circuit_logits(run: Run, other: Run, kept: Kept) -> Float[Tensor, "n circuit action"]:
     """Return the logits of a run in which only the kept units are its own, for each set of them."""
-    f, own, others = run.shared.folded, run.heads(), other.heads()
-    first = 1 + len(f.heads)
-    posts = _posts(other)
-    result = run.fixed.new_empty(len(run.shared.images), len(kept), len(f.b_U))
+    f, own, others = run.embedded.folded, run.head_results(), other.head_results()
+    first = 1 + len(f.head_names)
+    other_post = other.post()
+    result = run.fixed.new_empty(len(run.embedded.images), len(kept), len(f.b_U))
     parts, group = np.unique(kept[:, :first], axis=0, return_inverse=True)
     for k, part in enumerate(parts):
         members = np.flatnonzero(group.reshape(-1) == k)
-        heads = torch.where(torch.from_numpy(part[1:])[:, None, None], own, others)
-        read = run.read(heads)
-        direct = read[:, f.d_mlp :] + (0 if part[0] else _direct(other) - _direct(run))
-        change, neurons = run.neurons(read) - posts, torch.from_numpy(kept[members, first:])
+        resid_mid = run.resid_mid(_mixed(own, others, part))
+        direct = f.direct_logits(resid_mid) + (0 if part[0] else _direct(other) - _direct(run))
+        change, neurons = run.post(resid_mid) - other_post, torch.from_numpy(kept[members, first:])
         weight = (f.W_mlp[:, None] * neurons.T[:, :, None]).flatten(1)  # neuron (circuit action)
-        mlp = (change @ weight).unflatten(1, (len(members), -1)) + (posts @ f.W_mlp + f.b_mlp)[:, None]
-        result[:, members] = direct[:, None] + mlp + f.b_U
+        mlp_out = (change @ weight).unflatten(1, (len(members), -1)) + (other_post @ f.W_mlp + f.b_mlp)[
+            :, None
+        ]
+        result[:, members] = direct[:, None] + mlp_out + f.b_U
     return result
+
+
+def _mixed(own: Tensor, others: Tensor, part: np.ndarray) -> Tensor:
+    """Return the results of the heads: their own where they are kept, else those of the other observation."""
+    return torch.where(torch.from_numpy(part[1:])[:, None, None], own, others)
 
 
 def curve_masks(order: Sequence[int] | Int[np.ndarray, " unit"], sizes: Sequence[int] = SIZES) -> Kept:
@@ -236,16 +231,18 @@ def curve_masks(order: Sequence[int] | Int[np.ndarray, " unit"], sizes: Sequence
 def subset_masks(model: DecisionTransformer) -> tuple[list[str], Kept]:
     """Return every subset of "state → logits", the heads and the whole MLP, by name and as units."""
     names = [DIRECT, *(f"L0H{head}" for head in range(model.cfg.n_heads)), "L0 MLP"]
-    chosen = (np.arange(2 ** len(names))[:, None] >> np.arange(len(names)) & 1).astype(bool)
-    labels = [" + ".join(np.array(names)[row]) or "nothing" for row in chosen]
-    return labels, np.concatenate([chosen[:, :-1], np.repeat(chosen[:, -1:], model.cfg.d_mlp, 1)], 1)
+    members = (np.arange(2 ** len(names))[:, None] >> np.arange(len(names)) & 1).astype(bool)
+    labels = [" + ".join(np.array(names)[row]) or "nothing" for row in members]
+    return labels, np.concatenate([members[:, :-1], np.repeat(members[:, -1:], model.cfg.d_mlp, 1)], 1)
 
 
 # The smallest circuit
 
 
 @torch.inference_mode()
-def smallest_circuit(model: DecisionTransformer, rows: Rows, seed: int, keep: float = KEEP) -> pd.DataFrame:
+def smallest_circuit(
+    model: DecisionTransformer, rows: CaseRows, seed: int, keep: float = KEEP
+) -> pd.DataFrame:
     """Return the smallest circuit found that keeps a share of the behaviour, growing; one row a unit.
 
     Columns: `unit`, the unit added, and those of `faithfulness` for all units up to it, over all rows. For every subset
@@ -255,22 +252,22 @@ def smallest_circuit(model: DecisionTransformer, rows: Rows, seed: int, keep: fl
     neurons is enough, the best one is returned, whose last `share` is then below `keep`.
     """
     drawn = rows.drawn(SEARCH_ROWS, np.random.default_rng(seed))
-    trio = next(drawn.trios(Folded(model)))
-    whole = float(_behaviour(trio.source.logits(), trio.clean.logits()).mean())
+    trio = next(drawn.trios(FoldedWeights(model)))
+    full = float(_behaviour(trio.source.logits(), trio.clean.logits()).mean())
     n_parts = 1 + model.cfg.n_heads
     parts = (np.arange(2**n_parts)[:, None] >> np.arange(n_parts) & 1).astype(bool)
-    found: list[tuple[int, float, np.ndarray, list[int]]] = []
+    circuits: list[tuple[int, float, np.ndarray, list[int]]] = []
     most = min(MOST, model.cfg.d_mlp)
     for part in sorted(parts, key=lambda part: int(part.sum())):
-        smallest = min((size for size, share, *_ in found if share >= keep), default=n_parts + most)
+        smallest = min((size for size, share, *_ in circuits if share >= keep), default=n_parts + most)
         room = min(smallest - int(part.sum()), most)
         if room >= 0:
-            neurons, share = _grow(trio, part, whole, room, keep)
-            found.append((int(part.sum()) + len(neurons), share, part, neurons))
+            neurons, share = _grow(trio, part, full, room, keep)
+            circuits.append((int(part.sum()) + len(neurons), share, part, neurons))
     _, _, part, neurons = min(
-        found, key=lambda one: (one[1] < keep, one[0] if one[1] >= keep else 0, -one[1])
+        circuits, key=lambda one: (one[1] < keep, one[0] if one[1] >= keep else 0, -one[1])
     )
-    neurons, _ = _grow(trio, part, whole, min(len(neurons) + 8, model.cfg.d_mlp), np.inf)
+    neurons, _ = _grow(trio, part, full, min(len(neurons) + 8, model.cfg.d_mlp), np.inf)
     units = [int(unit) for unit in np.flatnonzero(part)] + [n_parts + neuron for neuron in neurons]
     order = units + [unit for unit in range(n_parts + model.cfg.d_mlp) if unit not in units]
     masks = curve_masks(order, range(1, len(units) + 1))[: len(units)]
@@ -280,29 +277,26 @@ def smallest_circuit(model: DecisionTransformer, rows: Rows, seed: int, keep: fl
     return table[: enough[0] + 1] if len(enough) else table
 
 
-def _grow(trio: Trio, part: np.ndarray, whole: float, room: int, keep: float) -> tuple[list[int], float]:
-    """Neurons added to a subset of heads and direct path until the share is kept or there is no room."""
-    runs, f = (trio.clean, trio.source), trio.other.shared.folded
+def _grow(trio: Trio, part: np.ndarray, full: float, room: int, keep: float) -> tuple[list[int], float]:
+    """Return the neurons added to some heads and direct path until the share is kept or there is no room, and it."""
+    runs, f = (trio.clean, trio.source), trio.other.embedded.folded
     kept = np.concatenate([part, np.zeros(f.d_mlp, bool)])[None]
     logits = [circuit_logits(run, trio.other, kept)[:, 0] for run in runs]
-    changes = [_own_posts(run, trio.other, part) - _posts(trio.other) for run in runs]
-    share = float(_behaviour(logits[1], logits[0]).mean()) / whole
+    results = [_mixed(run.head_results(), trio.other.head_results(), part) for run in runs]
+    changes = [
+        run.post(run.resid_mid(mixed)) - trio.other.post() for run, mixed in zip(runs, results, strict=True)
+    ]
+    share = float(_behaviour(logits[1], logits[0]).mean()) / full
     neurons: list[int] = []
     left = torch.ones(f.d_mlp, dtype=torch.bool)
     while share < keep and len(neurons) < room:
         after, before = (_preference_with_each(logits[k], changes[k], f.W_mlp).sigmoid() for k in (1, 0))
-        shares = (after - before).double().mean(0) / whole
+        shares = (after - before).double().mean(0) / full
         best = int(shares.where(left, -torch.inf).argmax())
         share, left[best] = float(shares[best]), False
         logits = [logits[k] + changes[k][:, best, None] * f.W_mlp[best] for k in (0, 1)]
         neurons.append(best)
     return neurons, share
-
-
-def _own_posts(run: Run, other: Run, part: np.ndarray) -> Tensor:
-    """What the neurons write on the present observation, with the kept heads' own outputs."""
-    mixed = torch.where(torch.from_numpy(part[1:])[:, None, None], run.heads(), other.heads())
-    return run.neurons(run.read(mixed))
 
 
 def circuit_tables(

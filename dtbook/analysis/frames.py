@@ -14,15 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dtbook.analysis.ablations import components
 from dtbook.analysis.attribution import contrast, preference_direction
-from dtbook.analysis.behaviour import components
 from dtbook.analysis.interventions import component_outputs, feature_mean
-from dtbook.analysis.population import Run, collect
+from dtbook.analysis.population import Run, per_observation
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import sample, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 
-CASES = {
+FRAME_CASES = {
     "C09": ("obstacle", 0.9, "L0H1"),
     "C08": ("goal from the top", -1.0, "L0H0"),
     "C10": ("goal from the left", -1.0, "L0 MLP"),
@@ -42,7 +42,7 @@ def median_frames(
     preference: str = "F-R",
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Return the frame of each of `CASES` whose rise is the weighted median of its situation: a row for each run.
+    """Return the frame of each of `FRAME_CASES` whose rise is the weighted median of its situation: a row for each run.
 
     Columns: `claim`; `run` ("intact", or "without" the component); `observation`; `left`, `right`, `forward`, the
     action probabilities; each component's contribution to the preference (logits). Of both rows: `rise`, of
@@ -50,13 +50,13 @@ def median_frames(
     share whose P(forward) without the component is not above what the post reports (`REPORTED`).
     """
     parts = []
-    for claim, (situation, rtg, removed) in CASES.items():
+    for claim, (situation, rtg, removed) in FRAME_CASES.items():
         chosen, rows = (
             select(observations, situation),
             np.flatnonzero(showing(observations.images, situation)),
         )
         measure = partial(_with_and_without, removed=removed, direction=contrast(preference))
-        found = collect(model, chosen, [(rtg, timestep)], measure, progress=progress)
+        found = per_observation(model, chosen, [(rtg, timestep)], measure, progress=progress)
         found, share = {name: value[0] for name, value in found.items()}, weights(chosen)
         forward = {run: found[f"{run} forward"] for run in RUNS}
         rise = forward["without"] - forward["intact"]
@@ -73,10 +73,12 @@ def median_frames(
 
 def _with_and_without(run: Run, removed: str, direction: Tensor) -> dict[str, Tensor]:
     """Probabilities and contributions of the intact run, and of the one without the component."""
-    intact, heads = run.contributions(), run.heads()
+    intact, heads = run.contributions(), run.head_results()
     if "H" in removed:
         heads[int(removed[-1])] = 0
-    edited = intact | {"L0 MLP": run.mlp(run.read(heads))}  # what the MLP reads changes with the heads
+    edited = intact | {
+        "L0 MLP": run.mlp_out(run.resid_mid(heads))
+    }  # what the MLP reads changes with the heads
     edited |= {removed: 0 * intact[removed]}
     both: dict[str, Tensor] = {}
     for name, parts in zip(RUNS, (intact, edited), strict=True):

@@ -5,7 +5,7 @@ are not at hand. Effects are changes from the *clean* run to its *counterfactual
 and nothing else differs: positive on the log odds of forward means that what stood there kept the agent from moving.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,17 +17,17 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from dtbook.analysis.attribution import by_cell, contrast
-from dtbook.analysis.heads import forward_preference
-from dtbook.analysis.population import BATCH_SIZE, Folded, Run, collect
+from dtbook.analysis.counterfactuals import Case, HeadPatching, pairs
+from dtbook.analysis.population import FoldedWeights, Run, per_observation
 from dtbook.analysis.stats import weighted_quantile
 from dtbook.analysis.weights import CELLS, ov_circuit, qk_circuit
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import (
     EMPTY_CELL,
+    FACING,
     IN_FRONT,
     SITUATIONS,
-    counterfactual_pairs,
     showing,
     weights,
 )
@@ -40,7 +40,7 @@ ALL_QUANTILES = np.array([0.05, 0.5, 0.95])
 
 
 class Circuit(NamedTuple):
-    """What is measured of one head; each table says its columns where it is made."""
+    """The tables and maps of one head; each table says its columns where it is made."""
 
     maps: dict[str, Float[np.ndarray, "..."]]
     attention: pd.DataFrame
@@ -80,26 +80,27 @@ def measure_circuit(
     """Measure one head of a one-layer model; its effects and neurons at `rtg` and `timestep`.
 
     `situations` are those that have counterfactuals; neurons are those of the first. Raises ValueError for a head or
-    situation that does not exist, and as `population.Folded`.
+    situation that does not exist, and as `population.FoldedWeights`.
     """
     maps = weight_maps(model, head)
     for situation in situations:
-        if situation not in SITUATIONS or situation == "empty":
-            allowed = ", ".join(map(repr, (name for name in SITUATIONS if name != "empty")))
+        if situation not in FACING:
+            allowed = ", ".join(map(repr, FACING))
             raise ValueError(
                 f"situation is {situation!r}; it must be one of {allowed}, which can be emptied."
             )
     attention = attention_table(model, observations, rtgs, timesteps, progress)
-    found = {
+    by_situation = {
         name: counterfactual_effects(model, observations, head, name, rtg, timestep) for name in situations
     }
     effects, terms = (
         pd.concat(
-            [getattr(one, kind).assign(situation=name) for name, one in found.items()], ignore_index=True
+            [getattr(one, kind).assign(situation=name) for name, one in by_situation.items()],
+            ignore_index=True,
         )
         for kind in ("effects", "terms")
     )
-    return Circuit(maps, attention, effects, terms, found[situations[0]].neurons)
+    return Circuit(maps, attention, effects, terms, by_situation[situations[0]].neurons)
 
 
 # What the weights say
@@ -141,13 +142,12 @@ def score_terms(run: Run) -> Float[Tensor, "term head n"]:
     Invariant: their sum is log(pattern ÷ (1 − pattern)). "state → RTG" is the post's Figure 16, times the RTG, over
     √d_head; "state → itself" is quadratic in the view: no map by cell shows it.
     """
-    shared, f = run.shared, run.shared.folded
-    attn, time = f.model.blocks[0].attn, f.time[run.condition.timestep]
-    query = (time @ attn.W_Q + attn.b_Q).unsqueeze(2)
-    keys = [(token @ attn.W_K).unsqueeze(2) for token in (run.condition.rtg * f.rtg, f.key)]
-    of_state = [(shared.q @ key).squeeze(2) for key in keys]
-    of_time = [(query.transpose(1, 2) @ key).squeeze(2).expand_as(shared.qk) for key in keys]
-    terms = [*of_state, -shared.qk, *of_time, -(shared.k @ query).squeeze(2)]
+    embedded, f = run.embedded, run.embedded.folded
+    query = f.query_of_time(run.condition.timestep).unsqueeze(2)
+    keys = [f.key(token).unsqueeze(2) for token in (run.condition.rtg * f.rtg, f.position)]
+    of_state = [(embedded.q @ key).squeeze(2) for key in keys]
+    of_time = [(query.transpose(1, 2) @ key).squeeze(2).expand_as(embedded.qk) for key in keys]
+    terms = [*of_state, -embedded.qk, *of_time, -(embedded.k @ query).squeeze(2)]
     return torch.stack(terms) * f.model.cfg.d_head**-0.5
 
 
@@ -165,14 +165,16 @@ def attention_table(
 
     Columns: those, `mean` and the weighted quantiles `q05`, `q50`, `q95` over the observations of the situation.
     """
-    asked = [(rtg, t) for rtg in rtgs for t in timesteps]
-    found = collect(model, observations, asked, lambda run: {"p": run.pattern.T}, progress=progress)["p"]
+    conditions = [(rtg, t) for rtg in rtgs for t in timesteps]
+    patterns = per_observation(
+        model, observations, conditions, lambda run: {"pattern": run.pattern.T}, progress=progress
+    )["pattern"]
     share, rows = weights(observations), []
     for situation in SITUATIONS:
         seen = showing(observations.images, situation)
         if seen.any():
-            of, own = share[seen] / share[seen].sum(), found[:, seen]
-            for (rtg, t), values in zip(asked, own, strict=True):
+            of, shown = share[seen] / share[seen].sum(), patterns[:, seen]
+            for (rtg, t), values in zip(conditions, shown, strict=True):
                 for head, column in enumerate(values.T.astype(np.float64)):
                     low, middle, high = weighted_quantile(column, of, ALL_QUANTILES)
                     row = {
@@ -189,7 +191,7 @@ def attention_table(
 # What it changes
 
 
-class Effects(NamedTuple):
+class CounterfactualEffects(NamedTuple):
     """Weighted mean changes from clean to counterfactual over the observations of a situation."""
 
     effects: pd.DataFrame
@@ -223,63 +225,41 @@ def counterfactual_effects(
     situation: str,
     rtg: float,
     timestep: int,
-) -> Effects:
+) -> CounterfactualEffects:
     """Return what emptying the front cell changes, and how much of it goes through one head's pattern and values.
 
     The parts of a change are not additive: pattern and values multiply, so `QK` + `OV` differs from `head` by how much
     each depends on the other. Raises ValueError for a situation that no observation shows.
     """
-    sums, n, folded = _Sums(), 0, Folded(model)
+    sums, n, folded = _Sums(), 0, FoldedWeights(model)
     on_F_R = contrast("F-R").to(model.W_U)
     output = folded.W_mlp @ on_F_R
-    for share, clean, other in _runs(folded, observations, situation, rtg, timestep):
-        n += len(share)
-        own = clean.heads()
-        with_head = _swapped(own, other.heads(), head)
-        before, after = clean.read(own), clean.read(with_head)
-        odds = forward_preference(clean.finish(before))
-        variants = {
-            "QK": _swapped(own, clean.heads(pattern=other.pattern), head),
-            "OV": _swapped(own, clean.heads(value=other.shared.value), head),
-        }
-        changed = {name: forward_preference(clean.logits(heads)) - odds for name, heads in variants.items()}
-        changed["whole"] = forward_preference(other.logits()) - odds
-        changed["head"] = forward_preference(clean.finish(after)) - odds
-        on, off = clean.neurons(before), clean.neurons(after)
-        direct = (after - before)[:, folded.d_mlp :] @ on_F_R
-        sums.add(share, **changed, direct=direct, neurons=((off - on) * output).T, active=(on > 0).T)
+    for pair in pairs(folded, observations, Case(situation, rtg, rtg), timestep):
+        n += len(pair.weights)
+        patching, (clean, other, share) = HeadPatching(pair), pair
+        before, after = clean.resid_mid(patching.results), clean.resid_mid(patching.patched(head))
+        sums.add(share, whole=patching.total(), head=patching.by_head(head))
+        sums.add(share, QK=patching.by_pattern(head), OV=patching.by_values(head))
+        on, off = clean.post(before), clean.post(after)
+        direct = folded.direct_logits(after - before) @ on_F_R
+        sums.add(share, direct=direct, neurons=((off - on) * output).T, active=(on > 0).T)
         sums.add(share, read=(after - before).T, pattern=clean.pattern[head], empty=other.pattern[head])
         sums.add(share, terms=score_terms(clean)[:, head], other=score_terms(other)[:, head])
     return _tables(model, head, situation, rtg, n, sums.values)
 
 
-def _runs(
-    folded: Folded, observations: ObservationSet, situation: str, rtg: float, timestep: int
-) -> Iterator[tuple[Tensor, Run, Run]]:
-    for clean, other in counterfactual_pairs(observations, rtg, timestep, situation, BATCH_SIZE):
-        runs = [folded.share(batch.states[:, 0]).at(rtg, timestep) for batch in (clean, other)]
-        yield clean.weights, runs[0], runs[1]
-
-
-def _swapped(own: Tensor, others: Tensor, head: int) -> Tensor:
-    """A run's own heads, but one of them from `others`."""
-    own = own.clone()
-    own[head] = others[head]
-    return own
-
-
 def _tables(
     model: DecisionTransformer, head: int, situation: str, rtg: float, n: int, sums: dict[str, Tensor]
-) -> Effects:
+) -> CounterfactualEffects:
     row = {name: float(sums[name]) for name in ("whole", "head", "QK", "OV")}
     row |= {"direct F-R": float(sums["direct"]), "MLP F-R": float(sums["neurons"].sum())}
     row |= {"pattern": float(sums["pattern"]), "pattern empty": float(sums["empty"])}
     change = (sums["other"] - sums["terms"]).numpy()
     terms = pd.DataFrame({"term": TERMS, "clean": sums["terms"].numpy(), "change": change})
     neurons = neuron_directions(model, head, situation, rtg, sums["read"])
-    read, d_mlp = sums["read"].numpy(), model.cfg.d_mlp
-    neurons = neurons.assign(pre=read[:d_mlp], change=sums["neurons"].numpy(), active=sums["active"].numpy())
-    return Effects(pd.DataFrame([row | {"n": n}]), terms, neurons)
+    pre = sums["read"].numpy()[: model.cfg.d_mlp]
+    neurons = neurons.assign(pre=pre, change=sums["neurons"].numpy(), active=sums["active"].numpy())
+    return CounterfactualEffects(pd.DataFrame([row | {"n": n}]), terms, neurons)
 
 
 # What reads it
@@ -291,21 +271,21 @@ def neuron_directions(
     head: int,
     situation: str,
     rtg: float,
-    read: Float[Tensor, " reader"] | None = None,
+    read: Float[Tensor, " read"] | None = None,
     preference: str = "F-R",
 ) -> pd.DataFrame:
     """Return, one row a neuron, the cosine of its input direction with what the head writes, and its own output.
 
     `state`: with the change that emptying the front cell makes through W_OV (the post's next step); `rtg`: with what
     the RTG embedding gives through W_OV; `written`: with the mean change of what the head really writes, found from
-    `read`, that change on the readers (columns of W_in, then W_U); `output`: W_out on the preference (logits).
+    `read`, that change as it is read (by the columns of W_in, then W_U); `output`: W_out on the preference (logits).
     """
     attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
     W_OV = attn.W_V[head] @ attn.W_O[head]
     directions = {"state": emptying(model, situation) @ W_OV, "rtg": rtg * model.W_E_rtg @ W_OV}
     if read is not None:
-        readers = torch.cat([mlp.W_in, model.W_U], 1).double()
-        directions["written"] = torch.linalg.pinv(readers.T) @ read
+        W_read = torch.cat([mlp.W_in, model.W_U], 1).double()
+        directions["written"] = torch.linalg.pinv(W_read.T) @ read
     unit = torch.nn.functional.normalize(mlp.W_in.double(), dim=0)
     columns = {
         name: (torch.nn.functional.normalize(direction.double(), dim=0) @ unit).numpy()

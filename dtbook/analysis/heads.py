@@ -1,4 +1,4 @@
-"""Which head avoids obstacles, by the scorecard's rule, and a model whose heads are numbered by it.
+"""The obstacle head: each head's score by the scorecard's rule, and a model whose heads are numbered by it.
 
 The rule: an observation with an obstacle in front is run beside its counterfactual, the same with that one cell
 empty. One head's output at the state token (`hook_z`) is patched from the counterfactual run into the clean one.
@@ -16,10 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from dtbook.analysis.attribution import forward_preference
+from dtbook.analysis.counterfactuals import Case, HeadPatching, Pair, pairs
 from dtbook.analysis.interventions import STATE_TOKENS, Site, patch
-from dtbook.analysis.population import Folded
+from dtbook.analysis.population import FoldedWeights
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.situations import BATCH_SIZE, Batch, counterfactual_pairs, select
+from dtbook.gridworld.situations import MODEL_BATCH, ObservationBatch, counterfactual_pairs, select
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, TIMESTEP
 
@@ -33,13 +35,8 @@ RULE = (
 )
 
 
-def forward_preference(logits: Float[Tensor, "*batch action"]) -> Float[Tensor, "*batch"]:
-    """Return logit F − logsumexp(logit L, logit R): the log odds of moving forward."""
-    return logits[..., 2] - logits[..., :2].logsumexp(-1)
-
-
 class Changes(NamedTuple):
-    """What the counterfactual changes in the forward preference of each observation of a batch (logits)."""
+    """The changes that the counterfactual makes to the forward preference of each observation of a batch (logits)."""
 
     whole: Float[Tensor, " batch"]
     """Counterfactual run − clean run."""
@@ -53,7 +50,7 @@ def obstacle_head_scores(
     observations: ObservationSet,
     rtg: float = HIGH,
     timestep: int = TIMESTEP,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = MODEL_BATCH,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return each head's obstacle score over the observations with an obstacle in front; one row a head.
@@ -96,16 +93,23 @@ def _changes(
     batch_size: int,
     progress: bool,
 ) -> Iterator[tuple[Tensor, Changes]]:
-    compute = changes_fused if model.cfg.n_layers == 1 else changes_by_patching
     obstacles = select(observations, "obstacle")
-    with tqdm(total=len(obstacles.images), desc="obstacle heads", disable=not progress) as bar:
+    with tqdm(total=len(obstacles), desc="obstacle heads", disable=not progress) as bar:
+        if model.cfg.n_layers == 1:
+            case, folded = Case("obstacle", rtg, rtg), FoldedWeights(model)
+            for pair in pairs(folded, obstacles, case, timestep, batch_size):
+                yield pair.weights, changes_fused(pair)
+                bar.update(len(pair.weights))
+            return
         for clean, other in counterfactual_pairs(obstacles, rtg, timestep, "obstacle", batch_size):
-            yield clean.weights, compute(model, clean, other)
+            yield clean.weights, changes_by_patching(model, clean, other)
             bar.update(len(clean.weights))
 
 
 @torch.no_grad()
-def changes_by_patching(model: DecisionTransformer, clean: Batch, counterfactual: Batch) -> Changes:
+def changes_by_patching(
+    model: DecisionTransformer, clean: ObservationBatch, counterfactual: ObservationBatch
+) -> Changes:
     """Return the changes by running the model with each head patched: for any model, and to check the fast way."""
     before = forward_preference(model(*clean.inputs)[:, 0])
     logits, source = model.run_with_cache(
@@ -120,21 +124,11 @@ def changes_by_patching(model: DecisionTransformer, clean: Batch, counterfactual
 
 
 @torch.no_grad()
-def changes_fused(model: DecisionTransformer, clean: Batch, counterfactual: Batch) -> Changes:
-    """Return the changes for one layer, sharing all that is linear; up to rounding `changes_by_patching`'s.
-
-    A batch is of one RTG and timestep, as `situations.batches` makes them.
-    """
-    folded, asked = Folded(model), (float(clean.rtgs[0]), int(clean.timesteps[0]))
-    runs = [folded.share(batch.states[:, 0]).at(*asked) for batch in (clean, counterfactual)]
-    heads = [run.heads() for run in runs]
-    before, after = (forward_preference(run.logits(own)) for run, own in zip(runs, heads, strict=True))
-    by_head = torch.empty(len(folded.heads), len(before), dtype=before.dtype)
-    for head in range(len(folded.heads)):
-        patched = heads[0].clone()
-        patched[head] = heads[1][head]
-        by_head[head] = forward_preference(runs[0].logits(patched)) - before
-    return Changes(after - before, by_head[None])
+def changes_fused(pair: Pair) -> Changes:
+    """Return the changes for one layer, sharing all that is linear; up to rounding those of `changes_by_patching`."""
+    patching, n_heads = HeadPatching(pair), len(pair.base.pattern)
+    by_head = torch.stack([patching.by_head(head) for head in range(n_heads)])
+    return Changes(patching.total(), by_head[None])
 
 
 def order_heads(model: DecisionTransformer, scores: pd.DataFrame) -> DecisionTransformer:
@@ -170,7 +164,7 @@ def order_heads(model: DecisionTransformer, scores: pd.DataFrame) -> DecisionTra
 
 
 def _order(scores: np.ndarray) -> list[int]:
-    """Heads in their new order: the best exchanged with head 1."""
+    """Return the heads in their new order: the best exchanged with head 1."""
     order = list(range(len(scores)))
     if len(order) > 1 and not np.isnan(scores).any():
         best = int(scores.argmax())
@@ -179,7 +173,7 @@ def _order(scores: np.ndarray) -> list[int]:
 
 
 def _or_none(number: float) -> float | None:
-    """The number, or None for one that JSON cannot hold."""
+    """Return the number, or None for one that JSON cannot hold."""
     return float(number) if np.isfinite(number) else None
 
 

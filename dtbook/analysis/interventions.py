@@ -9,8 +9,8 @@ What is edited is named as in TransformerLens: a hook name, "blocks.0.hook_mlp_o
 component: "L0H1" (a head, at `hook_z`), "L0 MLP" (at `hook_mlp_out`, its b_out included), "L0N17" (a neuron, at
 `mlp.hook_post`), each at the state tokens, where the actions are read. A `Site` says the same in full.
 
-*Clean* is the run that is edited, *source* the cached run whose activations replace its own: what TransformerLens
-calls corrupted and clean when it patches a clean activation into a corrupted run.
+*Base* is the run that is edited, *source* the cached run whose activations replace its own. (TransformerLens calls
+them corrupted and clean where it patches a clean activation into a corrupted run.)
 
 Sources: https://arxiv.org/abs/2202.05262 (activation patching), https://arxiv.org/abs/2211.00593 (path patching).
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.situations import BATCH_SIZE, batches
+from dtbook.gridworld.situations import MODEL_BATCH, batches
 from dtbook.model.transformer import DecisionTransformer
 
 Edit = Callable[[Tensor], Tensor]
@@ -63,7 +63,7 @@ class Site:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """What cuts the site out of the activation, keeping all its axes."""
+        """The index that cuts the site out of the activation, keeping all its axes."""
         kind = self.hook.rsplit(".", 1)[-1]
         head, positions, neuron = _as_slice(self.head), _as_slice(self.positions), _as_slice(self.neuron)
         if kind in _NEURONS:
@@ -169,7 +169,7 @@ def ablate(
 ) -> Iterator[DecisionTransformer]:
     """Run the model with components ("L0H1", "L0 MLP", "L0N17") ablated at the state tokens.
 
-    `to` says what they write instead: nothing (the default), `constant(mean)`, `resample(...)` or `feature_mean`. To
+    `to` says what they write instead: nothing (the default), `constant(mean)` or `feature_mean`. To
     give each its own, nest contexts. Biases stay: b_O belongs to no head, while b_out is part of "L0 MLP".
     Raises ValueError for a component the model does not have, before anything runs.
     """
@@ -191,29 +191,13 @@ def constant(value: Float[Tensor, "..."]) -> Edit:
     return lambda part: value.to(part)
 
 
-def resample(
-    pool: Float[Tensor, " n *width"], generator: torch.Generator, weights: Float[Tensor, " n"] | None = None
-) -> Edit:
-    """Return the edit that puts a vector drawn from `pool`, with these weights, at each row and position.
-
-    `pool` is what a component writes on other observations (`component_outputs`). Each call of the model draws anew.
-    """
-    chances = torch.ones(len(pool)) if weights is None else weights
-
-    def edit(part: Tensor) -> Tensor:
-        rows = torch.multinomial(chances, part.shape[:2].numel(), replacement=True, generator=generator)
-        return pool[rows].to(part).reshape(part.shape)
-
-    return edit
-
-
 @torch.no_grad()
 def component_outputs(
     model: DecisionTransformer, component: str | Site, *inputs: Tensor | None
 ) -> Float[Tensor, "batch time *width"]:
     """Return a component's activation at the state tokens: z (d_head) of a head, a number for a neuron.
 
-    `inputs` are what the model is called with. `pool.flatten(0, 1)` of it is what `resample` draws from.
+    `inputs` are what the model is called with.
     """
     where = site(model, component)
     _, cache = model.run_with_cache(*inputs, names_filter=where.hook)
@@ -229,7 +213,7 @@ def mean_output(
     observations: ObservationSet,
     rtg: float,
     timestep: int,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = MODEL_BATCH,
 ) -> Float[Tensor, "*width"]:
     """Return the weighted mean of a component's activation over a set of observations, for `constant`."""
     means = [
@@ -269,27 +253,27 @@ def _cached(cache: Cache, hook: str, name: str) -> Tensor:
 @contextmanager
 def path_patch(
     model: DecisionTransformer,
-    clean: Cache,
+    base: Cache,
     source: Cache,
     sender: str,
     receiver: str,
     positions: slice | int | None = None,
 ) -> Iterator[DecisionTransformer]:
-    """Run the model on the clean inputs with one edge, sender → receiver, carrying what the source run sent.
+    """Run the model on the base inputs with one edge, sender → receiver, carrying what the source run sent.
 
     Senders: "L0H1", "L0 MLP", "L0N17", and the embeddings "rtg", "state", "action", "time". Receivers: "L0H1 Q",
     "L0H1 K", "L0H1 V", "L0 MLP", "logits". `positions` are the tokens at which the receiver gets it.
 
     A receiver reads the sum of what is written before it, and no LayerNorm stands between, so replacing one
-    writer adds (its write in the source run − in the clean run) to what this receiver reads: nothing need be
+    writer adds (its write in the source run − in the base run) to what this receiver reads: nothing need be
     frozen and nothing is approximated. What the receiver makes of it flows on as usual; to stop it at a later
-    MLP, nest `patch(model, clean, "blocks.0.hook_mlp_out")`. `clean` and `source` are caches of the two runs and must
+    MLP, nest `patch(model, base, "blocks.0.hook_mlp_out")`. `base` and `source` are caches of the two runs and must
     hold what the sender writes. Raises ValueError for an edge that does not exist, before anything runs.
     """
     writes, reads = _depth_of_sender(model, sender), _receiving_site(model, receiver, positions)
     if writes >= reads[0]:
         raise ValueError(f"{receiver} reads before {sender} writes, so there is no path between them.")
-    change = written(model, source, sender) - written(model, clean, sender)
+    change = written(model, source, sender) - written(model, base, sender)
     if reads[1].head is not None:
         change = change.unsqueeze(2)  # one copy of the stream a head
     # index without the head: the change has but one
@@ -316,7 +300,7 @@ def written(model: DecisionTransformer, cache: Cache, sender: str) -> Float[Tens
 
 
 def _embedding(value: Tensor, sender: str, model: DecisionTransformer) -> Tensor:
-    """An embedding, one vector a timestep, at the tokens it is in."""
+    """Return an embedding, one vector a timestep, at the tokens it is in."""
     n_timesteps = value.shape[1] + (sender == "action")  # the last timestep's action is never given
     stream = value.new_zeros(value.shape[0], 3 * n_timesteps - 1, model.cfg.d_model)
     stream[:, EMBEDDINGS[sender]] = (
@@ -330,7 +314,7 @@ def _layer(where: Site) -> int:
 
 
 def _depth_of_sender(model: DecisionTransformer, sender: str) -> int:
-    """When a sender has written: 0 for embeddings, 1 and 2 for heads and MLP of layer 0, and so on."""
+    """Return when a sender has written: 0 for embeddings, 1 and 2 for heads and MLP of layer 0, and so on."""
     if sender in EMBEDDINGS:
         return 0
     if not _COMPONENT.fullmatch(sender):
@@ -343,7 +327,7 @@ def _depth_of_sender(model: DecisionTransformer, sender: str) -> int:
 def _receiving_site(
     model: DecisionTransformer, receiver: str, positions: slice | int | None
 ) -> tuple[int, Site]:
-    """Where a receiver reads, and the first depth whose writes it does not see."""
+    """Return where a receiver reads, and the first depth whose writes it does not see."""
     n_layers = model.cfg.n_layers
     if not n_layers:
         raise ValueError(

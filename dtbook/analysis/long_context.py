@@ -33,17 +33,17 @@ def windows(data: Trajectories, n_timesteps: int, n: int, seed: int = 0) -> Batc
             f"n_timesteps is {n_timesteps}; it must be at most the longest episode's, {data.lengths.max()}."
         )
     sampler = Sampler(data, n_timesteps, TrainConfig(batch_size=max(n, 1), last_step_share=0.0))
-    rng, parts, found = np.random.default_rng(seed), [], 0
-    while found < n:
+    rng, parts, n_drawn = np.random.default_rng(seed), [], 0
+    while n_drawn < n:
         batch = sampler.batch(rng)
-        whole = batch.real.all(1)
-        parts.append([value[whole] for value in batch])
-        found += int(whole.sum())
+        complete = batch.real.all(1)
+        parts.append([value[complete] for value in batch])
+        n_drawn += int(complete.sum())
     return Batch(*(torch.cat(values)[:n] for values in zip(*parts, strict=True)))
 
 
 def _inputs(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What the model is called with, a chunk of windows at a time."""
+    """Yield what the model is called with, a chunk of windows at a time."""
     for start in range(0, len(batch.states), CHUNK):
         states, rtgs, timesteps, actions, _ = (value[start : start + CHUNK] for value in batch)
         yield states, rtgs, timesteps, actions[:, :-1]
@@ -105,9 +105,9 @@ def exchange(batch: Batch, part: str) -> Batch:
 
 def moved(model: DecisionTransformer, batch: Batch) -> pd.Series:
     """Return by how much each exchange moves the action probabilities: mean total variation distance, from 0 to 1."""
-    own = last_action(model, batch)
+    intact = last_action(model, batch)
     distances = {
-        part: float((last_action(model, exchange(batch, part)) - own).abs().sum(1).mean() / 2)
+        part: float((last_action(model, exchange(batch, part)) - intact).abs().sum(1).mean() / 2)
         for part in EXCHANGES
     }
     return pd.Series(distances)

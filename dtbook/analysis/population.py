@@ -1,16 +1,17 @@
 """Every observation through a one-layer model, with all that RTG, timestep and interventions share computed once.
 
-With one layer and no LayerNorm, what reads the residual stream after attention are the MLP's input (W_in) and the
-action logits (W_U): side by side, the *readers*, d_mlp + 3 columns. All that is written before them is linear in the
-state embedding once the attention is known, so a batch of observations meets the weights once (`Folded.share`), and a
-run at some RTG and timestep (`Shared.at`) costs sums over the readers' columns, not matrix products. Ablating or
-patching a head replaces its row of `Run.heads`, and is exact: the MLP is evaluated anew.
+With one layer and no LayerNorm, two weights read resid_mid: W_in, which makes the neurons' `hook_pre`, and W_U, which
+makes the direct logits. Side by side they are one matrix of d_mlp + 3 columns, and everything is kept as what it gives
+through it: the axis `read`, cut by `FoldedWeights.pre` and `.direct_logits`. What is written before is linear in the
+state embedding once the attention is known, so a batch of observations meets the weights once (`FoldedWeights.embed`),
+and a run at some RTG and timestep (`Embedded.at`) costs sums over columns, not matrix products. Ablating or patching a
+head replaces its row of `Run.head_results`, and is exact: the MLP is evaluated anew.
 
 Only the state token's query is needed. RTG and state token differ by δ = R·W_E_rtg + W_pos[0] − W_pos[1] − state
 embedding, as time and biases cancel in their difference, so attention to RTG is sigmoid(q · δW_K / √d_head).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple, no_type_check
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
+from dtbook.gridworld.situations import row_batches
 from dtbook.model.config import one_hot
 from dtbook.model.transformer import DecisionTransformer
 
@@ -30,14 +32,14 @@ BATCH_SIZE = 2048
 
 
 class Condition(NamedTuple):
-    """What a run is asked, whatever it sees."""
+    """The return that a run is asked for, and its timestep."""
 
     rtg: float
     timestep: int
 
 
-class Folded:
-    """The weights of a one-layer model, multiplied out to the readers (in float64, then in the model's dtype).
+class FoldedWeights:
+    """The weights of a one-layer model, multiplied out to what W_in and W_U read (in float64, then the model's dtype).
 
     A model with a longer context is taken as it is with a single timestep. Raises ValueError for another number of
     layers.
@@ -47,7 +49,7 @@ class Folded:
         if model.cfg.n_layers != 1:
             raise ValueError(f"model has {model.cfg.n_layers} layers; only one can be folded.")
         self.model = model
-        self.heads = [f"L0H{head}" for head in range(model.cfg.n_heads)]
+        self.head_names = [f"L0H{head}" for head in range(model.cfg.n_heads)]
         with torch.no_grad():
             self._fold({name: weight.detach().double() for name, weight in model.named_parameters()})
 
@@ -59,33 +61,52 @@ class Folded:
             return tensor.to(self.model.W_U)
 
         d_head, U = self.model.cfg.d_head, w["W_U"]
-        reader = torch.cat([of("mlp.W_in"), U], 1)
+        W_read = torch.cat([of("mlp.W_in"), U], 1)
         mean = torch.full((self.model.cfg.n_heads, d_head, 1), 1 / d_head, dtype=torch.double)
-        written = torch.cat(
-            [of("attn.W_O") @ reader, mean], 2
-        )  # last column: the mean of z over its features
-        self.n_readers = reader.shape[1]
-        self.W_V = cast(of("attn.W_V") @ written)  # head d_model column (a reader, or the mean)
+        # the last column: the mean of z over its features
+        written = torch.cat([of("attn.W_O") @ W_read, mean], 2)
+        self.d_mlp, self.n_read = self.model.cfg.d_mlp, W_read.shape[1]
+        self.W_V = cast(of("attn.W_V") @ written)  # head d_model column (read, or the mean)
         self.b_V = cast((of("attn.b_V")[:, None] @ written)[:, 0])
-        self.reader, self.feature_mean = cast(reader), cast(of("attn.W_O").sum(1) @ reader)
-        self.b_O = cast(of("attn.b_O") @ reader)
-        self.d_mlp = self.model.cfg.d_mlp
-        self.b_in = cast(
-            torch.nn.functional.pad(of("mlp.b_in"), (0, U.shape[1]))
-        )  # a reader's: 0 for the logits
+        self.W_read, self.feature_mean = cast(W_read), cast(of("attn.W_O").sum(1) @ W_read)
+        self.b_O = cast(of("attn.b_O") @ W_read)
+        self.b_read = cast(torch.nn.functional.pad(of("mlp.b_in"), (0, U.shape[1])))  # 0 for the logits
         self.W_mlp, self.b_mlp = cast(of("mlp.W_out") @ U), cast(of("mlp.b_out") @ U)
         self.b_U = cast(w["b_U"])
         self.mlp_mean = cast(of("mlp.W_out").mean(1)), cast(of("mlp.b_out").mean()), cast(U.sum(0))
         view, m = self.model.cfg.view_size, self.model.cfg.d_model
         image = w["W_E_state"].view(-1, view, view, m).permute(1, 2, 0, 3).reshape(-1, m)  # as images lie
-        columns = reader[None], of("attn.W_V") @ written, torch.cat([of("attn.W_Q"), of("attn.W_K")])
+        columns = W_read[None], of("attn.W_V") @ written, torch.cat([of("attn.W_Q"), of("attn.W_K")])
         self.from_image = [cast(image @ weight) for weight in columns]  # each: part input column
-        self.rtg, self.key = cast(w["W_E_rtg"]), cast(w["W_pos"][0] - w["W_pos"][1])
+        self.rtg, self.position = cast(w["W_E_rtg"]), cast(w["W_pos"][0] - w["W_pos"][1])
         self.time = cast(w["W_E_time"] + w["W_pos"][1])  # of the state token, its position included
 
+    def rtg_token(self, rtg: float) -> Float[Tensor, " d_model"]:
+        """Return what the RTG token has that the state token has not, time and the state embedding aside."""
+        return rtg * self.rtg + self.position
+
     @torch.no_grad()
-    def share(self, images: UInt8[Tensor, "n 7 7 3"]) -> "Shared":
-        """Return what a batch of observations has in common at every RTG and timestep."""
+    def query_of_time(self, timestep: int) -> Float[Tensor, "head d_head"]:
+        """Return the part of the state token's query that time, its position and b_Q make."""
+        attn = self.model.blocks[0].attn
+        return self.time[timestep] @ attn.W_Q + attn.b_Q
+
+    @torch.no_grad()
+    def key(self, token: Float[Tensor, " d_model"]) -> Float[Tensor, "head d_head"]:
+        """Return the key that a vector makes, without b_K, which both tokens have and softmax does not see."""
+        return token @ self.model.blocks[0].attn.W_K
+
+    def pre(self, read: Float[Tensor, "*axes read"]) -> Float[Tensor, "*axes d_mlp"]:
+        """Return the neurons' part of what is read."""
+        return read[..., : self.d_mlp]
+
+    def direct_logits(self, read: Float[Tensor, "*axes columns"]) -> Float[Tensor, "*axes action"]:
+        """Return the part of what is read that W_U makes; further columns are left out."""
+        return read[..., self.d_mlp : self.n_read]
+
+    @torch.no_grad()
+    def embed(self, images: UInt8[Tensor, "n 7 7 3"]) -> "Embedded":
+        """Return a batch of observations after they have met the weights: the same at every RTG and timestep."""
         cfg = self.model.cfg
         x = (one_hot(images) if cfg.encoding == "one-hot" else images).flatten(-3).to(self.model.W_U)
         # observations of a batch look alike: one product for all, and one of the inputs in which they differ
@@ -96,18 +117,18 @@ class Folded:
             for weight in self.from_image
         )
         q, k = qk.tensor_split(2)
-        return Shared(self, images, state[0], value, q, k, (q * k).sum(-1))
+        return Embedded(self, images, state[0], value, q, k, (q * k).sum(-1))
 
 
-class Shared(NamedTuple):
-    """A batch of observations after they have met the weights: without RTG, time and biases."""
+class Embedded(NamedTuple):
+    """A batch of embedded observations: what the state embedding makes, without RTG, time and biases."""
 
-    folded: Folded
+    folded: FoldedWeights
     images: UInt8[Tensor, "n 7 7 3"]
-    state: Float[Tensor, "n reader"]
-    """What the state embedding writes on the readers directly."""
-    value: Float[Tensor, "head n column"]
-    """What a head that attends to the state token alone writes on them; then the mean of its z over features."""
+    state: Float[Tensor, "n read"]
+    """What the state embedding itself gives to be read."""
+    state_result: Float[Tensor, "head n column"]
+    """A head's result if it attends to the state token alone, as it is read; then the mean of its z over features."""
     q: Float[Tensor, "head n d_head"]
     k: Float[Tensor, "head n d_head"]
     qk: Float[Tensor, "head n"]
@@ -116,104 +137,100 @@ class Shared(NamedTuple):
     @torch.no_grad()
     def at(self, rtg: float, timestep: int) -> "Run":
         """Return the run of this batch at an RTG and a timestep. Raises ValueError where the model has none such."""
-        f, attn = self.folded, self.folded.model.blocks[0].attn
+        f = self.folded
         if not 0 <= timestep < len(f.time):
             raise ValueError(f"timestep is {timestep}; this model has timesteps 0 to {len(f.time) - 1}.")
         if not np.isfinite(rtg):
             raise ValueError(f"rtg is {rtg}; it must be a finite number.")
-        time, token = f.time[timestep], rtg * f.rtg + f.key
+        time, token = f.time[timestep], f.rtg_token(rtg)
         # (q of the state + q of the time) · (k of the RTG token − k of the state), multiplied out
-        query, key = (time @ attn.W_Q + attn.b_Q).unsqueeze(2), (token @ attn.W_K).unsqueeze(2)
+        query, key = f.query_of_time(timestep).unsqueeze(2), f.key(token).unsqueeze(2)
         scores = (self.q @ key - self.k @ query + query.transpose(1, 2) @ key).squeeze(2) - self.qk
         scores = scores / f.model.cfg.d_head**0.5
         pattern = torch.sigmoid(scores)
-        rtg_value, time_value = token @ f.W_V, time @ f.W_V + f.b_V
-        fixed = time @ f.reader + f.b_O + f.b_in
-        return Run(self, Condition(rtg, timestep), pattern, rtg_value, time_value, fixed)
+        rtg_result, time_result = token @ f.W_V, time @ f.W_V + f.b_V
+        fixed = time @ f.W_read + f.b_O + f.b_read
+        return Run(self, Condition(rtg, timestep), pattern, rtg_result, time_result, fixed)
 
 
 class Run(NamedTuple):
     """A batch at one RTG and timestep, up to the MLP."""
 
-    shared: Shared
+    embedded: Embedded
     condition: Condition
     pattern: Float[Tensor, "head n"]
     """Attention of the state token to RTG; the rest is to itself."""
-    rtg_value: Float[Tensor, "head column"]
-    """What a head writes of the RTG token's own value (RTG and position, without time and biases)."""
-    time_value: Float[Tensor, "head column"]
-    """What it writes of time, the state token's position and b_V, to whatever it attends."""
-    fixed: Float[Tensor, " reader"]
-    """What time, position and b_O write on the readers directly, and b_in."""
+    rtg_result: Float[Tensor, "head column"]
+    """A head's result of the RTG token's own value (RTG and position, without time and biases)."""
+    time_result: Float[Tensor, "head column"]
+    """That of time, the state token's position and b_V, to whatever it attends."""
+    fixed: Float[Tensor, " read"]
+    """What time, position and b_O give to be read directly, and b_in."""
 
-    def heads(
+    def head_results(
         self,
         pattern: Float[Tensor, "head n"] | None = None,
-        value: Float[Tensor, "head n column"] | None = None,
+        state_result: Float[Tensor, "head n column"] | None = None,
     ) -> Float[Tensor, "head n column"]:
-        """Return what each head writes on the readers, with its own pattern and values or those of another run."""
+        """Return `hook_result` as it is read, with the run's own pattern and values or those of another run."""
         pattern = (self.pattern if pattern is None else pattern).unsqueeze(-1)
-        value = self.shared.value if value is None else value
-        return torch.lerp(value, self.rtg_value.unsqueeze(1), pattern).add_(self.time_value.unsqueeze(1))
+        result = self.embedded.state_result if state_result is None else state_result
+        return torch.lerp(result, self.rtg_result.unsqueeze(1), pattern).add_(self.time_result.unsqueeze(1))
 
-    def read(self, heads: Float[Tensor, "head n column"]) -> Float[Tensor, "n reader"]:
-        """Return what the readers get in all: the neurons' `hook_pre`, then the logits without MLP and b_U."""
-        read = self.shared.state + self.fixed
-        for head in heads:
-            read += head[:, :-1]
+    def resid_mid(
+        self, head_results: Float[Tensor, "head n column"] | None = None
+    ) -> Float[Tensor, "n read"]:
+        """Return resid_mid as it is read: the neurons' `hook_pre`, then the logits without MLP and b_U."""
+        read = self.embedded.state + self.fixed
+        for result in self.head_results() if head_results is None else head_results:
+            read += result[:, :-1]
         return read
 
-    def neurons(self, read: Float[Tensor, "n reader"]) -> Float[Tensor, "n d_mlp"]:
+    def post(self, resid_mid: Float[Tensor, "n read"] | None = None) -> Float[Tensor, "n d_mlp"]:
         """Return the activations of the neurons (`mlp.hook_post`)."""
-        return read[:, : self.shared.folded.d_mlp].relu()
+        return self.embedded.folded.pre(self.resid_mid() if resid_mid is None else resid_mid).relu()
 
-    def mlp(self, read: Float[Tensor, "n reader"]) -> Float[Tensor, "n action"]:
+    def mlp_out(self, resid_mid: Float[Tensor, "n read"] | None = None) -> Float[Tensor, "n action"]:
         """Return what the MLP writes on the logits, b_out included."""
-        f, out = (
-            self.shared.folded,
-            np.empty((len(read), self.shared.folded.W_mlp.shape[1]), read.numpy().dtype),
-        )
-        _relu_matmul(read.numpy(), f.W_mlp.T.contiguous().numpy(), out)
+        f, read = self.embedded.folded, (self.resid_mid() if resid_mid is None else resid_mid).numpy()
+        out = np.empty((len(read), f.W_mlp.shape[1]), read.dtype)
+        _relu_matmul(read, f.W_mlp.T.contiguous().numpy(), out)
         return torch.from_numpy(out).add_(f.b_mlp)
 
-    def mlp_feature_mean(self, read: Float[Tensor, "n reader"]) -> Float[Tensor, "n action"]:
+    def mlp_feature_mean(self, resid_mid: Float[Tensor, "n read"]) -> Float[Tensor, "n action"]:
         """Return what the MLP would write on the logits with the mean of its output's entries in all of them."""
-        weight, bias, on_logits = self.shared.folded.mlp_mean
-        return (self.neurons(read) @ weight + bias).unsqueeze(1) * on_logits
+        weight, bias, on_logits = self.embedded.folded.mlp_mean
+        return (self.post(resid_mid) @ weight + bias).unsqueeze(1) * on_logits
 
-    def logits(
-        self,
-        heads: Float[Tensor, "head n column"] | None = None,
-        mlp: Float[Tensor, "#n action"] | None = None,
-    ) -> Float[Tensor, "n action"]:
-        """Return the action logits, with the heads' and the MLP's own outputs or with others in their place."""
-        return self.finish(self.read(self.heads() if heads is None else heads), mlp)
+    def logits(self, head_results: Float[Tensor, "head n column"] | None = None) -> Float[Tensor, "n action"]:
+        """Return the action logits, with the heads' own results or others in their place."""
+        return self.unembed(self.resid_mid(head_results))
 
-    def finish(
-        self, read: Float[Tensor, "n reader"], mlp: Float[Tensor, "#n action"] | None = None
+    def unembed(
+        self, resid_mid: Float[Tensor, "n read"], mlp_out: Float[Tensor, "#n action"] | None = None
     ) -> Float[Tensor, "n action"]:
-        """Return the action logits from what the readers get, with the MLP's own output or another."""
-        mlp = self.mlp(read) if mlp is None else mlp
-        return read[:, self.shared.folded.d_mlp :] + mlp + self.shared.folded.b_U
+        """Return the action logits that follow from resid_mid, with the MLP's own output or another."""
+        mlp_out = self.mlp_out(resid_mid) if mlp_out is None else mlp_out
+        return self.embedded.folded.direct_logits(resid_mid) + mlp_out + self.embedded.folded.b_U
 
     def contributions(self) -> dict[str, Float[Tensor, "n action"]]:
         """Return the logits as a sum of components: the keys of `attribution.decompose`, channels taken together.
 
         "state", "time and position", "L0H0", …, "L0 b_O", "L0 MLP" (its b_out included) and "b_U".
         """
-        f, heads = self.shared.folded, self.heads()
-        first, last = f.d_mlp, f.n_readers
-        b_O = f.b_O[first:]
-        parts = {"state": self.shared.state[:, first:], "time and position": self.fixed[first:] - b_O}
-        parts |= {name: part[:, first:last] for name, part in zip(f.heads, heads, strict=True)}
-        parts |= {"L0 b_O": b_O, "L0 MLP": self.mlp(self.read(heads)), "b_U": f.b_U}
-        return {name: part.expand(len(self.shared.images), -1) for name, part in parts.items()}
+        f, results = self.embedded.folded, self.head_results()
+        b_O = f.direct_logits(f.b_O)
+        parts = {"state": f.direct_logits(self.embedded.state)}
+        parts |= {"time and position": f.direct_logits(self.fixed) - b_O}
+        parts |= dict(zip(f.head_names, f.direct_logits(results), strict=True))
+        parts |= {"L0 b_O": b_O, "L0 MLP": self.mlp_out(self.resid_mid(results)), "b_U": f.b_U}
+        return {name: part.expand(len(self.embedded.images), -1) for name, part in parts.items()}
 
 
 @partial(compiled, fastmath=True)
 @no_type_check
 def _relu_matmul(pre: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
-    """out = relu(pre[:, :n]) @ weightᵀ for a weight of three rows of n, in one go over `pre`."""
+    """Write relu(pre[:, :n]) @ weightᵀ into `out`, for a weight of three rows of n, in one go over `pre`."""
     n = weight.shape[1]
     for i in range(len(pre)):
         left = right = forward = pre[i, 0] * 0
@@ -229,8 +246,21 @@ Measure = Callable[[Run], Mapping[str, Tensor]]
 """From a run to named values, each with a row for every observation of the batch."""
 
 
+def embedded_batches(
+    folded: FoldedWeights,
+    images: UInt8[np.ndarray, "n 7 7 3"],
+    batch_size: int = BATCH_SIZE,
+    progress: str | None = None,
+) -> Iterator[tuple[slice, Embedded]]:
+    """Yield the rows of each batch of observations, and the batch embedded; `progress` names the bar that is shown."""
+    with tqdm(total=len(images), desc=progress, disable=progress is None, unit_scale=True) as bar:
+        for rows in row_batches(len(images), batch_size):
+            yield rows, folded.embed(torch.from_numpy(images[rows]))
+            bar.update(rows.stop - rows.start)
+
+
 @torch.inference_mode()
-def collect(
+def per_observation(
     model: DecisionTransformer,
     observations: ObservationSet,
     conditions: Iterable[tuple[float, int]],
@@ -240,26 +270,20 @@ def collect(
 ) -> dict[str, Float[np.ndarray, "condition n *rest"]]:
     """Return what `measure` says of every observation at every (rtg, timestep), in their order.
 
-    Raises ValueError for a model of more than one layer, another view size, and a condition it cannot be asked.
+    Raises ValueError for a model of more than one layer, another view size, and a condition it does not have.
     """
-    folded, asked = Folded(model), [Condition(*condition) for condition in conditions]
-    if observations.images.shape[1:] != (model.cfg.view_size, model.cfg.view_size, 3):
-        raise ValueError(
-            f"observations show {observations.images.shape[1:]}; this model sees a view of {model.cfg.view_size} cells."
-        )
+    folded, at = FoldedWeights(model), [Condition(*condition) for condition in conditions]
+    images, view = observations.images, model.cfg.view_size
+    if images.shape[1:] != (view, view, 3):
+        raise ValueError(f"observations show {images.shape[1:]}; this model sees a view of {view} cells.")
     results: dict[str, np.ndarray] = {}
-    n = len(observations.images)
-    with tqdm(total=n, desc="observations", disable=not progress, unit_scale=True) as bar:
-        for start in range(0, n, batch_size):
-            rows = slice(start, min(start + batch_size, n))
-            shared = folded.share(torch.from_numpy(observations.images[rows]))
-            for k, condition in enumerate(asked):
-                for name, value in measure(shared.at(*condition)).items():
-                    if name not in results:
-                        kind = np.float64 if value.dtype == torch.float64 else np.float32
-                        results[name] = np.empty((len(asked), n, *value.shape[1:]), kind)
-                    results[name][k, rows] = value.numpy()
-            bar.update(rows.stop - rows.start)
+    for rows, embedded in embedded_batches(folded, images, batch_size, "observations" if progress else None):
+        for k, condition in enumerate(at):
+            for name, value in measure(embedded.at(*condition)).items():
+                if name not in results:
+                    kind = np.float64 if value.dtype == torch.float64 else np.float32
+                    results[name] = np.empty((len(at), len(images), *value.shape[1:]), kind)
+                results[name][k, rows] = value.numpy()
     return results
 
 
@@ -270,6 +294,7 @@ def logits(
     progress: bool = False,
 ) -> Float[np.ndarray, "condition n action"]:
     """Return the action logits of every observation at every (rtg, timestep); `model` itself, up to rounding."""
-    return collect(model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress)[
-        "logits"
-    ]
+    values = per_observation(
+        model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress
+    )
+    return values["logits"]

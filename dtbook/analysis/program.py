@@ -15,13 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int64
-from tqdm import tqdm
 
-from dtbook.analysis.population import BATCH_SIZE, Folded
+from dtbook.analysis.population import BATCH_SIZE, FoldedWeights, embedded_batches
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import GOAL, OBSTACLE, WALL
 from dtbook.gridworld.rules import ACTIONS, FRONT, Task
-from dtbook.gridworld.situations import IN_FRONT, Images, weights
+from dtbook.gridworld.situations import IN_FRONT, Images, row_batches, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import ACTING, RTGS, printed
 from dtbook.trajectories.recording import Trajectories, play
@@ -71,7 +70,7 @@ def facts(images: Images) -> dict[str, np.ndarray]:
 
 
 class Step(NamedTuple):
-    """What a table looks at."""
+    """One table: the facts that it looks at."""
 
     name: str
     rtg: str | None
@@ -116,7 +115,7 @@ def bands(rtgs: Float[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
 
 
 def _rtg_rows(step: Step, rtgs: np.ndarray) -> np.ndarray:
-    """The part of a row that RTG decides; an RTG that is none of the exact ones takes the nearest."""
+    """Return the part of a row that RTG decides; an RTG that is none of the exact ones takes the nearest."""
     if step.rtg is None:
         return np.zeros(len(rtgs), np.int64)
     return bands(rtgs) if step.rtg == "band" else np.abs(rtgs[:, None] - FITTED_RTGS).argmin(1)
@@ -143,28 +142,22 @@ def summarise_model(
 
     It is summed over all observations, `FITTED_RTGS` and `FITTED_TIMESTEPS`.
     """
-    images = observations.images
-    batches = [slice(start, start + BATCH_SIZE) for start in range(0, len(images), BATCH_SIZE)]
-    known = np.concatenate([keys(images[batch], tuple(FACTS)) for batch in batches])
+    images, names = observations.images, tuple(FACTS)
+    known = np.concatenate([keys(images[batch], names) for batch in row_batches(len(images), BATCH_SIZE)])
     rows, row_of = np.unique(known, return_inverse=True)
     share = weights(observations) / (len(FITTED_RTGS) * len(FITTED_TIMESTEPS))
-    folded, n_actions = Folded(model), len(ACTIONS)
+    folded, n_actions = FoldedWeights(model), len(ACTIONS)
     sums, entropy = np.zeros((2, len(FITTED_RTGS), len(rows), n_actions)), 0.0
-    with tqdm(total=len(share), desc="program", disable=not progress, unit_scale=True) as bar:
-        for batch in batches:
-            shared = folded.share(torch.from_numpy(images[batch]))
-            cells, weight = row_of[batch, None] * n_actions + np.arange(n_actions), share[batch, None]
-            for k, rtg in enumerate(FITTED_RTGS):
-                for timestep in FITTED_TIMESTEPS:
-                    p = shared.at(rtg, timestep).logits().double().softmax(1).numpy()
-                    first = p == p.max(1, keepdims=True)
-                    for total, value in zip(
-                        sums[:, k], (p, first / first.sum(1, keepdims=True)), strict=True
-                    ):
-                        flat = np.bincount(cells.ravel(), (weight * value).ravel(), total.size)
-                        total += flat.reshape(total.shape)
-                    entropy += float((weight * p * np.log(np.maximum(p, 1e-300))).sum())
-            bar.update(len(cells))
+    for batch, embedded in embedded_batches(folded, images, progress="program" if progress else None):
+        cells, weight = row_of[batch, None] * n_actions + np.arange(n_actions), share[batch, None]
+        for k, rtg in enumerate(FITTED_RTGS):
+            for timestep in FITTED_TIMESTEPS:
+                p = embedded.at(rtg, timestep).logits().double().softmax(1).numpy()
+                first = p == p.max(1, keepdims=True)
+                for total, value in zip(sums[:, k], (p, first / first.sum(1, keepdims=True)), strict=True):
+                    flat = np.bincount(cells.ravel(), (weight * value).ravel(), total.size)
+                    total += flat.reshape(total.shape)
+                entropy += float((weight * p * np.log(np.maximum(p, 1e-300))).sum())
     return Summary(rows, sums[0], sums[1], entropy)
 
 
@@ -199,20 +192,20 @@ class Program:
 
     @property
     def kl(self) -> float:
-        """Weighted KL divergence of the model from the table (nats): 0 for a table that is the model."""
+        """The weighted KL divergence of the model from the table (nats): 0 for a table that is the model."""
         return self.negative_entropy - float(
             (self.sums * np.log(np.maximum(self.probabilities, 1e-300))).sum()
         )
 
     @property
     def agreement(self) -> float:
-        """Weight of the observations for which the table's likeliest action is the model's."""
+        """The weight of the observations for which the table's likeliest action is the model's."""
         best = self.probabilities.argmax(1)
         return float(self.likeliest[np.arange(len(best)), best].sum())
 
     @property
     def n_rows(self) -> int:
-        """Rows that some observation falls into."""
+        """The number of rows that some observation falls into."""
         return int((self.weight > 0).sum())
 
     def table(self) -> pd.DataFrame:

@@ -2,10 +2,9 @@
 
 *Steering* adds a multiple of a vector to an activation, whatever is there (https://arxiv.org/abs/2308.10248); patching
 puts another run's activation in its place, ablation one that says nothing. A *weight edit* changes the model itself:
-`weights_edited` for the length of a `with`, `edited_copy` for good. Like all interventions, they leave nothing behind.
+`weights_edited` does it for the length of a `with` and, like all interventions, leaves nothing behind.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,7 +56,7 @@ def steer(
 
 
 def _width(model: DecisionTransformer, where: Site) -> int:
-    """How many numbers a vector at a site has."""
+    """Return how many numbers a vector at a site has."""
     cfg, kind = model.cfg, where.hook.rsplit(".", 1)[-1]
     if kind in ("hook_attn_scores", "hook_pattern"):
         raise ValueError(
@@ -89,31 +88,22 @@ def weights_edited(model: DecisionTransformer, **edits: WeightEdit) -> Iterator[
     weights = {_find(model, name): edit for name, edit in edits.items()}
     parameters = dict(model.named_parameters())
     changed = {name: _changed(name, parameters[name].detach(), edit) for name, edit in weights.items()}
-    own = {name: parameters[name].detach().clone() for name in weights}
+    originals = {name: parameters[name].detach().clone() for name in weights}
     try:
         _put(parameters, changed)
         yield model
     finally:
-        _put(parameters, own)
-
-
-def edited_copy(model: DecisionTransformer, **edits: WeightEdit) -> DecisionTransformer:
-    """Return a copy of the model with edited weights (`weights_edited`); its metadata name those in "edited"."""
-    changed = copy.deepcopy(model)
-    with weights_edited(model, **edits):
-        changed.load_state_dict(model.state_dict())
-    changed.metadata["edited"] = [*changed.metadata.get("edited", []), *sorted(edits)]
-    return changed
+        _put(parameters, originals)
 
 
 def _find(model: DecisionTransformer, name: str) -> str:
-    """The parameter that a name means."""
+    """Return the parameter that a name means."""
     full = [parameter for parameter, _ in model.named_parameters()]
-    found = [parameter for parameter in full if parameter.replace(".", "_") == name]
-    found = found or [parameter for parameter in full if parameter.rsplit(".", 1)[-1] == name]
-    if len(found) != 1:
+    matches = [parameter for parameter in full if parameter.replace(".", "_") == name]
+    matches = matches or [parameter for parameter in full if parameter.rsplit(".", 1)[-1] == name]
+    if len(matches) != 1:
         raise ValueError(f"There is no one weight {name!r}; the model has {', '.join(full)}.")
-    return found[0]
+    return matches[0]
 
 
 def _changed(name: str, weight: Tensor, edit: WeightEdit) -> Tensor:

@@ -105,16 +105,21 @@ class _Module:
     @cache  # noqa: B019 - a module is parsed once and kept as long as the process
     def meaning(self, name: str) -> tuple[str, list[str]]:
         """Return what a name means, as text, and the dotted names that this refers to."""
-        bare = _Bare()
-        statements = [bare.visit(copy.deepcopy(each)) for each in self.definitions[name]]
-        references = [reference for statement in statements for reference in _references(statement)]
-        targets = dict.fromkeys(target for target in map(self.target, references) if target)
+        bare = [_Bare().visit(copy.deepcopy(each)) for each in self.definitions[name]]
+        used, named = self._targets(bare), self._targets(self.definitions[name])
+        targets = used + [target for target in named if not target.startswith(RUNNING)]
         plain = _Plain(self)
-        return "\n".join(ast.dump(plain.visit(each)) for each in statements), list(targets)
+        return "\n".join(ast.dump(plain.visit(each)) for each in bare), targets
+
+    def _targets(self, statements: list[ast.stmt]) -> list[str]:
+        references = [reference for statement in statements for reference in _references(statement)]
+        return list(dict.fromkeys(target for target in map(self.target, references) if target))
 
     __hash__ = object.__hash__
 
 
+RUNNING = "dtbook.pipeline."
+"""What runs a stage: where only an annotation names it, it is not behind what the stage makes."""
 IMPORT = "<import>"
 """The name under which a module's definitions hold what it does when it is imported."""
 
@@ -159,7 +164,7 @@ class _Behind:
 
 
 class _Bare(ast.NodeTransformer):
-    """Leaves out, in place, texts that stand alone, and annotations of functions: what they name is not behind it."""
+    """Leaves out, in place, texts that stand alone, and annotations of functions."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         return None if _is_text(node) else self.generic_visit(node)

@@ -268,10 +268,10 @@ class ArtifactStore:
         path = self.root / name
         if not path.exists():
             return f"{path} is missing, though {self.manifest} names it"
-        found = describe(path)
+        actual = describe(path)
         for key in ("sha256", "bytes"):
-            if found[key] != entry[key]:
-                return f"{path} is not what {self.manifest} says: {key} is {found[key]}, not {entry[key]}"
+            if actual[key] != entry[key]:
+                return f"{path} is not what {self.manifest} says: {key} is {actual[key]}, not {entry[key]}"
         return None
 
     def _remedy(self) -> str:
@@ -282,8 +282,8 @@ class ArtifactStore:
     def _unlisted(self, entries: Mapping[str, Any]) -> list[str]:
         """Name the files, hidden ones aside, that no entry accounts for."""
         listed = [self.manifest, *(self.root / name for name in entries)]
-        found = [path for path in _files(self.root) if not _is_hidden(path.relative_to(self.root))]
-        strays = [path for path in found if not any(path.is_relative_to(known) for known in listed)]
+        files = [path for path in _files(self.root) if not _is_hidden(path.relative_to(self.root))]
+        strays = [path for path in files if not any(path.is_relative_to(known) for known in listed)]
         return [f"{path} is not in {self.manifest}" for path in strays]
 
     def _record(self, name: str, entry: Mapping[str, Any]) -> None:

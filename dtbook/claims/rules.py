@@ -1,4 +1,4 @@
-"""What a claim of the post is, the registry that the rules add themselves to, and what a model shows of each.
+"""Claims and findings: the registry that the rules add themselves to, and a model's findings by all of them.
 
 The rules were fixed before the replications were run. They stand in the modules beside this one, by what they are
 about; adding a claim is adding a function under `@claim`.
@@ -16,7 +16,7 @@ from dtbook.protocol import Bar
 
 
 class Finding(NamedTuple):
-    """What a model says to a claim."""
+    """A claim's effect in a model, and whether it passes."""
 
     effect: float
     """In the claim's unit."""
@@ -81,10 +81,10 @@ def claim(
 
     def add(effect: Effect) -> Effect:
         def decide_one(evidence: Evidence) -> Finding | None:
-            found = effect(evidence)
-            if found is None or isinstance(found, Finding):
-                return found
-            return Finding(found, meets(id, found))
+            result = effect(evidence)
+            if result is None or isinstance(result, Finding):
+                return result
+            return Finding(result, meets(id, result))
 
         RULES[id] = decide_one
         return effect

@@ -13,7 +13,7 @@ REPLICATED, MIXED, NOT_REPLICATED, UNDECIDED = "replicated", "mixed", "not repli
 
 
 class Verdict(NamedTuple):
-    """What the replications say to a claim."""
+    """The verdict on a claim over replications."""
 
     verdict: str
     passed: int

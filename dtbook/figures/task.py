@@ -40,12 +40,12 @@ def return_by_length(
         yaxis2={"domain": [0.83, 1], "title": "episodes", "nticks": 3},
     )
     for sign, name, color in zip((-1, 0, 1), CLASS_TITLES, CLASS_COLORS, strict=True):
-        chosen = np.sign(returns) == sign
-        _add_discs(fig, returns[chosen], lengths[chosen], name, color)
+        members = np.sign(returns) == sign
+        _add_discs(fig, returns[members], lengths[members], name, color)
         style = {"marker": {"color": color, "line_width": 0}, "showlegend": False, "name": name}
-        steps, below = _histogram(lengths[chosen], np.linspace(0, max(lengths.max(initial=1), 1), 41))
+        steps, below = _histogram(lengths[members], np.linspace(0, max(lengths.max(initial=1), 1), 41))
         fig.add_bar(x=steps, y=below, xaxis="x", yaxis="y2", **style)
-        heights, beside = _histogram(returns[chosen], np.linspace(-1.025, 1.025, 42))
+        heights, beside = _histogram(returns[members], np.linspace(-1.025, 1.025, 42))
         fig.add_bar(y=heights, x=beside, orientation="h", xaxis="x2", yaxis="y", **style)
     return fig
 

@@ -42,7 +42,7 @@ from dtbook.gridworld.rules import (
     unchecked_step,
 )
 
-Rows = slice | npt.NDArray[Any] | Sequence[int] | int | np.integer
+RowIndex = slice | npt.NDArray[Any] | Sequence[int] | int | np.integer
 """Which observations: a slice, a mask, integers, or one."""
 MAX_OBSERVATIONS = 10_000_000  # that `all_observations` lists; 147 bytes each
 
@@ -61,7 +61,7 @@ class ObservationSet:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, rows: Rows) -> ObservationSet:
+    def __getitem__(self, rows: RowIndex) -> ObservationSet:
         rows = [int(rows)] if isinstance(rows, int | np.integer) else rows
         witness = GridState(*(value[rows] for value in self.witness))
         return ObservationSet(self.images[rows], self.multiplicity[rows], witness)
@@ -133,12 +133,12 @@ def _observations_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (pose, multiplicity, obstacles) of the observations with `k` obstacles in view, for one background."""
     rows = math.comb(len(seen), k)
-    chosen = np.fromiter(chain.from_iterable(combinations(seen.tolist(), k)), np.uint8, rows * k).reshape(
+    visible = np.fromiter(chain.from_iterable(combinations(seen.tolist(), k)), np.uint8, rows * k).reshape(
         rows, k
     )
     hidden = np.tile(unseen[: n_obstacles - k], (rows, 1))
     multiplicity = len(poses) * math.comb(len(unseen), n_obstacles - k)
-    return np.full(rows, poses[0]), np.full(rows, multiplicity), np.hstack([chosen, hidden])
+    return np.full(rows, poses[0]), np.full(rows, multiplicity), np.hstack([visible, hidden])
 
 
 def to_minigrid(

@@ -148,7 +148,7 @@ def find_fault(agent, direction, obstacles, step_count, room):
 
 @compiled
 @no_type_check
-def begin(agent, direction, obstacles, step_count, rows, deck, random_start, words):
+def begin_rows(agent, direction, obstacles, step_count, rows, deck, random_start, words):
     """Put `rows` into first states of episodes, in place, from random `words` in [0, 1).
 
     The cells are dealt from `deck` (the start cell first) by a partial Fisher-Yates shuffle, which is
@@ -255,7 +255,7 @@ def advance(
 
 @compiled
 @no_type_check
-def draw(agent, direction, obstacles, rows, background, offset, images):
+def draw_rows(agent, direction, obstacles, rows, background, offset, images):
     """Write the observations of `rows` into theirs of `images`: the empty room first, then the obstacles."""
     for row in rows:
         pose = 4 * np.int64(agent[row]) + np.int64(direction[row])

@@ -141,7 +141,7 @@ def begin(task: Task, state: GridState, rows: np.ndarray, rng: np.random.Generat
     """Put `rows` of a state into first states of episodes, in place."""
     words = rng.random((len(rows), task.n_obstacles + 2))
     deck = free_cells(task.size).copy()  # which the kernel shuffles
-    kernels.begin(*state, rows, deck, task.random_start, words)
+    kernels.begin_rows(*state, rows, deck, task.random_start, words)
 
 
 @lru_cache
@@ -205,4 +205,4 @@ def unchecked_observe(state: GridState, size: int) -> np.ndarray:
 def draw(state: GridState, size: int, rows: np.ndarray, images: np.ndarray) -> None:
     """Draw the observations of `rows` into theirs of `images`, in place."""
     flat = images.reshape(-1, kernels.N_BYTES)
-    kernels.draw(*state[:3], rows, *kernels.view_tables(size), flat)
+    kernels.draw_rows(*state[:3], rows, *kernels.view_tables(size), flat)

@@ -25,15 +25,17 @@ IN_FRONT = {"empty": EMPTY, "wall": WALL, "obstacle": OBSTACLE, "goal": GOAL}
 # Which hand has the wall when the goal is in front; see `showing`.
 AT_HAND = {"goal from the top": (2, 6), "goal from the left": (4, 6)}
 SITUATIONS = (*IN_FRONT, *AT_HAND)
+FACING = tuple(name for name in SITUATIONS if name != "empty")
+"""Situations in which there is something in front of the agent."""
 
 EMPTY_CELL = (EMPTY, 0, 0)
 """An empty cell as minigrid shows it: object, colour, state."""
 
-BATCH_SIZE = 8192
+MODEL_BATCH = 8192
 
 
 def showing(images: Images, situation: str) -> Bool[np.ndarray, " n"]:
-    """Which observations show a situation, one of `SITUATIONS`; raises ValueError for any other name.
+    """Return which observations show a situation, one of `SITUATIONS`; raises ValueError for any other name.
 
     "empty", "wall", "obstacle" and "goal" say what the cell in front of the agent, image[3, 5], holds. "goal
     from the top" is the agent above the goal, facing down; "goal from the left" is left of it, facing right.
@@ -55,12 +57,12 @@ def showing(images: Images, situation: str) -> Bool[np.ndarray, " n"]:
 
 
 def select(observations: ObservationSet, situation: str) -> ObservationSet:
-    """The observations that show a situation, in their order; raises ValueError for an unknown one."""
+    """Return the observations that show a situation, in their order; raises ValueError for an unknown one."""
     return observations[showing(observations.images, situation)]
 
 
 def weights(observations: ObservationSet) -> Float64[np.ndarray, " n"]:
-    """The share of these observations' states that show each: multiplicity, summing to 1.
+    """Return the share of these observations' states that show each: multiplicity, summing to 1.
 
     Raises ValueError where there is no observation, as no mean could be taken over it.
     """
@@ -73,13 +75,13 @@ def weights(observations: ObservationSet) -> Float64[np.ndarray, " n"]:
 def sample(
     observations: ObservationSet, n: int, rng: np.random.Generator
 ) -> tuple[ObservationSet, Int64[np.ndarray, " n"]]:
-    """`n` observations drawn as often as states show them, with replacement, and their rows."""
+    """Return `n` observations drawn as often as states show them, with replacement, and their rows."""
     rows = rng.choice(len(observations), n, p=weights(observations))
     return replace(observations[rows], multiplicity=np.ones(n, np.int64)), rows
 
 
-class Batch(NamedTuple):
-    """What a model is called with, `model(*batch.inputs)`, and what each row counts."""
+class ObservationBatch(NamedTuple):
+    """The inputs of a model, `model(*batch.inputs)`, and what each row counts."""
 
     states: UInt8[Tensor, "batch 1 7 7 3"]
     rtgs: Float[Tensor, "batch 1"]
@@ -95,31 +97,36 @@ class Batch(NamedTuple):
         return self.states, self.rtgs, self.timesteps
 
 
+def row_batches(n: int, batch_size: int) -> Iterator[slice]:
+    """Yield the rows 0 … n − 1, `batch_size` at a time; raises ValueError for a wrong `batch_size` at once."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    return (slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size))
+
+
 def batches(
-    observations: ObservationSet, rtg: float, timestep: int, batch_size: int = BATCH_SIZE
-) -> Iterator[Batch]:
-    """All observations in order, `batch_size` at a time, each asked for `rtg` at `timestep`.
+    observations: ObservationSet, rtg: float, timestep: int, batch_size: int = MODEL_BATCH
+) -> Iterator[ObservationBatch]:
+    """Yield all observations in order, `batch_size` at a time, each with this `rtg` and `timestep`.
 
     The states share the images' memory: edit a copy. Raises ValueError before the first batch for an empty
     set or a wrong `batch_size`; the model says what it thinks of RTG and timestep.
     """
     share = torch.from_numpy(weights(observations))
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
     return (
-        _batch(observations.images[start : start + batch_size], share, start, rtg, timestep)
-        for start in range(0, len(share), batch_size)
+        _batch(observations.images[rows], share[rows], rows, rtg, timestep)
+        for rows in row_batches(len(share), batch_size)
     )
 
 
-def _batch(images: np.ndarray, share: Tensor, start: int, rtg: float, timestep: int) -> Batch:
-    n, rows = len(images), slice(start, start + len(images))
+def _batch(images: np.ndarray, share: Tensor, rows: slice, rtg: float, timestep: int) -> ObservationBatch:
+    n = len(images)
     rtgs, timesteps = torch.full((n, 1), float(rtg)), torch.full((n, 1), timestep, dtype=torch.int64)
-    return Batch(torch.from_numpy(images).unsqueeze(1), rtgs, timesteps, share[rows], rows)
+    return ObservationBatch(torch.from_numpy(images).unsqueeze(1), rtgs, timesteps, share, rows)
 
 
 def without_front(states: UInt8[Tensor, "*batch 7 7 3"]) -> UInt8[Tensor, "*batch 7 7 3"]:
-    """A copy of the observations in which the cell in front of the agent, and no other, is empty."""
+    """Return a copy of the observations in which the cell in front of the agent, and no other, is empty."""
     states = states.clone()
     states[..., *FRONT, :] = torch.tensor(EMPTY_CELL, dtype=torch.uint8)
     return states
@@ -130,11 +137,11 @@ def counterfactual_pairs(
     rtg: float,
     timestep: int,
     situation: str = "obstacle",
-    batch_size: int = BATCH_SIZE,
-) -> Iterator[tuple[Batch, Batch]]:
-    """(clean, counterfactual) batches: observations of a situation, and the same with an empty front cell.
+    batch_size: int = MODEL_BATCH,
+) -> Iterator[tuple[ObservationBatch, ObservationBatch]]:
+    """Yield (clean, corrupted) batches: observations of a situation, and the same with an empty front cell.
 
-    Rows and weights are those of `select(observations, situation)`. The counterfactual is the smallest change
+    Rows and weights are those of `select(observations, situation)`. The corrupted one is the smallest change
     of what the model sees, not always a view the task can show: a room without its goal or with a gap in its
     wall is none, nor is one with an obstacle too few where no cell is left out of view to hold it. Raises as
     `select` and `batches`, before the first pair.

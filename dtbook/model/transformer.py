@@ -192,7 +192,7 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         tokens = [rtg + time, self.hook_state_embed(self.embed_states(states)) + time]
         if actions is not None and actions.shape[1]:
             action = self.hook_action_embed(self.W_E_action[actions])
-            # the last timestep's action is what the model is asked for: a zero row, cut off below
+            # the last timestep's action is what the model predicts: a zero row, cut off below
             tokens.append(nn.functional.pad(action, (0, 0, 0, 1)) + time)
         n_pos = 3 * states.shape[1] - 1
         embed = self.hook_embed(torch.stack(tokens, dim=2).flatten(1, 2)[:, :n_pos])

@@ -45,8 +45,11 @@ article.bd-article, [id^="document-"] + section { break-before: page; }
 """
 ARRANGE = """() => {
   const chapters = {};
-  for (const place of document.querySelectorAll("[id^='document-']"))
-    chapters[place.id.split("/").pop()] = place.nextElementSibling;
+  for (const place of document.querySelectorAll("[id^='document-']")) {
+    const name = place.id.replace("document-", "");
+    chapters[name] = place.nextElementSibling;
+    chapters[name.split("/").pop()] ??= place.nextElementSibling; // a path says no more; pages of the API come last
+  }
   for (const chapter of Object.values(chapters))
     for (const part of chapter.querySelectorAll("section[id]"))
       if (part !== document.getElementById(part.id)) part.removeAttribute("id"); // "results": each chapter has one
@@ -57,7 +60,8 @@ ARRANGE = """() => {
   for (const link of document.querySelectorAll("a[href]")) {
     const [path, anchor] = link.getAttribute("href").split("#");
     if (/^[a-z]+:/.test(path)) continue;
-    const place = chapters[(anchor?.startsWith("document-") ? anchor : path).split("/").pop().replace(".html", "")];
+    const name = anchor?.startsWith("document-") ? anchor.replace("document-", "") : path.split("/").pop();
+    const place = chapters[name.replace(".html", "")];
     if (place && (!anchor || anchor.startsWith("document-"))) link.setAttribute("href", "#" + place.id);
     else if (anchor && document.getElementById(anchor)) link.setAttribute("href", "#" + anchor);
     else link.removeAttribute("href"); // a file to download, which lies beside the pages and not in here
@@ -83,11 +87,11 @@ def find_chromium() -> str | None:
         if shutil.which(given) is None:
             raise FileNotFoundError(f"DTBOOK_CHROMIUM must name a browser's program, not {given!r}")
         return given
-    if found := next(filter(None, map(shutil.which, NAMES)), None):
-        return found
+    if program := next(filter(None, map(shutil.which, NAMES)), None):
+        return program
     with sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-    return own if Path(own).exists() else None
+        bundled = playwright.chromium.executable_path
+    return bundled if Path(bundled).exists() else None
 
 
 def print_book(root: Path, target: Path) -> None:
@@ -99,13 +103,13 @@ def print_book(root: Path, target: Path) -> None:
         pages = Path(scratch) / "pages"
         command = [sys.executable, "-m", "sphinx", "-q", "-c", "book", "-b", "singlehtml"]
         subprocess.run([*command, "-d", f"{scratch}/doctrees", ".", str(pages)], cwd=root, check=True)
-        whole = pages / "whole.html"
-        (pages / "book" / "intro.html").rename(whole)  # Sphinx writes its links as if it lay there
-        print_page(whole, target)
+        book = pages / "whole.html"
+        (pages / "book" / "intro.html").rename(book)  # Sphinx writes its links as if it lay there
+        print_page(book, target)
 
 
-def print_page(whole: Path, target: Path) -> None:
-    """Print one page of HTML, its figures drawn and its links leading within it, to the PDF `target`.
+def print_page(source: Path, target: Path) -> None:
+    """Print the page of HTML `source`, its figures drawn and its links leading within it, to the PDF `target`.
 
     Raises FileNotFoundError where there is no Chromium, or where a style, script or picture of the page is missing.
     """
@@ -119,9 +123,9 @@ def print_page(whole: Path, target: Path) -> None:
         browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS])
         page = browser.new_page(color_scheme="light", viewport={"width": 900, "height": 1200})
         page.set_default_timeout(600_000)
-        page.on("requestfailed", lambda asked: missing.append(asked.url))
+        page.on("requestfailed", lambda request: missing.append(request.url))
         page.add_init_script("localStorage.mode = localStorage.theme = 'light'")
-        page.goto(whole.as_uri())
+        page.goto(source.as_uri())
         missing = [url for url in missing if not url.endswith("/searchindex.js")]  # nothing searches on paper
         if missing:
             raise FileNotFoundError(f"the page to print lacks {missing[0]} and {len(missing) - 1} more")

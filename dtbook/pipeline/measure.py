@@ -8,10 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from dtbook.analysis import behaviour, counterfactuals, faithfulness, frames, program
-from dtbook.analysis.ablations import HOW, situation_table
+from dtbook.analysis import ablations, behaviour, counterfactuals, faithfulness, frames, program
 from dtbook.analysis.head_circuit import measure_circuit
-from dtbook.analysis.views import embeddings
+from dtbook.analysis.weights import embeddings
 from dtbook.artifacts.store import ArtifactStore
 from dtbook.claims.evidence import Evidence, check_shape
 from dtbook.claims.rules import measure
@@ -66,7 +65,7 @@ def _over(table: Callable[..., pd.DataFrame]) -> Callable[[Job], list[Writer]]:
 def _play(job: Job) -> list[Writer]:
     task = replace(job.recipe.task, max_steps=job.settings["max_steps"])
     model = job.subject().model
-    return [table_writer(behaviour.ablated_play(model, progress=job.progress, task=task, **job.settings))]
+    return [table_writer(ablations.ablated_play(model, progress=job.progress, task=task, **job.settings))]
 
 
 def _embeddings(job: Job) -> list[Writer]:
@@ -85,7 +84,8 @@ def _causal(job: Job) -> list[Writer]:
 def _circuits(job: Job) -> list[Writer]:
     model, observations = job.subject().model, observations_of(job.recipe.task)
     tables = [
-        faithfulness.circuit_tables(model, observations, case, **job.settings) for case in faithfulness.CASES
+        faithfulness.circuit_tables(model, observations, case, **job.settings)
+        for case in faithfulness.CIRCUIT_CASES
     ]
     return [table_writer(pd.concat(parts, ignore_index=True)) for parts in zip(*tables, strict=True)]
 
@@ -150,11 +150,19 @@ def _of(name: str, function: Callable[[Job], Sequence[Writer]], makes: str = "",
 
 _EVERYWHERE: dict[str, Any] = {"rtgs": RTGS, "timesteps": TIMESTEPS}
 BEHAVIOUR = (
+<<<<<<< HEAD
     _of("distributions", _over(behaviour.distributions), **_EVERYWHERE),
     _of("turns", _over(behaviour.turns), rtgs=RTGS, timestep=10),
     _of("over_time", _over(behaviour.over_time), rtgs=RTGS, timesteps=behaviour.EVERY_TIMESTEP),
     _of("exceptions", _over(behaviour.exceptions), rtgs=RTGS, timesteps=behaviour.CERTIFIED),
     _of(
+=======
+    _row("distributions", _over(behaviour.log_odds_distributions), rtgs=RTGS, timesteps=TIMESTEPS),
+    _row("turns", _over(behaviour.turns), rtgs=RTGS, timestep=10),
+    _row("over_time", _over(behaviour.over_time), rtgs=RTGS, timesteps=behaviour.EVERY_TIMESTEP),
+    _row("exceptions", _over(behaviour.exceptions), rtgs=RTGS, timesteps=behaviour.CERTIFIED),
+    _row(
+>>>>>>> main
         "scans",
         _over(behaviour.situation_scans),
         rtgs=behaviour.SCAN_RTGS,
@@ -162,9 +170,16 @@ BEHAVIOUR = (
     ),
     _of(
         "neurons",
+<<<<<<< HEAD
         _over(behaviour.neurons),
         **_EVERYWHERE,
         how=behaviour.NEURON_WAYS,
+=======
+        _over(ablations.neurons),
+        rtgs=RTGS,
+        timesteps=TIMESTEPS,
+        how=ablations.NEURON_WAYS,
+>>>>>>> main
         seed=0,
     ),
     _of("frames", _over(frames.median_frames), timestep=10, preference="F-R"),
@@ -173,9 +188,16 @@ BEHAVIOUR = (
     _of("ablated_play", _play, rtgs=CALIBRATION_RTGS, episodes=100, max_steps=300, seed=0),
     _of(
         "situations",
+<<<<<<< HEAD
         _over(situation_table),
         **_EVERYWHERE,
         how=HOW,
+=======
+        _over(ablations.situation_table),
+        rtgs=RTGS,
+        timesteps=TIMESTEPS,
+        how=ablations.HOW,
+>>>>>>> main
         preference="F-R",
         seed=0,
     ),

@@ -159,13 +159,13 @@ def means(model: DecisionTransformer, task: Task) -> dict[str, torch.Tensor]:
     def mean(component: str | Site) -> torch.Tensor:
         return torch.stack([mean_output(model, component, seen, rtg, timestep) for rtg in MEAN_RTGS]).mean(0)
 
-    found = {}
+    stored = {}
     for layer in range(model.cfg.n_layers):
         heads = [mean(f"L{layer}H{head}") for head in range(model.cfg.n_heads)]
-        found[f"mean.{layer}.z"] = torch.stack(heads)
-        found[f"mean.{layer}.post"] = mean(Site(f"blocks.{layer}.mlp.hook_post", positions=STATE_TOKENS))
-        found[f"mean.{layer}.mlp_out"] = mean(f"L{layer} MLP")
-    return found
+        stored[f"mean.{layer}.z"] = torch.stack(heads)
+        stored[f"mean.{layer}.post"] = mean(Site(f"blocks.{layer}.mlp.hook_post", positions=STATE_TOKENS))
+        stored[f"mean.{layer}.mlp_out"] = mean(f"L{layer} MLP")
+    return stored
 
 
 def _of_the_mean(task: Task) -> str:

@@ -45,10 +45,10 @@ class _Check:
     def one_of(self, name: str, value: Any, allowed: tuple[str, ...]) -> None:
         self.need(isinstance(value, str) and value in allowed, name, value, f"one of {', '.join(allowed)}")
 
-    def number(self, name: str, value: Any, low: int, high: int, whole: bool = False) -> None:
+    def number(self, name: str, value: Any, low: int, high: int, integer: bool = False) -> None:
         plain = isinstance(value, int | float) and not isinstance(value, bool)
-        fine = plain and low <= value <= high and (not whole or value == int(value))
-        kind = "whole number" if whole else "number"
+        fine = plain and low <= value <= high and (not integer or value == int(value))
+        kind = "whole number" if integer else "number"
         self.need(fine, name, value, f"a {kind} from {str(low).replace('-', '−')} to {high}")
 
     def mapping(self, name: str, value: Any, holds: tuple[str, ...]) -> None:
@@ -65,9 +65,9 @@ class _Check:
     def scene(self, scene: Any, models: Mapping[str, DTConfig]) -> None:
         self.mapping("description", scene, FIELDS)
         self.room(scene)
-        self.number("timestep t", scene.get("t", 0), 0, self.task.max_steps - 1, whole=True)
+        self.number("timestep t", scene.get("t", 0), 0, self.task.max_steps - 1, integer=True)
         self.number("rtg", scene.get("rtg", 0.9), -1, 1)
-        self.number("random", scene.get("random", 0), 0, 2**32 - 1, whole=True)
+        self.number("random", scene.get("random", 0), 0, 2**32 - 1, integer=True)
         model = scene.get("model", next(iter(models)))
         self.one_of("model", model, tuple(models))
         self.one_of("acting", scene.get("acting", "greedy"), ACTING)

@@ -18,7 +18,7 @@ unseen (the view goes through walls), and in this task colour and state follow f
 ENCODINGS = {"one-hot": len(OBJECTS), "index": 3}
 """What the agent may be shown, and how many inputs that makes for each cell of the view."""
 
-Images = UInt8[Tensor, "batch view view 3"]
+ImageBatch = UInt8[Tensor, "batch view view 3"]
 Inputs = Float32[Tensor, "batch inputs"]
 Logits = Float32[Tensor, "batch actions"]
 
@@ -70,7 +70,7 @@ class ActorCritic(nn.Module):
         agent.load_state_dict(state_dict)
         return agent
 
-    def encode(self, images: Images) -> Inputs:
+    def encode(self, images: ImageBatch) -> Inputs:
         """Return what the actor reads. Raises ValueError for an object that is not one of OBJECTS."""
         if self.encoding == "index":
             return images.movedim(-1, 1).flatten(1).float()
@@ -85,14 +85,14 @@ class ActorCritic(nn.Module):
         features = self.actor[:-1](inputs)
         return self.actor[-1](features), self.critic(features).squeeze(1)
 
-    def forward(self, images: Images) -> tuple[Logits, Float32[Tensor, " batch"]]:
+    def forward(self, images: ImageBatch) -> tuple[Logits, Float32[Tensor, " batch"]]:
         """Return the action logits and the values (expected discounted returns) of observations."""
         return self.heads(self.encode(images))
 
     @torch.inference_mode()
     def act(
         self,
-        images: Images,
+        images: ImageBatch,
         generator: torch.Generator,
         greedy: bool = False,
         temperature: float = 1.0,

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from jaxtyping import Float32, Int, Int64, UInt8
 
-Policy = Callable[[np.ndarray], np.ndarray]
+ImagePolicy = Callable[[np.ndarray], np.ndarray]
 """Images (batch, 7, 7, 3) → actions (batch)."""
 
 _Step = tuple[np.ndarray, int, float]  # image, action, reward
@@ -50,7 +50,10 @@ class ImageEpisodes:
 
 
 def record(
-    envs: "gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]", policy: Policy, episodes: int, seed: int
+    envs: "gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]",
+    policy: ImagePolicy,
+    episodes: int,
+    seed: int,
 ) -> ImageEpisodes:
     """Play at least `episodes` episodes to their end, all that were begun with them included, and return them.
 

@@ -96,8 +96,8 @@ def collect_by_quota(
                 {"class": CLASS_NAMES[wanted], "round": int(rounds[wanted]), "steps": int(steps[wanted])}
             )
             bar.update(int(np.minimum(steps, config.steps_per_class).sum()) - bar.n)
-    whole = Trajectories.concatenate(parts)
-    return Collection(_trim(whole, config.steps_per_class, rng), pd.DataFrame(log))
+    collected = Trajectories.concatenate(parts)
+    return Collection(_trim(collected, config.steps_per_class, rng), pd.DataFrame(log))
 
 
 def steps_by_class(trajectories: Trajectories) -> np.ndarray:

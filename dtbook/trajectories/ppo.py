@@ -152,7 +152,7 @@ class Episodes:
 
 
 # ------------------------------------------------------------------------------------------------ learning
-class Batch(NamedTuple):
+class PreparedBatch(NamedTuple):
     """A rollout as the agent learns from it: steps and environments flattened into one axis."""
 
     inputs: Inputs
@@ -187,7 +187,7 @@ def gae(
 
 
 @torch.no_grad()
-def prepare(rollout: Rollout, agent: ActorCritic, config: PPOConfig) -> Batch:
+def prepare(rollout: Rollout, agent: ActorCritic, config: PPOConfig) -> PreparedBatch:
     """Return the batch that a rollout gives; the agent must still be the one that acted in it."""
     steps, envs = rollout.actions.shape
     inputs = agent.encode(rollout.images.flatten(0, 1))
@@ -200,7 +200,7 @@ def prepare(rollout: Rollout, agent: ActorCritic, config: PPOConfig) -> Batch:
     advantages = gae(rollout.rewards, values[:-1], next_values, ended, config.gamma, config.gae_lambda)
     actions, returns = rollout.actions.flatten(), (advantages + values[:-1]).flatten()
     log_probs = _of_actions(logits[:-envs].log_softmax(1), actions)
-    return Batch(inputs[:-envs], actions, log_probs, advantages.flatten(), returns)
+    return PreparedBatch(inputs[:-envs], actions, log_probs, advantages.flatten(), returns)
 
 
 def _of_actions(log_probs: Logits, actions: Int64[Tensor, " batch"]) -> Float32[Tensor, " batch"]:
@@ -208,7 +208,7 @@ def _of_actions(log_probs: Logits, actions: Int64[Tensor, " batch"]) -> Float32[
 
 
 def ppo_losses(
-    logits: Logits, values: Float32[Tensor, " batch"], batch: Batch, clip: float
+    logits: Logits, values: Float32[Tensor, " batch"], batch: PreparedBatch, clip: float
 ) -> dict[str, Float32[Tensor, ""]]:
     """Return the terms of the clipped objective (arXiv:1707.06347, equations 7 and 9) as means.
 
@@ -236,7 +236,7 @@ def ppo_losses(
 def learn(
     agent: ActorCritic,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    batch: PreparedBatch,
     config: PPOConfig,
     generator: torch.Generator,
 ) -> dict[str, float]:
@@ -246,7 +246,7 @@ def learn(
         order = torch.randperm(len(batch.actions), generator=generator)
         for indices in order.chunk(config.minibatches):
             # index_select copies rows several times faster than batch[indices]
-            part = Batch(*(column.index_select(0, indices) for column in batch))
+            part = PreparedBatch(*(column.index_select(0, indices) for column in batch))
             terms = ppo_losses(*agent.heads(part.inputs), part, config.clip)
             loss = terms["policy_loss"] + config.value_coef * terms["value_loss"]
             optimizer.zero_grad()
@@ -302,7 +302,7 @@ def train(
     return PPOResult(agent, checkpoints, pd.DataFrame(rows))
 
 
-def explained_variance(batch: Batch) -> float:
+def explained_variance(batch: PreparedBatch) -> float:
     """Return the share of the returns' variance that the critic foresaw; NaN if they do not vary."""
     variance = batch.returns.var().item()
     return 1 - batch.advantages.var().item() / variance if variance > 0 else math.nan

@@ -96,9 +96,11 @@ class Trajectories:
         """Return what the agent saw at some step rows."""
         return gridworld.observe(self.states(rows), self.task.size)
 
-    def episodes(self, chosen: Int[np.ndarray, " chosen"] | Bool[np.ndarray, " episodes"]) -> "Trajectories":
+    def episodes(
+        self, selection: Int[np.ndarray, " selected"] | Bool[np.ndarray, " episodes"]
+    ) -> "Trajectories":
         """Return some of the episodes (indices or a mask), as new Trajectories."""
-        index = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        index = np.flatnonzero(selection) if selection.dtype == bool else selection
         lengths = self.lengths[index]
         starts = np.cumsum(lengths) - lengths
         rows = np.repeat(self.episode_starts[index] - starts, lengths) + np.arange(lengths.sum())
@@ -312,5 +314,5 @@ class RecordEpisodes(gym.vector.VectorWrapper):
     def trajectories(self) -> Trajectories:
         """Return all episodes that have ended, in the order in which they did; `checkpoint` is when they began."""
         episodes = int(max(rows.max() for rows in self.recorder.episode)) + 1
-        whole = self.recorder.trajectories(np.array(self.begun_at[:episodes]), 1.0)
-        return whole.episodes(np.concatenate(self.ended))
+        recorded = self.recorder.trajectories(np.array(self.begun_at[:episodes]), 1.0)
+        return recorded.episodes(np.concatenate(self.ended))
