@@ -150,19 +150,11 @@ def _of(name: str, function: Callable[[Job], Sequence[Writer]], makes: str = "",
 
 _EVERYWHERE: dict[str, Any] = {"rtgs": RTGS, "timesteps": TIMESTEPS}
 BEHAVIOUR = (
-<<<<<<< HEAD
-    _of("distributions", _over(behaviour.distributions), **_EVERYWHERE),
+    _of("distributions", _over(behaviour.log_odds_distributions), **_EVERYWHERE),
     _of("turns", _over(behaviour.turns), rtgs=RTGS, timestep=10),
     _of("over_time", _over(behaviour.over_time), rtgs=RTGS, timesteps=behaviour.EVERY_TIMESTEP),
     _of("exceptions", _over(behaviour.exceptions), rtgs=RTGS, timesteps=behaviour.CERTIFIED),
     _of(
-=======
-    _row("distributions", _over(behaviour.log_odds_distributions), rtgs=RTGS, timesteps=TIMESTEPS),
-    _row("turns", _over(behaviour.turns), rtgs=RTGS, timestep=10),
-    _row("over_time", _over(behaviour.over_time), rtgs=RTGS, timesteps=behaviour.EVERY_TIMESTEP),
-    _row("exceptions", _over(behaviour.exceptions), rtgs=RTGS, timesteps=behaviour.CERTIFIED),
-    _row(
->>>>>>> main
         "scans",
         _over(behaviour.situation_scans),
         rtgs=behaviour.SCAN_RTGS,
@@ -170,16 +162,9 @@ BEHAVIOUR = (
     ),
     _of(
         "neurons",
-<<<<<<< HEAD
-        _over(behaviour.neurons),
-        **_EVERYWHERE,
-        how=behaviour.NEURON_WAYS,
-=======
         _over(ablations.neurons),
-        rtgs=RTGS,
-        timesteps=TIMESTEPS,
+        **_EVERYWHERE,
         how=ablations.NEURON_WAYS,
->>>>>>> main
         seed=0,
     ),
     _of("frames", _over(frames.median_frames), timestep=10, preference="F-R"),
@@ -188,16 +173,9 @@ BEHAVIOUR = (
     _of("ablated_play", _play, rtgs=CALIBRATION_RTGS, episodes=100, max_steps=300, seed=0),
     _of(
         "situations",
-<<<<<<< HEAD
-        _over(situation_table),
-        **_EVERYWHERE,
-        how=HOW,
-=======
         _over(ablations.situation_table),
-        rtgs=RTGS,
-        timesteps=TIMESTEPS,
+        **_EVERYWHERE,
         how=ablations.HOW,
->>>>>>> main
         preference="F-R",
         seed=0,
     ),
