@@ -33,9 +33,7 @@ def test_every_artifact_of_data_is_in_the_table(rows):
             found |= {name.replace("SUBJECT", subject) for subject in subjects}
         else:
             found |= set(of.split(", ")) if name == "controls/shuffled_N" else {name}
-    assert found - {"SUBJECT/checkpoints.safetensors", "SUBJECT/trained", "own/model"} == set(
-        ArtifactStore().entries()
-    )
+    assert found >= set(ArtifactStore().entries())
 
 
 def test_what_chapters_read_by_its_name_is_said_to_be_theirs(rows):

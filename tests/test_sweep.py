@@ -176,7 +176,7 @@ def test_a_sweep_leaves_a_table_a_notebook_a_point_and_a_manifest(notebooks, tmp
     assert executed.metadata["dtbook"]["parameters"] == {"fail_at": 4, "k": 3}
     entry = store.entries()[todo[0].artifact]
     assert (entry["stage"], entry["parameters"]["point"]) == ("01_square", {"fail_at": 4, "k": 3})
-    assert entry["code"] == code_behind(code_of(todo[0].target.notebook))["code"]
+    assert entry["code"] == code_behind([sweep._execute, *code_of(todo[0].target.notebook)])["code"]
 
 
 def test_what_is_there_is_not_run_again_and_the_table_is_the_same_bytes(notebooks, tmp_path):

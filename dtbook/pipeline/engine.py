@@ -73,6 +73,21 @@ class Stage:
         return (self.function, *self.also)
 
 
+def table_row(
+    name: str,
+    function: Callable[["Job"], Sequence[Writer]],
+    makes: str,
+    needs: str = "",
+    uses: str = "",
+    recipe: str = "task",
+    before: str = "dtbook reproduce",
+    **settings: Any,
+) -> Stage:
+    """Return a row of the table of stages, in which names stand in a text with spaces between them."""
+    made, needed, used, followed = (tuple(names.split()) for names in (makes, needs, uses, recipe))
+    return Stage(name, made, function, needed, used, followed, settings, before)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a job: the seconds it took, None if it was not run; the error, None if all is well."""

@@ -22,7 +22,7 @@ from dtbook.claims.training_rules import MENDED, WITHOUT
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.pipeline.engine import Job, Stage, Writer, table_writer
+from dtbook.pipeline.engine import Job, Writer, table_row, table_writer
 from dtbook.pipeline.replication import Recipe, folder_of, load_snapshots, name_of, seeds_with
 from dtbook.pipeline.sweep import Point, read_sweep
 from dtbook.protocol import HIGH
@@ -215,13 +215,8 @@ def shape_gaps(size: pd.DataFrame) -> pd.DataFrame:
 def _shape(size: pd.DataFrame) -> Row:
     ours = (size[list(SHAPE)] == pd.Series(SHAPE)).all(axis=1)
     gap = float(shape_gaps(size)[ours].max(axis=1).iloc[0])
-    return {
-        "model": "sweep",
-        "claim": "C27",
-        "effect": gap,
-        "passed": float(meets("C27", gap)),
-        "n": len(size),
-    }
+    passed = float(meets("C27", gap))
+    return {"model": "sweep", "claim": "C27", "effect": gap, "passed": passed, "n": len(size)}
 
 
 def interpretability_delay(traced: pd.DataFrame) -> dict[str, float]:
@@ -250,28 +245,22 @@ def _experiment_claims(job: Job) -> list[Writer]:
 # ------------------------------------------------------------------------------------------- the table, and its graph
 STAGES = (
     *(
-        Stage(
+        table_row(
             f"collect {sweep}",
-            (table_of(sweep), *([FRONT_CELLS] if sweep == "encodings" else [])),
             _collect,
-            recipe=("task",),
+            f"{table_of(sweep)} {FRONT_CELLS if sweep == 'encodings' else ''}",
             before=f"dtbook sweep sweeps/{sweep}.yml",
         )
         for sweep in SWEEPS
     ),
-    Stage(
-        "dynamics",
-        ("{of}/dynamics.parquet",),
-        _dynamics,
-        ("{of}/snapshots.safetensors", "{of}/model"),
-        recipe=("task",),
-    ),
-    Stage("front paths", (POST_PATHS,), _post_paths, ("post/model",), recipe=("task",)),
-    Stage(
+    table_row("dynamics", _dynamics, "{of}/dynamics.parquet", "{of}/snapshots.safetensors {of}/model"),
+    table_row("front paths", _post_paths, POST_PATHS, "post/model"),
+    table_row(
         "experiment claims",
-        (CLAIMS,),
         _experiment_claims,
-        uses=(table_of("encodings"), table_of("size"), "seed_{seed}/dynamics.parquet"),
+        CLAIMS,
+        uses=f"{table_of('encodings')} {table_of('size')} seed_{{seed}}/dynamics.parquet",
+        recipe="",
         before="dtbook experiments",
     ),
 )

@@ -20,7 +20,7 @@ from dtbook.gridworld.rules import Task
 from dtbook.model.subject import Subject
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import replication
-from dtbook.pipeline.engine import Job, Stage, Writer, table_writer
+from dtbook.pipeline.engine import Job, Stage, Writer, table_row, table_writer
 from dtbook.pipeline.replication import (
     CONTROLS,
     Recipe,
@@ -142,57 +142,48 @@ def _own_model(job: Job) -> list[Writer]:
 
 
 # ------------------------------------------------------------------------------------------- the table, and its graphs
-def _row(
-    name: str,
-    function: Callable[[Job], Sequence[Writer]],
-    makes: Sequence[str] = (),
-    needs: Sequence[str] = (),
-    uses: Sequence[str] = (),
-    recipe: Sequence[str] = ("task",),
-    **settings: Any,
-) -> Stage:
+def _of(name: str, function: Callable[[Job], Sequence[Writer]], makes: str = "", **others: Any) -> Stage:
     """Return a row of what is measured of a subject; without `makes` it is a table of the row's name."""
-    made = tuple(f"{{of}}/{file}" for file in makes or [f"{name}.parquet"])
-    return Stage(name, made, function, ("{of}/model", *needs), tuple(uses), tuple(recipe), settings)
+    makes = " ".join(f"{{of}}/{file}" for file in (makes or f"{name}.parquet").split())
+    return table_row(name, function, makes, **{"needs": "{of}/model"} | others)
 
 
+_EVERYWHERE: dict[str, Any] = {"rtgs": RTGS, "timesteps": TIMESTEPS}
 BEHAVIOUR = (
-    _row("distributions", _over(behaviour.log_odds_distributions), rtgs=RTGS, timesteps=TIMESTEPS),
-    _row("turns", _over(behaviour.turns), rtgs=RTGS, timestep=10),
-    _row("over_time", _over(behaviour.over_time), rtgs=RTGS, timesteps=behaviour.EVERY_TIMESTEP),
-    _row("exceptions", _over(behaviour.exceptions), rtgs=RTGS, timesteps=behaviour.CERTIFIED),
-    _row(
+    _of("distributions", _over(behaviour.log_odds_distributions), **_EVERYWHERE),
+    _of("turns", _over(behaviour.turns), rtgs=RTGS, timestep=10),
+    _of("over_time", _over(behaviour.over_time), rtgs=RTGS, timesteps=behaviour.EVERY_TIMESTEP),
+    _of("exceptions", _over(behaviour.exceptions), rtgs=RTGS, timesteps=behaviour.CERTIFIED),
+    _of(
         "scans",
         _over(behaviour.situation_scans),
         rtgs=behaviour.SCAN_RTGS,
         timesteps=behaviour.SCAN_TIMESTEPS,
     ),
-    _row(
+    _of(
         "neurons",
         _over(ablations.neurons),
-        rtgs=RTGS,
-        timesteps=TIMESTEPS,
+        **_EVERYWHERE,
         how=ablations.NEURON_WAYS,
         seed=0,
     ),
-    _row("frames", _over(frames.median_frames), timestep=10, preference="F-R"),
-    _row("means", _over(frames.kept_by_means), rtg=HIGH, timestep=10, seed=0),
-    _row("directions", _over(frames.along_preference), rtg=HIGH, timestep=10, preference="F-R", seed=0),
-    _row("ablated_play", _play, rtgs=CALIBRATION_RTGS, episodes=100, max_steps=300, seed=0),
-    _row(
+    _of("frames", _over(frames.median_frames), timestep=10, preference="F-R"),
+    _of("means", _over(frames.kept_by_means), rtg=HIGH, timestep=10, seed=0),
+    _of("directions", _over(frames.along_preference), rtg=HIGH, timestep=10, preference="F-R", seed=0),
+    _of("ablated_play", _play, rtgs=CALIBRATION_RTGS, episodes=100, max_steps=300, seed=0),
+    _of(
         "situations",
         _over(ablations.situation_table),
-        rtgs=RTGS,
-        timesteps=TIMESTEPS,
+        **_EVERYWHERE,
         how=ablations.HOW,
         preference="F-R",
         seed=0,
     ),
-    _row("embeddings", _embeddings, ["embeddings.safetensors"], recipe=()),
-    _row(
+    _of("embeddings", _embeddings, "embeddings.safetensors", recipe=""),
+    _of(
         "circuit",
         _circuit,
-        ["circuit"],
+        "circuit",
         head=1,
         rtgs=RTGS,
         rtg=HIGH,
@@ -203,31 +194,28 @@ BEHAVIOUR = (
 )
 """What chapters 5 to 8 show of a subject."""
 CAUSES = (
-    _row("causal", _causal),
-    _row("circuits", _circuits, ["units.parquet", "circuits.parquet"], seed=0),
-    _row("program", _program, ["program.parquet", "program_rows.parquet"], episodes=200, seed=0),
+    _of("causal", _causal),
+    _of("circuits", _circuits, "units.parquet circuits.parquet", seed=0),
+    _of("program", _program, "program.parquet program_rows.parquet", episodes=200, seed=0),
 )
 """What chapters 9 and 15 show of a subject."""
-CLAIMS = _row("claims", _claims, needs=["{of}/calibration.parquet"], uses=["{of}/history.npz"])
+CLAIMS = _of("claims", _claims, needs="{of}/model {of}/calibration.parquet", uses="{of}/history.npz")
 STAGES = (
     *BEHAVIOUR,
     *CAUSES,
     CLAIMS,
-    Stage(
-        "control claims",
-        (CONTROL_CLAIMS,),
-        _control_claims,
-        CONTROLS,
-        recipe=("task", "model", "calibration"),
+    table_row(
+        "control claims", _control_claims, CONTROL_CLAIMS, " ".join(CONTROLS), recipe="task model calibration"
     ),
-    Stage(
+    table_row(
         "scorecard",
-        SCORECARD,
         _scorecard,
-        ("seed_{seed}/claims.parquet", POST_CLAIMS, CONTROL_CLAIMS),
-        (EXPERIMENT_CLAIMS,),
+        " ".join(SCORECARD),
+        f"seed_{{seed}}/claims.parquet {POST_CLAIMS} {CONTROL_CLAIMS}",
+        EXPERIMENT_CLAIMS,
+        recipe="",
     ),
-    Stage("own model", (f"{OWN}/model",), _own_model, recipe=("task",)),
+    table_row("own model", _own_model, f"{OWN}/model"),
 )
 ROWS = {stage.name: stage for stage in STAGES}
 

@@ -18,7 +18,7 @@ from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
 from dtbook.gridworld.rules import Task
 from dtbook.model.config import DTConfig
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.pipeline.engine import Job, Stage, Writer, table_writer
+from dtbook.pipeline.engine import Job, Writer, table_row, table_writer
 from dtbook.rollout import CALIBRATION_RTGS, calibration_curve, calibration_row
 from dtbook.training import TrainConfig
 from dtbook.trajectories import ppo
@@ -230,52 +230,26 @@ def bar_measures(curves: pd.DataFrame) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------- the table, and its graph
+_FROM_NOTHING = "{of}/ppo.parquet {of}/history.npz {of}/checkpoints.safetensors"
+_TRAINED = "{of}/training.parquet {of}/evaluations.parquet {of}/snapshots.safetensors {of}/trained"
+_DATA = "seed_0/trajectories.npz"
 STAGES = (
-    Stage(
-        "ppo",
-        ("{of}/ppo.parquet", "{of}/history.npz", "{of}/checkpoints.safetensors"),
-        _ppo,
-        recipe=("task", "ppo", "envs"),
-    ),
-    Stage(
+    table_row("ppo", _ppo, _FROM_NOTHING, recipe="task ppo envs"),
+    table_row(
         "collection",
-        ("{of}/collection.parquet", "{of}/trajectories.npz"),
         _collection,
-        needs=("{of}/checkpoints.safetensors",),
-        recipe=("task", "ppo", "quota"),
+        "{of}/collection.parquet {of}/trajectories.npz",
+        "{of}/checkpoints.safetensors",
+        recipe="task ppo quota",
     ),
-    Stage(
-        "training",
-        ("{of}/training.parquet", "{of}/evaluations.parquet", "{of}/snapshots.safetensors", "{of}/trained"),
-        _training,
-        needs=("{of}/trajectories.npz",),
-        recipe=("model", "train", "snapshots"),
+    table_row("training", _training, _TRAINED, "{of}/trajectories.npz", recipe="model train snapshots"),
+    table_row("heads", _heads, "{of}/heads.parquet {of}/model", "{of}/trained", recipe="task model train"),
+    table_row(
+        "calibration", _calibration, "{of}/calibration.parquet", "{of}/model", recipe="task calibration"
     ),
-    Stage(
-        "heads",
-        ("{of}/heads.parquet", "{of}/model"),
-        _heads,
-        needs=("{of}/trained",),
-        recipe=("task", "model", "train"),
-    ),
-    Stage(
-        "calibration",
-        ("{of}/calibration.parquet",),
-        _calibration,
-        needs=("{of}/model",),
-        recipe=("task", "calibration"),
-    ),
-    Stage(
-        "controls", ("{of}",), _control, needs=("seed_0/trajectories.npz",), recipe=("task", "model", "train")
-    ),
-    Stage(
-        "long context",
-        (LONG_CONTEXT,),
-        _long_context,
-        needs=("seed_0/trajectories.npz",),
-        recipe=("model", "train"),
-    ),
-    Stage("replicas", (TABLE,), _summary, needs=("seed_{seed}/calibration.parquet", "seed_{seed}/model")),
+    table_row("controls", _control, "{of}", _DATA, recipe="task model train"),
+    table_row("long context", _long_context, LONG_CONTEXT, _DATA, recipe="model train"),
+    table_row("replicas", _summary, TABLE, "seed_{seed}/calibration.parquet seed_{seed}/model", recipe=""),
 )
 ROWS = {stage.name: stage for stage in STAGES}
 REPLICATION = ("ppo", "collection", "training", "heads", "calibration")
