@@ -27,7 +27,7 @@ ABLATIONS = {
     "C10": ("goal from the left", -1.0, "L0 MLP"),
 }
 WORDS = {True: "supported", False: "refuted"}
-SAID = "The post's weights cannot be had here: what is shown of them is what was measured once, and is shipped.\n"
+SAID = "The post's weights cannot be had here: shown as measured before.\n"
 
 
 @cache

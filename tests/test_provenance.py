@@ -83,6 +83,18 @@ def test_what_a_module_does_when_it_is_imported_counts(package):
     assert package(grid=GRID + registered.format(2)) != one
 
 
+def test_the_class_of_an_argument_is_behind_a_function_but_what_runs_its_stage_is_not(package):
+    config = "class Config:\n    def rate(self):\n        return {}\n"
+    train = "from dtbook.config import Config\ndef train(config: Config):\n    return config.rate()\n"
+    one = package(train=train, config=config.format(1))
+    assert package(config=config.format(2)) != one
+    job = "class Job:\n    def rate(self):\n        return {}\n"
+    stage = "from dtbook.pipeline.engine import Job\ndef train(job: Job):\n    return job.rate()\n"
+    package(pipeline__in____init__="", pipeline__in__engine=job.format(1))
+    one = package(train=stage)
+    assert package(pipeline__in__engine=job.format(2)) == one
+
+
 def test_functions_and_partial_functions_have_a_name():
     assert dotted_name(provenance.digest) == "dtbook.artifacts.provenance.digest"
     assert dotted_name(functools.partial(provenance.digest, 1)) == "dtbook.artifacts.provenance.digest"

@@ -51,9 +51,14 @@ def definitions_behind(code: Iterable[Code]) -> list[str]:
 
 
 def _behind(code: Iterable[Code]) -> "_Behind":
-    files = sorted(PACKAGE.rglob("*.py"))
-    behind = _Behind(_load(PACKAGE, tuple((file, file.stat().st_mtime_ns) for file in files)))
-    for name in sorted(map(dotted_name, code)):
+    files = tuple((file, file.stat().st_mtime_ns) for file in sorted(PACKAGE.rglob("*.py")))
+    return _all_behind(PACKAGE, files, tuple(sorted(map(dotted_name, code))))
+
+
+@lru_cache(maxsize=256)
+def _all_behind(package: Path, files: tuple[tuple[Path, int], ...], names: tuple[str, ...]) -> "_Behind":
+    behind = _Behind(_load(package, files))
+    for name in names:
         if not behind.add(name):
             raise ValueError(f"code must name definitions or modules of dtbook, not {name!r}")
     return behind
@@ -100,15 +105,21 @@ class _Module:
     @cache  # noqa: B019 - a module is parsed once and kept as long as the process
     def meaning(self, name: str) -> tuple[str, list[str]]:
         """Return what a name means, as text, and the dotted names that this refers to."""
-        statements = self.definitions[name]
-        references = [reference for statement in statements for reference in _references(statement)]
-        targets = dict.fromkeys(target for target in map(self.target, references) if target)
+        bare = [_Bare().visit(copy.deepcopy(each)) for each in self.definitions[name]]
+        used, named = self._targets(bare), self._targets(self.definitions[name])
+        targets = used + [target for target in named if not target.startswith(RUNNING)]
         plain = _Plain(self)
-        return "\n".join(ast.dump(plain.visit(copy.deepcopy(each))) for each in statements), list(targets)
+        return "\n".join(ast.dump(plain.visit(each)) for each in bare), targets
+
+    def _targets(self, statements: list[ast.stmt]) -> list[str]:
+        references = [reference for statement in statements for reference in _references(statement)]
+        return list(dict.fromkeys(target for target in map(self.target, references) if target))
 
     __hash__ = object.__hash__
 
 
+RUNNING = "dtbook.pipeline."
+"""What runs a stage: where only an annotation names it, it is not behind what the stage makes."""
 IMPORT = "<import>"
 """The name under which a module's definitions hold what it does when it is imported."""
 
@@ -152,11 +163,8 @@ class _Behind:
         return [module, *(other for other in others if other and other.name.startswith(f"{room}."))]
 
 
-class _Plain(ast.NodeTransformer):
-    """Leaves out, in place, what does not count: texts that stand alone, annotations, a name's module."""
-
-    def __init__(self, module: _Module) -> None:
-        self.module = module
+class _Bare(ast.NodeTransformer):
+    """Leaves out, in place, texts that stand alone, and annotations of functions."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         return None if _is_text(node) else self.generic_visit(node)
@@ -168,6 +176,13 @@ class _Plain(ast.NodeTransformer):
     def visit_arg(self, node: ast.arg) -> ast.AST:
         node.annotation = None
         return node
+
+
+class _Plain(ast.NodeTransformer):
+    """Leaves out, in place, the module of each name."""
+
+    def __init__(self, module: _Module) -> None:
+        self.module = module
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         return self._short(node) or self.generic_visit(node)

@@ -28,6 +28,16 @@ FRONT_ROWS = {"object": 26, "colour": 75}
 """Rows of W_E_state for the cell in front, in the index encoding."""
 
 
+def check_shape(model: DecisionTransformer) -> None:
+    """Raise ValueError for a model that the claims are not about: of other layers, heads or encoding."""
+    cfg = model.cfg
+    if (cfg.n_layers, cfg.n_heads, cfg.encoding) != (1, 2, "index"):
+        raise ValueError(
+            f"model has {cfg.n_layers} layers, {cfg.n_heads} heads and the {cfg.encoding} encoding; the claims are "
+            "about one layer, two heads and the index encoding."
+        )
+
+
 class Evidence:
     """A model with two heads in one layer, and what the claims ask of it.
 
@@ -43,12 +53,7 @@ class Evidence:
         history: Trajectories | None = None,
         timesteps: tuple[int, ...] = TIMESTEPS,
     ) -> None:
-        cfg = model.cfg
-        if (cfg.n_layers, cfg.n_heads, cfg.encoding) != (1, 2, "index"):
-            raise ValueError(
-                f"model has {cfg.n_layers} layers, {cfg.n_heads} heads and the {cfg.encoding} encoding; the claims are "
-                "about one layer, two heads and the index encoding."
-            )
+        check_shape(model)
         self.model, self.observations, self.timesteps = model, observations, timesteps
         self.calibration, self.history = calibration, history
 

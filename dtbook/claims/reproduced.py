@@ -83,8 +83,8 @@ def turned_verdicts(findings: pd.DataFrame, shipped: pd.DataFrame) -> list[str]:
     both = findings.merge(shipped, on=keys, suffixes=("", " shipped"))
     words = both[[decided, f"{decided} shipped"]].replace({1.0: "passes", 0.0: "fails"}).fillna("undecided")
     return [
-        f"{' '.join(map(str, both.loc[row, keys]))} {ours}, in data/ {theirs}"
-        for row, (ours, theirs) in enumerate(words.itertuples(index=False))
+        f"{' '.join(names)} {ours}, in data/ {theirs}"
+        for names, (ours, theirs) in zip(both[keys].to_numpy(), words.to_numpy(), strict=True)
         if ours != theirs
     ]
 

@@ -2,11 +2,13 @@
 
 from dtbook.artifacts.post_weights import NoPostWeights, fetch_post_checkpoint
 from dtbook.model.config import DTConfig
+from dtbook.model.subject import Subject
 from dtbook.model.transformer import DecisionTransformer
 
 __all__ = [
     "DTConfig",
     "DecisionTransformer",
     "NoPostWeights",
+    "Subject",
     "fetch_post_checkpoint",
 ]

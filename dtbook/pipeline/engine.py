@@ -190,8 +190,6 @@ class Job:
 
         The lock keeps a second process away that was given the same job, and ends with its owner, however that dies.
         """
-        if self.is_current():
-            return None
         start, locks = time.perf_counter(), self.store.root / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         with FileLock(locks / digest(self.makes)[:24]):

@@ -13,7 +13,7 @@ from dtbook.analysis.ablations import HOW, situation_table
 from dtbook.analysis.head_circuit import measure_circuit
 from dtbook.analysis.views import embeddings
 from dtbook.artifacts.store import ArtifactStore
-from dtbook.claims.evidence import Evidence
+from dtbook.claims.evidence import Evidence, check_shape
 from dtbook.claims.rules import measure
 from dtbook.claims.scorecard import scorecard
 from dtbook.gridworld.env import ObservationSet, all_observations
@@ -277,7 +277,7 @@ def of_folder(
     """
     recipe, rows = recipe or Recipe(), (replication.ROWS["calibration"], CLAIMS, *BEHAVIOUR, *CAUSES)
     subject = Subject.find(str(folder))
-    Evidence(subject.model, observations_of(recipe.task))
+    check_shape(subject.model)
     last = recipe.calibration["max_steps"]
     if subject.model.cfg.max_steps < last:
         raise ValueError(
