@@ -147,7 +147,8 @@ def little_book(tmp_path_factory):
     pd.DataFrame(SCORES).to_parquet(root / "data" / "scorecard.parquet")
     warnings = io.StringIO()
     settings = {
-        "extensions": ["myst_nb", "running_book"],
+        "extensions": ["myst_nb", "running_book", "sphinx_sitemap"],
+        "sitemap_url_scheme": "{link}",
         "nb_execution_mode": "off",
         "exclude_patterns": ["book/_executed"],
         "myst_enable_extensions": ["dollarmath"],

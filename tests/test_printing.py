@@ -27,8 +27,9 @@ WHOLE = """<html lang="en"><head><link rel="stylesheet" href="style.css"></head>
 <article class="bd-article"><dl class="build-state"><dd>commit abc</dd></dl>
 <span id="document-notebooks/01_one"></span><section id="one"><h2>One question</h2>
 <p><a href="02_two.html">chapter</a> <a href="book/intro.html#term">term</a>
-<a href="#document-book/api/02_two">room</a> <a href="_sources/a.ipynb">file</a></p></section>
-<span id="document-notebooks/02_two"></span><section id="two"><h2>Two questions</h2><p id="term">word</p></section>
+<a href="_sources/a.ipynb">file</a></p></section>
+<span id="document-notebooks/02_two"></span><section id="two"><h2>Two questions</h2><p id="term">word</p>
+<p><a href="book/api/02_two.html">room</a></p></section>
 <span id="document-book/api/02_two"></span><section id="room"><h2>A room</h2></section>
 </article></body></html>"""
 

@@ -48,7 +48,7 @@ ARRANGE = """() => {
   for (const place of document.querySelectorAll("[id^='document-']")) {
     const name = place.id.replace("document-", "");
     chapters[name] = place.nextElementSibling;
-    chapters[name.split("/").pop()] ??= place.nextElementSibling; // a path says no more; pages of the API come last
+    chapters[name.split("/").pop()] ??= place.nextElementSibling; // some paths say no more; the API comes last
   }
   for (const chapter of Object.values(chapters))
     for (const part of chapter.querySelectorAll("section[id]"))
@@ -60,8 +60,8 @@ ARRANGE = """() => {
   for (const link of document.querySelectorAll("a[href]")) {
     const [path, anchor] = link.getAttribute("href").split("#");
     if (/^[a-z]+:/.test(path)) continue;
-    const name = anchor?.startsWith("document-") ? anchor.replace("document-", "") : path.split("/").pop();
-    const place = chapters[name.replace(".html", "")];
+    const name = (anchor?.startsWith("document-") ? anchor.replace("document-", "") : path).replace(".html", "");
+    const place = chapters[name] ?? chapters[name.split("/").pop()];
     if (place && (!anchor || anchor.startsWith("document-"))) link.setAttribute("href", "#" + place.id);
     else if (anchor && document.getElementById(anchor)) link.setAttribute("href", "#" + anchor);
     else link.removeAttribute("href"); // a file to download, which lies beside the pages and not in here
