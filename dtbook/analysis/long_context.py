@@ -49,11 +49,7 @@ def make(
         episodes = Trajectories.load(store.path(data))
         return [train(episodes, shape, config, seed, folder, progress).model.save_pretrained]
 
-    parameters = {
-        "data": store.entries()[data]["sha256"],
-        "model": asdict(shape),
-        "train": asdict(config),
-    }
+    parameters = {"data": store.entries()[data]["sha256"], "model": asdict(shape), "train": asdict(config)}
     with one_thread():
         run_stage(store, seed, "long context", ("dtbook.training",), parameters, [NAME], make)
     shutil.rmtree(folder, ignore_errors=True)
