@@ -106,11 +106,7 @@ def trace(
     return pd.DataFrame(rows).sort_values("step", ignore_index=True)
 
 
-def settles(
-    steps: Sequence[int] | np.ndarray,
-    values: np.ndarray,
-    tolerance: float = TOLERANCE,
-) -> float:
+def settles(steps: Sequence[int] | np.ndarray, values: np.ndarray, tolerance: float = TOLERANCE) -> float:
     """Return the first step from which on every measure stays within `tolerance` of where it ends.
 
     It is known only to the spacing of the snapshots. A measure that never moves settles at the first of them. Raises

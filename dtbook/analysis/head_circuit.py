@@ -23,14 +23,7 @@ from dtbook.analysis.stats import weighted_quantile
 from dtbook.analysis.weights import CELLS, ov_circuit, qk_circuit
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
-from dtbook.gridworld.situations import (
-    EMPTY_CELL,
-    FACING,
-    IN_FRONT,
-    SITUATIONS,
-    showing,
-    weights,
-)
+from dtbook.gridworld.situations import EMPTY_CELL, FACING, IN_FRONT, SITUATIONS, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
 
@@ -177,14 +170,8 @@ def attention_table(
             for (rtg, t), values in zip(conditions, shown, strict=True):
                 for head, column in enumerate(values.T.astype(np.float64)):
                     low, middle, high = weighted_quantile(column, of, ALL_QUANTILES)
-                    row = {
-                        "head": head,
-                        "situation": situation,
-                        "rtg": rtg,
-                        "timestep": t,
-                        "mean": of @ column,
-                    }
-                    rows.append(row | {"q05": low, "q50": middle, "q95": high})
+                    row = {"head": head, "situation": situation, "rtg": rtg, "timestep": t}
+                    rows.append(row | {"mean": of @ column, "q05": low, "q50": middle, "q95": high})
     return pd.DataFrame(rows)
 
 

@@ -94,16 +94,16 @@ def _changes(
     progress: bool,
 ) -> Iterator[tuple[Tensor, Changes]]:
     obstacles = select(observations, "obstacle")
+    if model.cfg.n_layers == 1:
+        runs = pairs(FoldedWeights(model), obstacles, Case("obstacle", rtg, rtg), timestep, batch_size)
+        changes = ((pair.weights, changes_fused(pair)) for pair in runs)
+    else:
+        inputs = counterfactual_pairs(obstacles, rtg, timestep, "obstacle", batch_size)
+        changes = ((clean.weights, changes_by_patching(model, clean, other)) for clean, other in inputs)
     with tqdm(total=len(obstacles), desc="obstacle heads", disable=not progress) as bar:
-        if model.cfg.n_layers == 1:
-            case, folded = Case("obstacle", rtg, rtg), FoldedWeights(model)
-            for pair in pairs(folded, obstacles, case, timestep, batch_size):
-                yield pair.weights, changes_fused(pair)
-                bar.update(len(pair.weights))
-            return
-        for clean, other in counterfactual_pairs(obstacles, rtg, timestep, "obstacle", batch_size):
-            yield clean.weights, changes_by_patching(model, clean, other)
-            bar.update(len(clean.weights))
+        for share, batch in changes:
+            yield share, batch
+            bar.update(len(share))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ The post says the model learns trigrams, (RTG, f(state)) → action, with f the 
 choice of f; how much of the model it explains is measured, not assumed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +95,11 @@ TRIGRAM = STEPS[2]
 
 def keys(images: Images, names: Sequence[str]) -> Int64[np.ndarray, " n"]:
     """Return the row of each observation in a table on these facts: their numbers, the last one counting fastest."""
-    known, key = facts(images), np.zeros(len(images), np.int64)
+    return _numbered(facts(images), names, len(images))
+
+
+def _numbered(known: Mapping[str, np.ndarray], names: Sequence[str], n: int) -> Int64[np.ndarray, " n"]:
+    key = np.zeros(n, np.int64)
     for name in names:
         key = key * FACTS[name] + known[name]
     return key
@@ -170,9 +174,7 @@ class Program:
         A row that no observation falls into has the probabilities of the table that looks at nothing.
         """
         self.step = step
-        known, key = split_keys(summary.rows, tuple(FACTS)), np.zeros(len(summary.rows), np.int64)
-        for name in step.facts:
-            key = key * FACTS[name] + known[name]
+        key = _numbered(split_keys(summary.rows, tuple(FACTS)), step.facts, len(summary.rows))
         self.count = int(np.prod([FACTS[name] for name in step.facts], dtype=np.int64))
         self.rtg_rows = _rtg_rows(step, np.array(FITTED_RTGS))
         groups = self.rtg_rows.max() + 1

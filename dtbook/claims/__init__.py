@@ -4,10 +4,4 @@
 from dtbook.claims import behaviour_rules, circuit_rules, training_rules  # noqa: F401
 from dtbook.claims.rules import CLAIMS, RULES, Claim, Finding, measure
 
-__all__ = [
-    "CLAIMS",
-    "RULES",
-    "Claim",
-    "Finding",
-    "measure",
-]
+__all__ = ["CLAIMS", "RULES", "Claim", "Finding", "measure"]

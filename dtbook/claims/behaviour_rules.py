@@ -20,7 +20,6 @@ _DIES, _NEAR_0, _SUCCEEDS = Bar("<=", -0.9), Bar("<=", 0.15), Bar(">=", 0.8)
     "C01",
     "02_trajectories",
     statement="PPO's own trajectories hold returns of −1, 0 and above 0, and 0 means truncation.",
-    post="",
     where="Fig. 4",
     effect="smallest class of PPO's history, share of its episodes",
     rule=f"each class ≥ {100 * _SMALLEST_CLASS:g} % of the episodes; every zero-return episode was truncated",
@@ -57,7 +56,6 @@ def _unbiased_at_critical_points(e: Evidence) -> Finding | None:
     "C03",
     "04_calibration",
     statement="Asked for 0, the agent survives the whole episode.",
-    post="",
     where="Fig. 5, text",
     effect="share of the episodes truncated at RTG 0, greedy or sampled, whichever is smaller",
     bar=Bar(">=", 0.8),
@@ -73,7 +71,6 @@ def _survives_at_zero(e: Evidence) -> float | None:
     "C04",
     "04_calibration",
     statement="Between those points the calibration curve is S-shaped, not linear.",
-    post="",
     where="Fig. 5",
     effect="mean |achieved − asked| over RTG 0.1 … 0.8, greedy (return)",
     bar=Bar(">=", 0.1),
@@ -132,7 +129,6 @@ _REPELS, _DRAWS = 1.0, 0.5
 @_lives(
     "C07",
     statement="Wall avoidance and goal seeking come with the state embedding.",
-    post="",
     where="Ablation, text",
     effect="its direct contribution to F−R: the weaker of (empty − wall) and (goal − empty), in units of their bars",
     bar=Bar(">=", 1.0),
@@ -171,7 +167,6 @@ _lives(
 _lives(
     "C11",
     statement="Head 0 does not guard the goal from the left.",
-    post="",
     where="Ablation, text",
     effect="rise of P(forward) without head 0 at RTG −1",
     bar=_STAYS,
@@ -179,7 +174,6 @@ _lives(
 _lives(
     "C12",
     statement="The MLP amplifies the heads: without head 1 it inhibits forward less.",
-    post="",
     where="Fig. 9, text",
     effect=f"share of the weight of obstacles in front (RTG {HIGH}) on which the MLP's F−R rises without head 1",
     bar=Bar(">=", 0.8),
@@ -191,7 +185,6 @@ _lives(
 @_lives(
     "C13",
     statement="The roles are separate: head 1 does not guard the goal from the top, nor head 0 against obstacles.",
-    post="",
     where="Fig. 7",
     effect="larger of the two rises of P(forward)",
     bar=_STAYS,

@@ -112,7 +112,6 @@ for _letter, _thing in zip("abc", _A, strict=True):
     _circuit(
         f"C21{_letter}",
         statement=f"So head 1 attends less to RTG with {_A[_thing]} in front than with an empty cell.",
-        post="",
         where="Fig. 16, text",
         effect=f"attention to RTG, empty − {_thing} (RTG {HIGH})",
         bar=Bar(">=", 0.1),
@@ -137,7 +136,6 @@ def _ov_lowers_forward(e: Evidence) -> float:
 @_circuit(
     "C23",
     statement="Not attending to RTG lowers forward, as RTG through head 1 writes along F−R.",
-    post="",
     where="Circuit, text",
     effect=f"{HIGH} · RTG embedding through head 1's OV on F−R (logits at full attention)",
     bar=Bar(">", 0.0),
@@ -149,7 +147,6 @@ def _rtg_through_ov(e: Evidence) -> float:
 @_circuit(
     "C24",
     statement="Obstacle avoidance is carried by what head 1 reads from the state (OV), not by where it looks (QK).",
-    post="",
     where="Circuit, text",
     effect="(OV part − QK part) ÷ head 1's whole effect on the log odds of forward",
     rule="OV part ≥ QK part",

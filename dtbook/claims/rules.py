@@ -37,8 +37,6 @@ class Claim:
     group: str
     statement: str
     """In our words."""
-    post: str
-    """The post's number, or "" where it prints none."""
     where: str
     """Figure, table or section of the post."""
     effect: str
@@ -50,6 +48,8 @@ class Claim:
     is small, its bar; for avoidance, chance (1/3)."""
     section: str
     """The page, and the heading on it, that shows it."""
+    post: str = ""
+    """The post's number, or "" where it prints none."""
     needs_head: bool = False
     """Is about head 1, and fails for a model without an obstacle head."""
     bar: Bar | None = None

@@ -8,7 +8,7 @@ from dtbook.protocol import HIGH, Bar
 WITHOUT, MENDED = Bar("<", 0.5), Bar(">=", 0.9)
 """What C25 asks of greedy success at 0.9 without over-sampling, and with it."""
 
-_trained = partial(claim, group="Inductive bias and training", post="")
+_trained = partial(claim, group="Inductive bias and training")
 
 _trained(
     "C25",
