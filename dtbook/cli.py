@@ -318,7 +318,7 @@ def measure(folder: Path, out: Path | None, only: tuple[str, ...], workers: int)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     _run_jobs(jobs, workers, out)
-    click.echo(f"The tables are in {out / rooms.OWN}")
+    click.echo(f"The tables are in {out / rooms.OWN_FOLDER}")
 
 
 @main.command()

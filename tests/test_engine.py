@@ -22,7 +22,7 @@ from dtbook.model.subject import Subject
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import name_of, replicate, replication
 from dtbook.pipeline.engine import Job, Outcome, Stage, failures, run_graph
-from dtbook.pipeline.replication import BARS, CONTROLS, ROWS, load_snapshots, parse_seeds, summary
+from dtbook.pipeline.replication import BARS, CONTROLS, REPLICATION_ROWS, load_snapshots, parse_seeds, summary
 from dtbook.rollout import calibration_row
 from dtbook.trajectories.recording import Trajectories
 
@@ -240,7 +240,7 @@ def test_shuffled_controls_see_the_same_steps_with_other_actions(tmp_path, monke
         return train(data, *args)
 
     monkeypatch.setattr(replication.training, "train", spy)
-    Job(ROWS["controls"], store, CONTROLS[1], RECIPE, (1,)).ensure()
+    Job(REPLICATION_ROWS["controls"], store, CONTROLS[1], RECIPE, (1,)).ensure()
     data = Trajectories.load(store.path(name_of(0, "trajectories.npz")))
     assert (seen[0].agent == data.agent).all()
     assert (seen[0].returns == data.returns).all()

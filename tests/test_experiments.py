@@ -172,13 +172,13 @@ SLOW, FAST = [0, 0, 0, 0, 1.0], [0, 0, 1.0, 1.0, 1.0]
     ],
 )
 def test_claims_are_decided_by_their_rules(claim, arguments, effect, passed):
-    row = experiments.decide(*arguments).set_index("claim").loc[claim]
+    row = experiments.decide_on_training(*arguments).set_index("claim").loc[claim]
     assert row["effect"] == pytest.approx(effect)
     assert row["passed"] == passed
 
 
 def test_without_the_sweep_of_sizes_its_claim_is_left_out():
-    table = experiments.decide(encodings(0, 0, 0), None, {"a": traced(SLOW, FAST)})
+    table = experiments.decide_on_training(encodings(0, 0, 0), None, {"a": traced(SLOW, FAST)})
     assert table["claim"].tolist() == ["C25", "C26", "C28"]
 
 
@@ -248,7 +248,7 @@ def test_dynamics_follow_the_finished_models_head_numbers(probe, tmp_path, monke
     with made.write("seed_4/model", stage="heads", code=["dtbook.analysis.heads"]) as path:
         trained[7].permute_heads(0, [1, 0]).save_pretrained(path)
     assert seeds_with(made, "snapshots.safetensors") == [4]
-    row = experiments.ROWS["dynamics"]
+    row = experiments.EXPERIMENT_ROWS["dynamics"]
     Job(row, store, "seed_4", Recipe(), (4,), source=made).ensure()
     table = pd.read_parquet(store.path("seed_4/dynamics.parquet")).set_index("step")
     for step, model in trained.items():

@@ -13,7 +13,7 @@ from dtbook.artifacts import ArtifactStore
 from dtbook.gridworld import DynamicObstaclesVectorEnv
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.pipeline.engine import Job
-from dtbook.pipeline.replication import LONG_CONTEXT, ROWS, LongContext
+from dtbook.pipeline.replication import LONG_CONTEXT, REPLICATION_ROWS, LongContext
 from dtbook.training import TrainConfig
 from dtbook.trajectories import RecordEpisodes
 
@@ -134,7 +134,9 @@ def test_the_model_is_made_once_of_the_references_trajectories(tmp_path, data):
         data.save(path)
 
     def job(config):
-        return Job(ROWS["long context"], store, recipe=LongContext(replace(CFG, max_steps=12), config))
+        return Job(
+            REPLICATION_ROWS["long context"], store, recipe=LongContext(replace(CFG, max_steps=12), config)
+        )
 
     job(CONFIG).ensure()
     entry, made = store.entries()[LONG_CONTEXT], store.path(LONG_CONTEXT)

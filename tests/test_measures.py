@@ -43,7 +43,7 @@ def store(tmp_path):
 
 
 def scorecard_of(store, n):
-    return Job(measure.ROWS["scorecard"], ArtifactStore(store.root), seeds=tuple(range(n)))
+    return Job(measure.MEASURE_ROWS["scorecard"], ArtifactStore(store.root), seeds=tuple(range(n)))
 
 
 def test_scorecard_is_put_together_and_kept(store):
@@ -90,7 +90,7 @@ def put_model(store, seed):
 def jobs_of(store, **settings):
     """The jobs of these stages, with these settings."""
     recipe = replace(RECIPE, settings=settings)
-    return measure.of_subject(store, "seed_0", recipe, [measure.ROWS[name] for name in settings])
+    return measure.of_subject(store, "seed_0", recipe, [measure.MEASURE_ROWS[name] for name in settings])
 
 
 def test_tables_are_kept_by_the_models_hash(tmp_path):
@@ -126,7 +126,7 @@ def test_the_circuit_is_what_is_measured_of_the_model(tmp_path):
 
 
 def test_absent_controls_are_named(tmp_path):
-    job = Job(measure.ROWS["control claims"], ArtifactStore(tmp_path), recipe=RECIPE)
+    job = Job(measure.MEASURE_ROWS["control claims"], ArtifactStore(tmp_path), recipe=RECIPE)
     with pytest.raises(
         ArtifactError, match="has no controls/shuffled_0 and 2 more: `dtbook reproduce` makes"
     ):
@@ -196,7 +196,9 @@ def test_a_model_of_ones_own_gets_the_tables_that_the_shipped_ones_have(tmp_path
 
 
 def test_all_tables_of_a_small_model_are_made(tmp_path):
-    model, _ = replication.in_order(DecisionTransformer(small.RECIPE.model, seed=1).eval(), small.RECIPE.task)
+    model, _ = replication.with_heads_in_order(
+        DecisionTransformer(small.RECIPE.model, seed=1).eval(), small.RECIPE.task
+    )
     model.save_pretrained(tmp_path / "mine")
     store = ArtifactStore(tmp_path / "out")
     jobs = measure.of_folder(tmp_path / "mine", store, small.RECIPE)

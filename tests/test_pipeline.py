@@ -15,7 +15,7 @@ from dtbook.artifacts import ArtifactStore
 from dtbook.artifacts.comparison import compare
 from dtbook.model import DecisionTransformer
 from dtbook.pipeline import name_of
-from dtbook.pipeline.replication import REPLICATION, ROWS
+from dtbook.pipeline.replication import REPLICATION, REPLICATION_ROWS
 from dtbook.trajectories import Trajectories
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ engine.Job.writers = dying
 replicate(Art""",
 )
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-FILES = [name.format(of="seed_3") for stage in REPLICATION for name in ROWS[stage].makes]
+FILES = [name.format(of="seed_3") for stage in REPLICATION for name in REPLICATION_ROWS[stage].makes]
 
 
 def run(script, *arguments):

@@ -17,12 +17,14 @@ from dtbook.analysis.attribution import channel_slices, preference_direction
 from dtbook.analysis.dynamics import Probe, forward_probability, inspect, make_probe, settles, trace
 from dtbook.analysis.weights import CELLS, front_cell_table, state_maps
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore
+from dtbook.claims.evidence import FRONT_ROWS
 from dtbook.claims.rules import meets
 from dtbook.claims.training_rules import MENDED, WITHOUT
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline.engine import Job, Writer, table_row, table_writer
+from dtbook.pipeline.measure import EXPERIMENT_CLAIMS
 from dtbook.pipeline.replication import Recipe, folder_of, load_snapshots, name_of, seeds_with
 from dtbook.pipeline.sweep import Point, read_sweep
 from dtbook.protocol import HIGH
@@ -31,12 +33,9 @@ from dtbook.rollout import calibration_row
 SWEEPS = ("encodings", "weight_decay", "size")
 """The files in `sweeps/`, in the order in which they are run."""
 FRONT_CELLS = "experiments/front_cells.parquet"
-CLAIMS = "experiments/claims.parquet"
 POST_PATHS = "post/front_paths.parquet"
 SHAPE = {"n_layers": 1, "d_model": 128, "n_heads": 2, "n_timesteps": 1}
 """The shape that the post settled on (C27)."""
-
-Row = dict[str, Any]
 
 
 def table_of(sweep: str) -> str:
@@ -57,7 +56,7 @@ def _collect(job: Job) -> list[Writer]:
     return [table_writer(table) for table in tables[: len(job.makes)]]
 
 
-def measure_point(point: Point, folder: Path, probe: Probe) -> tuple[Row, pd.DataFrame]:
+def measure_point(point: Point, folder: Path, probe: Probe) -> tuple[dict[str, Any], pd.DataFrame]:
     """Return a model's row, and what its front cell adds to F−R (`front_cells`).
 
     The row has the point's settings, what the stage said of it, the shares of episodes that reach the goal when asked
@@ -71,7 +70,7 @@ def measure_point(point: Point, folder: Path, probe: Probe) -> tuple[Row, pd.Dat
     return row, front_cells(model)
 
 
-def _settings(point: Point) -> Row:
+def _settings(point: Point) -> dict[str, Any]:
     """The point's settings by their last names, without lists: `model.n_layers` is `n_layers`."""
     given = {
         name.rpartition(".")[2]: value
@@ -107,9 +106,7 @@ def front_cells(model: DecisionTransformer) -> pd.DataFrame:
 
 
 # --------------------------------------------------------------------------- from an obstacle to the goal, by degrees
-OBSTACLE, GOAL = CELLS["obstacle"], CELLS["goal"]
-FRONT_ROWS = (26, 75)
-"""Rows of W_E_state for object and colour of the front cell, in the index encoding."""
+_OBSTACLE, _GOAL = CELLS["obstacle"], CELLS["goal"]
 
 
 @torch.inference_mode()
@@ -127,17 +124,17 @@ def along_front_cell(
     if model.cfg.encoding != "index":
         raise ValueError(f"model has the {model.cfg.encoding} encoding; only indices have values in between.")
     images = observations.images.copy()
-    images[:, *FRONT] = OBSTACLE
+    images[:, *FRONT] = _OBSTACLE
     start = replace(observations, images=images)
-    weights, direction = model.W_E_state[list(FRONT_ROWS)], preference_direction(model, "F-R")
+    weights, direction = model.W_E_state[list(FRONT_ROWS.values())], preference_direction(model, "F-R")
     rows = []
-    for path, colour in (("object", 0.0), ("both", float(GOAL[1] - OBSTACLE[1]))):
+    for path, colour in (("object", 0.0), ("both", float(_GOAL[1] - _OBSTACLE[1]))):
         for share in shares:
-            step = share * torch.tensor([float(GOAL[0] - OBSTACLE[0]), colour])
+            step = share * torch.tensor([float(_GOAL[0] - _OBSTACLE[0]), colour])
             moved = step @ weights
             with model.hooks([("hook_state_embed", lambda embed, hook, moved=moved: embed + moved)]):
                 forward = forward_probability(model, start, rtg)
-            codes = torch.tensor(OBSTACLE[:2], dtype=torch.float32) + step
+            codes = torch.tensor(_OBSTACLE[:2], dtype=torch.float32) + step
             direct = float(codes @ weights @ direction)
             rows.append(
                 {
@@ -178,7 +175,7 @@ def _dynamics(job: Job) -> list[Writer]:
 
 
 # --------------------------------------------------------------------------------------------- claims, decided
-def decide(
+def decide_on_training(
     encodings: pd.DataFrame | None, size: pd.DataFrame | None, dynamics: Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
     """Return what the experiments say to C25 to C28: `model` (which run), `claim`, `effect`, `passed`, `n` (models).
@@ -195,7 +192,7 @@ def decide(
     return pd.DataFrame(rows).sort_values(["claim", "model"], ignore_index=True)
 
 
-def _over_sampling(encodings: pd.DataFrame) -> Iterator[Row]:
+def _over_sampling(encodings: pd.DataFrame) -> Iterator[dict[str, Any]]:
     success = encodings.set_index(["encoding", "last_step_share", "seed"])["greedy succeeded 0.9"]
     share = float(encodings["last_step_share"].max())
     for seed in sorted(encodings["seed"].unique()):
@@ -212,7 +209,7 @@ def shape_gaps(size: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({how: size[f"{how} 0.9"].max() - size[f"{how} 0.9"] for how in ("greedy", "sampled")})
 
 
-def _shape(size: pd.DataFrame) -> Row:
+def _shape(size: pd.DataFrame) -> dict[str, Any]:
     ours = (size[list(SHAPE)] == pd.Series(SHAPE)).all(axis=1)
     gap = float(shape_gaps(size)[ours].max(axis=1).iloc[0])
     passed = float(meets("C27", gap))
@@ -239,11 +236,11 @@ def _experiment_claims(job: Job) -> list[Writer]:
     traced = {run: job.table(name) for run, name in traces.items() if job.has(name)}
     if encodings is None and size is None and not traced:
         raise ArtifactError(f"{job.store.root} has neither tables of sweeps nor traces of replications")
-    return [table_writer(decide(encodings, size, traced))]
+    return [table_writer(decide_on_training(encodings, size, traced))]
 
 
 # ------------------------------------------------------------------------------------------- the table, and its graph
-STAGES = (
+EXPERIMENT_STAGES = (
     *(
         table_row(
             f"collect {sweep}",
@@ -258,18 +255,18 @@ STAGES = (
     table_row(
         "experiment claims",
         _experiment_claims,
-        CLAIMS,
+        EXPERIMENT_CLAIMS,
         uses=f"{table_of('encodings')} {table_of('size')} seed_{{seed}}/dynamics.parquet",
         recipe="",
         before="dtbook experiments",
     ),
 )
-ROWS = {stage.name: stage for stage in STAGES}
+EXPERIMENT_ROWS = {stage.name: stage for stage in EXPERIMENT_STAGES}
 
 
 def collected(store: ArtifactStore, sweep: str, points: Sequence[Point], folder: Path, recipe: Recipe) -> Job:
     """Return the job that measures what a sweep has left in `folder`."""
-    stage = replace(ROWS[f"collect {sweep}"], needs=tuple(point.artifact for point in points))
+    stage = replace(EXPERIMENT_ROWS[f"collect {sweep}"], needs=tuple(point.artifact for point in points))
     source = ArtifactStore(folder / sweep)
     return Job(stage, store, recipe=recipe, source=source, given=points)
 
@@ -287,11 +284,14 @@ def graph(
     The sweeps have been run, or are run with them, in `folder`.
     """
     jobs = [collected(store, sweep, read(sweep), folder, recipe) for sweep in SWEEPS]
-    jobs += [Job(ROWS["dynamics"], store, folder_of(seed), recipe, (seed,), source=made) for seed in seeds]
+    jobs += [
+        Job(EXPERIMENT_ROWS["dynamics"], store, folder_of(seed), recipe, (seed,), source=made)
+        for seed in seeds
+    ]
     if post:
-        jobs.append(Job(ROWS["front paths"], store, "post", recipe, label="post front paths"))
+        jobs.append(Job(EXPERIMENT_ROWS["front paths"], store, "post", recipe, label="post front paths"))
     traced = tuple(dict.fromkeys([*seeds, *seeds_with(store, "dynamics.parquet")]))
-    return [*jobs, Job(ROWS["experiment claims"], store, seeds=traced)]
+    return [*jobs, Job(EXPERIMENT_ROWS["experiment claims"], store, seeds=traced)]
 
 
 def read(sweep: str) -> list[Point]:

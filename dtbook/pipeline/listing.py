@@ -23,7 +23,7 @@ def command_of(stage: Stage) -> str:
         return "dtbook measure FOLDER"
     if stage in measure.CAUSES:
         return "dtbook causes"
-    return "dtbook experiments" if stage in experiments.STAGES else "dtbook reproduce"
+    return "dtbook experiments" if stage in experiments.EXPERIMENT_STAGES else "dtbook reproduce"
 
 
 def listing(notebooks: Path, store: ArtifactStore | None = None) -> pd.DataFrame:

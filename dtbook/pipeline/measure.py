@@ -27,8 +27,8 @@ from dtbook.pipeline.replication import (
     calibrate,
     calibration_of,
     folder_of,
-    in_order,
     name_of,
+    with_heads_in_order,
 )
 from dtbook.protocol import HIGH, RTGS, TIMESTEPS
 from dtbook.rollout import CALIBRATION_RTGS
@@ -39,7 +39,7 @@ UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
 POST_CLAIMS, CONTROL_CLAIMS = "post/claims.parquet", "controls/claims.parquet"
 EXPERIMENT_CLAIMS = "experiments/claims.parquet"
 SCORECARD = ("scorecard.parquet", "scorecard.csv")
-OWN = "own"
+OWN_FOLDER = "own"
 """The folder, in a store of its own, of a reader's model and of what is measured of it."""
 ROWS_OF = program.STEPS[4]
 """The step of the program whose rows are kept: RTG band, what is in front, walls, quadrant."""
@@ -112,7 +112,7 @@ def _control_claims(job: Job) -> list[Writer]:
     ]
     trained = [Subject.find(name, job.origin) for name in CONTROLS]
     for seed, subject in [*zip(UNTRAINED.values(), untrained, strict=True), *enumerate(trained)]:
-        ordered, _ = in_order(subject.model, recipe.task)
+        ordered, _ = with_heads_in_order(subject.model, recipe.task)
         curves = calibrate(ordered, calibration_of(recipe), seed)
         found = measure(Evidence(ordered, observations_of(recipe.task), curves))
         tables.append(found.assign(model=Path(subject.name).name))
@@ -138,7 +138,7 @@ def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
 def _own_model(job: Job) -> list[Writer]:
     """Take a reader's model over, its heads in order."""
     model = DecisionTransformer.from_pretrained(job.given)
-    return [in_order(model, job.recipe.task)[0].save_pretrained]
+    return [with_heads_in_order(model, job.recipe.task)[0].save_pretrained]
 
 
 # ------------------------------------------------------------------------------------------- the table, and its graphs
@@ -199,11 +199,11 @@ CAUSES = (
     _of("program", _program, "program.parquet program_rows.parquet", episodes=200, seed=0),
 )
 """What chapters 9 and 15 show of a subject."""
-CLAIMS = _of("claims", _claims, needs="{of}/model {of}/calibration.parquet", uses="{of}/history.npz")
-STAGES = (
+CLAIMS_STAGE = _of("claims", _claims, needs="{of}/model {of}/calibration.parquet", uses="{of}/history.npz")
+MEASURE_STAGES = (
     *BEHAVIOUR,
     *CAUSES,
-    CLAIMS,
+    CLAIMS_STAGE,
     table_row(
         "control claims", _control_claims, CONTROL_CLAIMS, " ".join(CONTROLS), recipe="task model calibration"
     ),
@@ -215,9 +215,9 @@ STAGES = (
         EXPERIMENT_CLAIMS,
         recipe="",
     ),
-    table_row("own model", _own_model, f"{OWN}/model"),
+    table_row("own model", _own_model, f"{OWN_FOLDER}/model"),
 )
-ROWS = {stage.name: stage for stage in STAGES}
+MEASURE_ROWS = {stage.name: stage for stage in MEASURE_STAGES}
 
 
 def of_subject(
@@ -237,16 +237,16 @@ def measured(
     """
     jobs, looked_at = [], [folder_of(0), *(["post"] if post else [])]
     if 0 in seeds:
-        jobs = [Job(ROWS["control claims"], store, recipe=recipe)]
+        jobs = [Job(MEASURE_ROWS["control claims"], store, recipe=recipe)]
         jobs += [Job(stage, store, of, recipe) for stage in BEHAVIOUR for of in looked_at]
     if everything:
         jobs += causes(store, seeds, recipe, post)
     if post and 0 in seeds:
-        calibration = replication.ROWS["calibration"]
-        jobs += of_subject(store, "post", recipe, (calibration, CLAIMS))
+        calibration = replication.REPLICATION_ROWS["calibration"]
+        jobs += of_subject(store, "post", recipe, (calibration, CLAIMS_STAGE))
     for seed in seeds:
-        jobs += of_subject(store, folder_of(seed), recipe, (CLAIMS,), (seed,))
-    return jobs + ([Job(ROWS["scorecard"], store, seeds=tuple(seeds))] if 0 in seeds else [])
+        jobs += of_subject(store, folder_of(seed), recipe, (CLAIMS_STAGE,), (seed,))
+    return jobs + ([Job(MEASURE_ROWS["scorecard"], store, seeds=tuple(seeds))] if 0 in seeds else [])
 
 
 def causes(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: bool = True) -> list[Job]:
@@ -263,7 +263,10 @@ def of_folder(
     Raises FileNotFoundError or ValueError, one sentence, for a folder that holds no model, a damaged one, or one of
     another shape; ValueError for an unknown stage.
     """
-    recipe, rows = recipe or Recipe(), (replication.ROWS["calibration"], CLAIMS, *BEHAVIOUR, *CAUSES)
+    recipe, rows = (
+        recipe or Recipe(),
+        (replication.REPLICATION_ROWS["calibration"], CLAIMS_STAGE, *BEHAVIOUR, *CAUSES),
+    )
     subject = Subject.find(str(folder))
     check_shape(subject.model)
     last = recipe.calibration["max_steps"]
@@ -275,5 +278,12 @@ def of_folder(
     if unknown := set(only) - set(names):
         raise ValueError(f"there is no stage {min(unknown)!r}: there are {', '.join(names)}")
     chosen = {*(only or names), *(["calibration"] if "claims" in only else [])}
-    own = Job(ROWS["own model"], store, OWN, recipe, given=folder, parameters={"model": subject.sha256})
-    return [own, *of_subject(store, OWN, recipe, [stage for stage in rows if stage.name in chosen])]
+    own = Job(
+        MEASURE_ROWS["own model"],
+        store,
+        OWN_FOLDER,
+        recipe,
+        given=folder,
+        parameters={"model": subject.sha256},
+    )
+    return [own, *of_subject(store, OWN_FOLDER, recipe, [stage for stage in rows if stage.name in chosen])]

@@ -23,24 +23,24 @@ from dtbook.model.transformer import DecisionTransformer
 from dtbook.pages.notebooks import Parameter, accept_all
 from dtbook.pipeline import replication
 from dtbook.pipeline.engine import Job, Stage, Writer
-from dtbook.pipeline.replication import Recipe, calibrate, calibration_of, in_order
+from dtbook.pipeline.replication import Recipe, calibrate, calibration_of, with_heads_in_order
 from dtbook.rollout import calibration_row
 from dtbook.trajectories import ppo
 from dtbook.trajectories.recording import Trajectories
 
-Row = dict[str, Any]
-Run = Callable[[Mapping[str, Any], Path, Path], Row]
+_Row = dict[str, Any]
+_Run = Callable[[Mapping[str, Any], Path, Path], _Row]
 
 
 @dataclass(frozen=True)
 class Kind:
     """What runs at a point, its parameters, and those of them that name an artifact."""
 
-    run: Run
+    run: _Run
     defaults: Mapping[str, Any]
     inputs: tuple[str, ...] = ()
 
-    def check(self, name: str, given: Mapping[str, Any]) -> Row:
+    def check(self, name: str, given: Mapping[str, Any]) -> _Row:
         """Return `given` in the defaults' types; raise ValueError, one sentence, for a name or value that is wrong."""
         declared = {each: Parameter(each, default, "") for each, default in self.defaults.items()}
         checked = accept_all(name, declared, given)
@@ -62,7 +62,7 @@ class Kind:
         return Stage(name, ("points/{of}",), partial(run_kind, self.run, self.defaults))
 
 
-def run_kind(run: Run, defaults: Mapping[str, Any], job: Job) -> list[Writer]:
+def run_kind(run: _Run, defaults: Mapping[str, Any], job: Job) -> list[Writer]:
     """Run a point: its artifact is a folder, in which `row.json` has the figures."""
     folder = job.resume / "made"
     shutil.rmtree(folder, ignore_errors=True)
@@ -87,7 +87,7 @@ def locate(artifact: str) -> Path:
     return Path(artifact)
 
 
-def flat_defaults(*parts: str) -> Row:
+def flat_defaults(*parts: str) -> _Row:
     """Return the recipe's settings by dotted name, those of the given parts: {"train.lr": 0.0008, …}."""
     settings = asdict(Recipe())
     flat = {
@@ -117,14 +117,14 @@ def recipe_of(parameters: Mapping[str, Any]) -> Recipe:
 
 
 # ------------------------------------------------------------------------------------------------- what is run
-def run_training(parameters: Mapping[str, Any], folder: Path, resume: Path) -> Row:
+def run_training(parameters: Mapping[str, Any], folder: Path, resume: Path) -> _Row:
     """Train one transformer on the trajectories that `data` names, score its heads and calibrate it."""
     recipe, seed = recipe_of(parameters), parameters["seed"]
     data = Trajectories.load(locate(parameters["data"]))
     result = training.train(data, recipe.model, recipe.train, seed, resume, progress=False)
     model, row = result.model, {"loss": result.curve["loss"].tail(100).mean()}
     if parameters["head_scores"] and recipe.model.n_layers:
-        model, scores = in_order(model, data.task)
+        model, scores = with_heads_in_order(model, data.task)
         scores.to_parquet(folder / "heads.parquet", index=False)
         named = model.metadata["obstacle_head"]
         row |= {"obstacle_head": named["head"], "whole_change": named["whole_change"]}
@@ -136,23 +136,23 @@ def run_training(parameters: Mapping[str, Any], folder: Path, resume: Path) -> R
     return row | _calibrate(model, recipe, data.task, seed, folder)
 
 
-def run_calibration(parameters: Mapping[str, Any], folder: Path, resume: Path) -> Row:
+def run_calibration(parameters: Mapping[str, Any], folder: Path, resume: Path) -> _Row:
     """Calibrate the model folder that `weights` names."""
     model = DecisionTransformer.from_pretrained(locate(parameters["weights"]))
     recipe = recipe_of(parameters)
     return _calibrate(model, recipe, recipe.task, parameters["seed"], folder)
 
 
-def _calibrate(model: DecisionTransformer, recipe: Recipe, task: Task, seed: int, folder: Path) -> Row:
+def _calibrate(model: DecisionTransformer, recipe: Recipe, task: Task, seed: int, folder: Path) -> _Row:
     curves = calibrate(model, calibration_of(recipe, task), seed)
     curves.to_parquet(folder / "calibration.parquet", index=False)
     return calibration_row(curves)
 
 
-def run_ppo(parameters: Mapping[str, Any], folder: Path, resume: Path) -> Row:
+def run_ppo(parameters: Mapping[str, Any], folder: Path, resume: Path) -> _Row:
     """Train one PPO agent; its greedy return in 500 episodes says what it has learnt."""
     recipe, seed = recipe_of(parameters), parameters["seed"]
-    result, history = replication.run_ppo(recipe, seed)
+    result, history = replication.train_ppo(recipe, seed)
     history.save(folder / "history.npz")
     result.diagnostics.to_parquet(folder / "ppo.parquet", index=False)
     save_file(result.agent.state_dict(), folder / "agent.safetensors")
@@ -163,7 +163,7 @@ def run_ppo(parameters: Mapping[str, Any], folder: Path, resume: Path) -> Row:
     return row | {f"share {name}": float(share) for name, share in zip("-0+", shares, strict=True)}
 
 
-def run_replication(parameters: Mapping[str, Any], folder: Path, resume: Path) -> Row:
+def run_replication(parameters: Mapping[str, Any], folder: Path, resume: Path) -> _Row:
     """Everything from nothing: PPO, collection, training, calibration, and the head scores."""
     recipe, seed = recipe_of(parameters), parameters["seed"]
     made, kept = ArtifactStore(resume), ArtifactStore(folder)
@@ -177,7 +177,7 @@ def run_replication(parameters: Mapping[str, Any], folder: Path, resume: Path) -
     return row | calibration_row(pd.read_parquet(at / "calibration.parquet"))
 
 
-KINDS = {
+POINT_KINDS = {
     "training": Kind(
         run_training,
         {

@@ -114,7 +114,7 @@ def is_shipped(name: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- the stages' functions
-def run_ppo(recipe: Recipe, seed: int, progress: bool = False) -> tuple[ppo.PPOResult, Trajectories]:
+def train_ppo(recipe: Recipe, seed: int, progress: bool = False) -> tuple[ppo.PPOResult, Trajectories]:
     """Train one PPO agent; return what came of it, and all that it played on its way."""
     recorder = RecordEpisodes(environments(recipe.task, recipe.envs))
     return ppo.train(recorder, recipe.ppo, seed, progress), recorder.trajectories()
@@ -126,7 +126,7 @@ def environments(task: Task, number: int) -> DynamicObstaclesVectorEnv:
 
 
 def _ppo(job: Job) -> list[Writer]:
-    result, history = run_ppo(job.recipe, job.seed, job.progress)
+    result, history = train_ppo(job.recipe, job.seed, job.progress)
     flat = {f"{at}/{name}": t for at, state in result.checkpoints.items() for name, t in state.items()}
     return [table_writer(result.diagnostics), history.save, lambda path: save_file(flat, path)]
 
@@ -157,11 +157,11 @@ def _training(job: Job) -> list[Writer]:
 
 def _heads(job: Job) -> list[Writer]:
     trained = DecisionTransformer.from_pretrained(job.path("{of}/trained"))
-    model, scores = in_order(trained, job.recipe.task)
+    model, scores = with_heads_in_order(trained, job.recipe.task)
     return [table_writer(scores), model.save_pretrained]
 
 
-def in_order(model: DecisionTransformer, task: Task) -> tuple[DecisionTransformer, pd.DataFrame]:
+def with_heads_in_order(model: DecisionTransformer, task: Task) -> tuple[DecisionTransformer, pd.DataFrame]:
     """Return the model with its heads in order, and the scores of the heads that it came with."""
     scores = heads.obstacle_head_scores(model, all_observations(task.size, task.n_obstacles))
     return heads.order_heads(model, scores), scores
@@ -192,7 +192,7 @@ def _control(job: Job) -> list[Writer]:
     shuffled = replace(data, actions=np.random.default_rng(job.seed).permutation(data.actions))
     config = replace(job.recipe.train, evaluation_episodes=0)
     result = training.train(shuffled, job.recipe.model, config, job.seed, job.resume, job.progress)
-    return [in_order(result.model, job.recipe.task)[0].save_pretrained]
+    return [with_heads_in_order(result.model, job.recipe.task)[0].save_pretrained]
 
 
 def _long_context(job: Job) -> list[Writer]:
@@ -233,7 +233,7 @@ def bar_measures(curves: pd.DataFrame) -> dict[str, float]:
 _FROM_NOTHING = "{of}/ppo.parquet {of}/history.npz {of}/checkpoints.safetensors"
 _TRAINED = "{of}/training.parquet {of}/evaluations.parquet {of}/snapshots.safetensors {of}/trained"
 _DATA = "seed_0/trajectories.npz"
-STAGES = (
+REPLICATION_STAGES = (
     table_row("ppo", _ppo, _FROM_NOTHING, recipe="task ppo envs"),
     table_row(
         "collection",
@@ -251,7 +251,7 @@ STAGES = (
     table_row("long context", _long_context, LONG_CONTEXT, _DATA, recipe="model train"),
     table_row("replicas", _summary, TABLE, "seed_{seed}/calibration.parquet seed_{seed}/model", recipe=""),
 )
-ROWS = {stage.name: stage for stage in STAGES}
+REPLICATION_ROWS = {stage.name: stage for stage in REPLICATION_STAGES}
 REPLICATION = ("ppo", "collection", "training", "heads", "calibration")
 """The stages of one replication, in order."""
 
@@ -259,13 +259,17 @@ REPLICATION = ("ppo", "collection", "training", "heads", "calibration")
 def replication(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool = False) -> list[Job]:
     """Return the jobs of one replication, in order."""
     of = folder_of(seed)
-    return [Job(ROWS[name], store, of, recipe, (seed,), progress=progress) for name in REPLICATION]
+    return [
+        Job(REPLICATION_ROWS[name], store, of, recipe, (seed,), progress=progress) for name in REPLICATION
+    ]
 
 
 def around(store: ArtifactStore, recipe: Recipe) -> list[Job]:
     """Return the jobs that start from the data set of seed 0: the controls and the model of nine timesteps."""
-    controls = [Job(ROWS["controls"], store, of, recipe, (seed,)) for seed, of in enumerate(CONTROLS)]
-    return [*controls, Job(ROWS["long context"], store, recipe=recipe.long_context)]
+    controls = [
+        Job(REPLICATION_ROWS["controls"], store, of, recipe, (seed,)) for seed, of in enumerate(CONTROLS)
+    ]
+    return [*controls, Job(REPLICATION_ROWS["long context"], store, recipe=recipe.long_context)]
 
 
 def replicate(store: ArtifactStore, seed: int, recipe: Recipe | None = None, progress: bool = True) -> None:

@@ -9,7 +9,7 @@ from dtbook.pipeline import experiments, measure, replication
 from dtbook.pipeline.engine import Job, Say, failures, run_graph
 from dtbook.pipeline.replication import Recipe, is_shipped
 
-STAGES = (*replication.STAGES, *measure.STAGES, *experiments.STAGES)
+STAGES = (*replication.REPLICATION_STAGES, *measure.MEASURE_STAGES, *experiments.EXPERIMENT_STAGES)
 """The table of stages: what makes each file of `data/`."""
 
 
@@ -25,7 +25,7 @@ def plan(
     if 0 in seeds:
         jobs += replication.around(made, recipe)
     if len(seeds) > 1:
-        jobs.append(Job(replication.ROWS["replicas"], made, seeds=tuple(seeds)))
+        jobs.append(Job(replication.REPLICATION_ROWS["replicas"], made, seeds=tuple(seeds)))
     if everything:
         folder = made.root / "sweeps"
         jobs += [point.job(folder / name) for name in experiments.SWEEPS for point in experiments.read(name)]

@@ -33,7 +33,7 @@ from dtbook.pages.notebooks import (
     run_notebook,
 )
 from dtbook.pipeline.engine import Job, Say, Stage, Writer, run_graph
-from dtbook.pipeline.points import KINDS
+from dtbook.pipeline.points import POINT_KINDS
 
 SCHEMA = json.loads(Path(__file__).with_name("sweep.schema.json").read_text(encoding="utf-8"))
 
@@ -58,13 +58,13 @@ class Target:
         """Return the parameters in the types that are declared; raise ValueError for one that is wrong."""
         if self.notebook:
             return check_parameters(self.notebook, given)
-        return KINDS[self.stage].check(self.stage, given)
+        return POINT_KINDS[self.stage].check(self.stage, given)
 
     def inputs(self, parameters: Mapping[str, Any]) -> Any:
         """Return what stands for all that a point follows from, the code of dtbook aside."""
         if self.notebook:
             return inputs_digest(self.notebook, parameters, ArtifactStore())
-        return KINDS[self.stage].digests(parameters)
+        return POINT_KINDS[self.stage].digests(parameters)
 
     def row(self) -> Stage:
         """Return the row of the table of stages that runs a point."""
@@ -72,7 +72,7 @@ class Target:
             execute = partial(_execute, self.notebook)
             code = tuple(code_of(self.notebook))
             return Stage(self.name, ("points/{of}.ipynb",), execute, also=code, stands=_saw_the_same)
-        return KINDS[self.stage].stage(self.name)
+        return POINT_KINDS[self.stage].stage(self.name)
 
 
 @dataclass(frozen=True)
