@@ -136,11 +136,7 @@ def _build(book: Path, pdf: bool) -> int:
     printed = book / "_executed" / "decision-transformer-book.pdf"
     printed.unlink(missing_ok=True)
     if pdf:
-        from dtbook.pages.printing import (  # only this needs a browser
-            HOW_TO_INSTALL,
-            find_chromium,
-            print_book,
-        )
+        from dtbook.pages.printing import HOW_TO_INSTALL, find_chromium, print_book  # asks for a browser
 
         if find_chromium() is None:
             click.echo(f"The book is built without its PDF: {HOW_TO_INSTALL}", err=True)
@@ -389,11 +385,10 @@ def bench(names: tuple[str, ...], write: bool) -> None:
 
 
 def _conditions(name: str) -> str:
-    """What a table of figures needs beside it: the command, the processor, the libraries, the day, the load."""
-    models: list[str] = []
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    """Return what a table of figures needs beside it: the command, the processor, the libraries, the day, the load."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     processor = models[0] if models else platform.processor()
     versions = " ".join(f"{library} {version(library)}" for library in ("torch", "numpy", "numba"))
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
