@@ -56,6 +56,7 @@ def test_other_seeds_are_refused(text):
         parse_seeds(text)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(tmp_path, log):
     """Killed once in the middle, its replication is begun again where it stopped; the others are not disturbed."""
     store, killed = ArtifactStore(tmp_path / "made"), []
@@ -95,6 +96,7 @@ def test_a_killed_worker_loses_nothing(tmp_path, log):
         assert (models[30].state_dict()[name] - value).abs().max() <= 1e-3 * (1 + value.abs().max())
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_asked(tmp_path, log):
     """Killed without a chance to stop them, it leaves no worker that writes where the next call goes on."""
     arguments = (ArtifactStore(tmp_path / "made"), [0], 1, log_stage, RECIPE)
@@ -109,6 +111,7 @@ def test_workers_end_with_the_process_that_asked(tmp_path, log):
     assert "calibration" not in [stage for _, stage, _ in log()]
 
 
+@pytest.mark.slow
 def test_what_fails_is_told_and_the_rest_is_made(tmp_path, log):
     bad = tmp_path / "made" / "seed_0"
     bad.parent.mkdir()
@@ -117,6 +120,7 @@ def test_what_fails_is_told_and_the_rest_is_made(tmp_path, log):
     assert [stage for seed, stage, _ in log()] == ["ppo", "collection", "training", "heads", "calibration"]
 
 
+@pytest.mark.slow
 def test_shuffled_controls_see_the_same_steps_with_other_actions(tmp_path, monkeypatch):
     store, seen = ArtifactStore(tmp_path), []
     pipeline.replicate(store, 0, RECIPE, progress=False)
