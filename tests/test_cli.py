@@ -123,9 +123,9 @@ def test_what_is_run_again_is_compared_with_the_books_copies(checkout):
     early = dtbook("run", "--again")
     assert early.exit_code == 1
     assert "the book's copies of 01_task, 02_time are not current: first `dtbook run`" in early.output
-    dtbook("run")
+    dtbook("run", "--workers", "1")
     before = (checkout / "book/_executed/02_time.ipynb").read_bytes()
-    result = dtbook("run", "--again")
+    result = dtbook("run", "--again", "--workers", "1")
     assert result.output.splitlines()[:2] == ["[1/2] 01_task: identical", "[2/2] 02_time: differs"]
     assert result.exit_code == 1
     assert "run again, 02_time came out otherwise" in result.output
@@ -439,7 +439,7 @@ def test_a_failure_names_the_cell_keeps_the_run_and_stops(checkout, cell, senten
     dtbook("run", "1")
     write_notebook(checkout / "notebooks/01_task.ipynb", "print('so far')", cell)
     write_notebook(checkout / "notebooks/02_next.ipynb", "1")
-    result = dtbook("run")
+    result = dtbook("run", "--workers", "1")
     assert result.exit_code == 1
     error = result.output.splitlines()[-1]
     assert error.startswith(f"Error: 01_task failed{sentence}")
@@ -450,10 +450,11 @@ def test_a_failure_names_the_cell_keeps_the_run_and_stops(checkout, cell, senten
     )
 
     write_notebook(checkout / "notebooks/01_task.ipynb", "print('mended')")
-    assert dtbook("run").exit_code == 0
+    assert dtbook("run", "--workers", "1").exit_code == 0
     assert copies(checkout) == ["01_task.ipynb", "02_next.ipynb"]
 
 
+@pytest.mark.slow
 def test_two_at_once_are_told_in_order_and_stop_at_a_failure(checkout):
     """The first takes until the second is done; the third fails and waits for the fourth, which nothing follows."""
     begun = "import pathlib, time\n\ndef wait(n):\n    while not pathlib.Path(n).exists(): time.sleep(0.05)\n"

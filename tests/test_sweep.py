@@ -156,6 +156,7 @@ def test_a_wrong_description_is_one_sentence_and_nothing_runs(
 # The table
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_a_table_a_notebook_a_point_and_a_manifest(notebooks, tmp_path):
     todo = points(notebooks, [3, 4, 5], fail_at=4)
     table = sweep.run_sweep(todo, tmp_path / "out", workers=2)
@@ -179,6 +180,7 @@ def test_a_sweep_leaves_a_table_a_notebook_a_point_and_a_manifest(notebooks, tmp
     assert entry["code"] == code_behind([sweep._execute, *code_of(todo[0].target.notebook)])["code"]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_run_again_and_the_table_is_the_same_bytes(notebooks, tmp_path):
     log, out = tmp_path / "log", tmp_path / "out"
     sweep.run_sweep(points(notebooks, [1, 2], log=str(log)), out)
@@ -197,6 +199,7 @@ def test_what_is_there_is_not_run_again_and_the_table_is_the_same_bytes(notebook
     assert lines(log)["end", "1"] == 2, "another notebook, another point"
 
 
+@pytest.mark.slow
 def test_a_stage_leaves_its_artifacts_and_one_row(tmp_path):
     task, rng = Task(size=5, n_obstacles=1, max_steps=30), np.random.default_rng(0)
     data = play(task, lambda images, *_: rng.integers(0, 3, len(images)), 300, rng)
@@ -267,6 +270,7 @@ def kill_worker_of_point_1(log, process):
     kernel.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_local_worker_costs_its_points_a_second_start_and_no_more(notebooks, tmp_path):
     log, gate = tmp_path / "log", tmp_path / "gate"
     process = start(tmp_path, points(notebooks, range(4), log=str(log), gate=str(gate)))
@@ -279,6 +283,7 @@ def test_a_killed_local_worker_costs_its_points_a_second_start_and_no_more(noteb
     assert ended(log)[1] == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_on_its_way_goes_on_with_what_is_missing(notebooks, tmp_path):
     log, gate = tmp_path / "log", tmp_path / "gate"
     todo = points(notebooks, range(3), log=str(log), gate=str(gate))
@@ -294,6 +299,7 @@ def test_a_sweep_killed_on_its_way_goes_on_with_what_is_missing(notebooks, tmp_p
     assert ended(log) == {0: 1, 1: 1, 2: 1}
 
 
+@pytest.mark.slow
 def test_a_point_that_kills_its_worker_each_time_is_named_and_the_others_end(notebooks, tmp_path):
     cell = nbformat.v4.new_code_cell(
         "import os, psutil\nif k == 1: psutil.Process(os.getppid()).kill()", id="killer"
@@ -307,6 +313,7 @@ def test_a_point_that_kills_its_worker_each_time_is_named_and_the_others_end(not
     assert table["error"][1] == "its process died 2 times (out of memory?)"
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_that_loses_a_worker_ends_the_sweep_with_each_point_run_once(notebooks, tmp_path):
     log, gate, reported = tmp_path / "log", tmp_path / "gate", []
     todo = points(notebooks, range(8), log=str(log), gate=str(gate))
