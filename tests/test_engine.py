@@ -26,6 +26,8 @@ from dtbook.pipeline.replication import BARS, CONTROLS, REPLICATION_ROWS, load_s
 from dtbook.rollout import calibration_row
 from dtbook.trajectories.recording import Trajectories
 
+pytestmark = pytest.mark.slow  # processes of its own
+
 
 def log_and(function, job):
     """In a worker: leave a line where the test finds it, then do what the stage does."""

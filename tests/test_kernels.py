@@ -11,6 +11,8 @@ import pytest
 from dtbook.artifacts.kernels import choose_portable, kernels
 from dtbook.artifacts.store import ArtifactStore
 
+pytestmark = pytest.mark.slow  # processes of its own
+
 SETTINGS = {
     "the processor's own": {},
     "what older processors have": {

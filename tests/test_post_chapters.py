@@ -18,6 +18,8 @@ from dtbook.pages.notebooks import run_notebook, small_parameters
 from dtbook.pipeline.sweep import glued
 from dtbook.protocol import AVOIDS, DOES_NOT, HIGH, TABLE_1
 
+pytestmark = pytest.mark.slow  # notebooks
+
 ROOT = Path(__file__).parent.parent
 TAGS = {-1.0: "low", 0.0: "zero", HIGH: "high"}
 CELLS = {"empty": (1, 0), "wall": (2, 5), "obstacle": (6, 2), "goal": (8, 1)}  # minigrid's object and colour
