@@ -52,7 +52,7 @@ class Bar:
 
     @property
     def is_upper(self) -> bool:
-        """Whether what is small meets the bar."""
+        """Return whether small numbers meet the bar."""
         return self.comparison.startswith("<")
 
     def __str__(self) -> str:

@@ -16,7 +16,7 @@ ROUNDING_TOLERANCE = 1e-5
 
 
 def compare(made: ArtifactStore, shipped: ArtifactStore, names: Sequence[str]) -> dict[str, str]:
-    """For each name: "identical" (by the manifests' sha256), "rounding", "differs", "not made" or "not shipped"."""
+    """Return a word for each name: "identical" (by sha256), "rounding", "differs", "not made" or "not shipped"."""
     ours, theirs = made.entries(), shipped.entries()
     verdicts = {}
     for name in names:
@@ -48,7 +48,7 @@ def largest_difference(ours: Path, theirs: Path) -> float:
 
 
 def _files(artifact: Path) -> list[Path]:
-    """A folder's files; of a file, nothing more to go on from it."""
+    """Return the paths of a folder's files inside it; of a file, the empty path."""
     if artifact.is_file():
         return [Path()]
     return sorted(path.relative_to(artifact) for path in artifact.rglob("*") if path.is_file())

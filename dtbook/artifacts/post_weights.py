@@ -85,7 +85,7 @@ def _retrieve() -> Path:
 
 
 def _why(error: Exception) -> str:
-    """One sentence: of another sha256 pooch says several."""
+    """Return why in one sentence: of another sha256 pooch says several."""
     what = str(error).split(". ")[0] if isinstance(error, ValueError) else type(error).__name__
     return f"The post's checkpoint could not be fetched from {_url()} ({what}); {COPY} may name a copy of it."
 

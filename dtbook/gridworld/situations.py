@@ -93,7 +93,7 @@ class ObservationBatch(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of the model."""
+        """Return the arguments of the model."""
         return self.states, self.rtgs, self.timesteps
 
 

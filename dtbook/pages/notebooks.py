@@ -184,7 +184,7 @@ def inputs_digest(path: Path, parameters: Mapping[str, object], store: ArtifactS
 
 
 def _with_weights(inputs: str, read: str | None) -> str:
-    """The digest of a copy whose kernel asked for the post's weights and read these, or `NONE`."""
+    """Return the digest of a copy whose kernel asked for the post's weights and read these, or `NONE`."""
     return digest([inputs, read]) if read else inputs
 
 
