@@ -33,7 +33,9 @@ def test_every_artifact_of_data_is_in_the_table(rows):
             found |= {name.replace("SUBJECT", subject) for subject in subjects}
         else:
             found |= set(of.split(", ")) if name == "controls/shuffled_N" else {name}
-    assert found >= set(ArtifactStore().entries())
+    assert found - {"SUBJECT/checkpoints.safetensors", "SUBJECT/trained", "own/model"} == set(
+        ArtifactStore().entries()
+    )
 
 
 def test_what_chapters_read_by_its_name_is_said_to_be_theirs(rows):
@@ -87,7 +89,8 @@ def test_the_page_has_a_row_for_each_figure_and_each_file(tmp_path, rows):
     warnings = io.StringIO()
     arguments = (tmp_path, None, tmp_path / "out", tmp_path / "doctrees", "html", settings)
     Sphinx(*arguments, status=None, warning=warnings).build()
-    assert warnings.getvalue() == ""
+    said = [line for line in warnings.getvalue().splitlines() if "is already registered" not in line]
+    assert said == [], "but of another build's extensions in this process"
     html = BeautifulSoup((tmp_path / "out/index.html").read_text(), "html.parser")
     figures, files = html.select("table")
     cells = [cell.text for cell in figures.select("tbody td")]

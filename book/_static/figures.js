@@ -85,4 +85,11 @@
     { rootMargin: "100% 0px" },
   );
   boxes.forEach((box) => near.observe(box));
+
+  // Plotly follows the window's width; what slides beside the figure, such as the menu, changes the box's alone.
+  const fit = new ResizeObserver((entries) => {
+    for (const { target } of entries)
+      if (target.dataset.drawn) window.Plotly?.Plots?.resize(target.querySelector(".book-figure-plot"));
+  });
+  boxes.filter((box) => !box.matches(".book-attention")).forEach((box) => fit.observe(box));
 })();

@@ -105,7 +105,10 @@ def _is_abandoned(room: Path, pid: int) -> bool:
     """Return whether process `pid` has ended, or its number now belongs to one that started later."""
     clock_slack = 2.0  # seconds: start times are counted from a boot time known to the second
     try:
-        return psutil.Process(pid).create_time() > room.stat().st_mtime + clock_slack
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:  # ended, and nobody has asked how
+            return True
+        return process.create_time() > room.stat().st_mtime + clock_slack
     except psutil.NoSuchProcess:
         return True
     except FileNotFoundError:
