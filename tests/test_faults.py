@@ -163,7 +163,7 @@ import pathlib
 while not pathlib.Path({str(tmp_path / "go")!r}).exists():
     pathlib.Path({str(tmp_path / "began")!r}).touch()
     time.sleep(0.05)""")  # fmt: skip
-    process = start(checkout, "run")
+    process = start(checkout, "run", "--workers", "1")
     while not (tmp_path / "began").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
