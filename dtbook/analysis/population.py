@@ -1,19 +1,24 @@
-"""Every observation through a one-layer model, with all that RTG, timestep and interventions share computed once.
+"""Every observation through a one-layer model: not a product of matrices, but a sum of a few rows of tables.
 
 With one layer and no LayerNorm, two weights read resid_mid: W_in, which makes the neurons' `hook_pre`, and W_U, which
-makes the direct logits. Side by side they are one matrix of d_mlp + 3 columns, and everything is kept as what it gives
-through it: the axis `read`, cut by `FoldedWeights.pre` and `.direct_logits`. What is written before is linear in the
-state embedding once the attention is known, so a batch of observations meets the weights once (`FoldedWeights.embed`),
-and a run at some RTG and timestep (`Embedded.at`) costs sums over columns, not matrix products. Ablating or patching a
-head replaces its row of `Run.head_results`, and is exact: the MLP is evaluated anew.
+makes the direct logits. Side by side they are one matrix of d_mlp + n_actions columns, and everything is kept as what
+it gives through it: the axis `read`, cut by `FoldedWeights.pre` and `.direct_logits`. An observation is a view without
+obstacles and its obstacles (`gridworld.decomposition`), and the state embedding is linear: so what it gives to be
+read, directly or through a head's W_OV, is a row of a table of views plus rows of a table of obstacles, and so are its
+query and key. Only the attention's softmax and the neurons' ReLU are evaluated for each observation (`sums`).
 
 Only the state token's query is needed. RTG and state token differ by δ = R·W_E_rtg + W_pos[0] − W_pos[1] − state
 embedding, as time and biases cancel in their difference, so attention to RTG is sigmoid(q · δW_K / √d_head).
+
+What a component writes is a `Written`. A run is the sum of those of its components; `logits` takes others in their
+place, which ablates or patches them exactly: the MLP is evaluated anew. Tables are made in float64 and cast to the
+model's dtype. In float32 logits differ from the model's own by about 1e-6 of the largest term that they are a sum of.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from typing import NamedTuple, no_type_check
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +26,19 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from dtbook.analysis import sums
+from dtbook.gridworld.decomposition import EMPTY_CELL, Parts, decompose
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.kernels import compiled
+from dtbook.gridworld.kernels import OBSTACLE
 from dtbook.gridworld.situations import row_batches
 from dtbook.model.config import one_hot
 from dtbook.model.transformer import DecisionTransformer
 
 BATCH_SIZE = 2048
-"""Observations a batch: small enough that a run's rows stay in the processor's cache."""
+"""Observations a batch where every neuron of each is kept: small enough for the processor's cache."""
+FAST_BATCH_SIZE = 65_536
+"""Observations a batch where they are not."""
+STATE, MLP = "state", "L0 MLP"
 
 
 class Condition(NamedTuple):
@@ -48,7 +58,7 @@ class FoldedWeights:
     def __init__(self, model: DecisionTransformer) -> None:
         if model.cfg.n_layers != 1:
             raise ValueError(f"model has {model.cfg.n_layers} layers; only one can be folded.")
-        self.model = model
+        self.model, self.dtype = model, model.W_U.dtype
         self.head_names = [f"L0H{head}" for head in range(model.cfg.n_heads)]
         with torch.no_grad():
             self._fold({name: weight.detach().double() for name, weight in model.named_parameters()})
@@ -57,44 +67,45 @@ class FoldedWeights:
         def of(name: str) -> Tensor:
             return w[f"blocks.0.{name}"]
 
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(self.model.W_U)
-
-        d_head, U = self.model.cfg.d_head, w["W_U"]
+        cfg, U = self.model.cfg, w["W_U"]
         W_read = torch.cat([of("mlp.W_in"), U], 1)
-        mean = torch.full((self.model.cfg.n_heads, d_head, 1), 1 / d_head, dtype=torch.double)
-        # the last column: the mean of z over its features
+        self.d_mlp, self.n_read = cfg.d_mlp, W_read.shape[1]
+        # the last column: the mean of a head's z over its features
+        mean = torch.full((cfg.n_heads, cfg.d_head, 1), 1 / cfg.d_head, dtype=torch.double)
         written = torch.cat([of("attn.W_O") @ W_read, mean], 2)
-        self.d_mlp, self.n_read = self.model.cfg.d_mlp, W_read.shape[1]
-        self.W_V = cast(of("attn.W_V") @ written)  # head d_model column (read, or the mean)
-        self.b_V = cast((of("attn.b_V")[:, None] @ written)[:, 0])
-        self.W_read, self.feature_mean = cast(W_read), cast(of("attn.W_O").sum(1) @ W_read)
-        self.b_O = cast(of("attn.b_O") @ W_read)
-        self.b_read = cast(torch.nn.functional.pad(of("mlp.b_in"), (0, U.shape[1])))  # 0 for the logits
-        self.W_mlp, self.b_mlp = cast(of("mlp.W_out") @ U), cast(of("mlp.b_out") @ U)
-        self.b_U = cast(w["b_U"])
-        self.mlp_mean = cast(of("mlp.W_out").mean(1)), cast(of("mlp.b_out").mean()), cast(U.sum(0))
-        view, m = self.model.cfg.view_size, self.model.cfg.d_model
-        image = w["W_E_state"].view(-1, view, view, m).permute(1, 2, 0, 3).reshape(-1, m)  # as images lie
-        columns = W_read[None], of("attn.W_V") @ written, torch.cat([of("attn.W_Q"), of("attn.W_K")])
-        self.from_image = [cast(image @ weight) for weight in columns]  # each: part input column
-        self.rtg, self.position = cast(w["W_E_rtg"]), cast(w["W_pos"][0] - w["W_pos"][1])
-        self.time = cast(w["W_E_time"] + w["W_pos"][1])  # of the state token, its position included
+        through = torch.cat([_one_more(W_read)[None], of("attn.W_V") @ written])  # part d_model column
+        image = w["W_E_state"].view(-1, cfg.view_size, cfg.view_size, cfg.d_model).permute(1, 2, 0, 3)
+        image = image.reshape(-1, cfg.d_model)  # as images lie
+        self.from_image = _by_input(image @ through)
+        self.W_Q, self.W_K, self.b_Q = of("attn.W_Q"), of("attn.W_K"), of("attn.b_Q")
+        self.query_and_key = _by_input(image @ torch.cat([self.W_Q, self.W_K]))
+        self.rtg, self.position = w["W_E_rtg"], w["W_pos"][0] - w["W_pos"][1]
+        self.time = w["W_E_time"] + w["W_pos"][1]  # of the state token, its position included
+        self.through, self.b_V = through, (of("attn.b_V")[:, None] @ written)[:, 0]
+        self.b_O, self.b_in = self.cast(_one_more(of("attn.b_O") @ W_read)), _one_more(self._of_mlp(of("mlp.b_in")))
+        self.feature_mean = self.cast(_one_more(of("attn.W_O").sum(1) @ W_read))
+        self.W_mlp, self.b_mlp = self.cast(of("mlp.W_out") @ U), self.cast(of("mlp.b_out") @ U)
+        self.b_U = self.cast(w["b_U"])
+        self.mlp_mean = tuple(map(self.cast, (of("mlp.W_out").mean(1), of("mlp.b_out").mean(), U.sum(0))))
+
+    def _of_mlp(self, bias: Tensor) -> Tensor:
+        return torch.nn.functional.pad(bias, (0, self.n_read - self.d_mlp))  # 0 for the logits
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in the model's dtype."""
+        return tensor.to(self.dtype)
 
     def rtg_token(self, rtg: float) -> Float[Tensor, " d_model"]:
-        """Return what the RTG token has that the state token has not, time and the state embedding aside."""
+        """Return what the RTG token has that the state token has not, time and the state embedding aside (float64)."""
         return rtg * self.rtg + self.position
 
-    @torch.no_grad()
     def query_of_time(self, timestep: int) -> Float[Tensor, "head d_head"]:
-        """Return the part of the state token's query that time, its position and b_Q make."""
-        attn = self.model.blocks[0].attn
-        return self.time[timestep] @ attn.W_Q + attn.b_Q
+        """Return the part of the state token's query that time, its position and b_Q make (float64)."""
+        return self.time[timestep] @ self.W_Q + self.b_Q
 
-    @torch.no_grad()
     def key(self, token: Float[Tensor, " d_model"]) -> Float[Tensor, "head d_head"]:
-        """Return the key that a vector makes, without b_K, which both tokens have and softmax does not see."""
-        return token @ self.model.blocks[0].attn.W_K
+        """Return the key (float64) of a vector, without b_K, which both tokens have and softmax does not see."""
+        return token @ self.W_K
 
     def pre(self, read: Float[Tensor, "*axes read"]) -> Float[Tensor, "*axes d_mlp"]:
         """Return the neurons' part of what is read."""
@@ -104,39 +115,150 @@ class FoldedWeights:
         """Return the part of what is read that W_U makes; further columns are left out."""
         return read[..., self.d_mlp : self.n_read]
 
-    @torch.no_grad()
-    def embed(self, images: UInt8[Tensor, "n 7 7 3"]) -> "Embedded":
-        """Return a batch of observations after they have met the weights: the same at every RTG and timestep."""
-        cfg = self.model.cfg
-        x = (one_hot(images) if cfg.encoding == "one-hot" else images).flatten(-3).to(self.model.W_U)
-        # observations of a batch look alike: one product for all, and one of the inputs in which they differ
-        differ = (x != x[:1]).any(0).nonzero()[:, 0]
-        x, same = x[:, differ], x[:1].index_fill(1, differ, 0)
-        state, value, qk = (
-            torch.baddbmm(same @ weight, x.expand(len(weight), -1, -1), weight[:, differ])
-            for weight in self.from_image
+    def embed(
+        self,
+        observations: ObservationSet | UInt8[np.ndarray, "n view view 3"] | UInt8[Tensor, "n view view 3"],
+    ) -> "Embedded":
+        """Return observations as sums over the tables: the same at every RTG and timestep.
+
+        Raises ValueError for observations of another view size.
+        """
+        is_set = isinstance(observations, ObservationSet)
+        parts = observations.parts if is_set else decompose(np.asarray(observations))
+        side = self.model.cfg.view_size
+        if parts.views.shape[1:] != (side, side, 3):
+            raise ValueError(
+                f"observations show {parts.views.shape[1:]}; this model sees a view of {side} cells."
+            )
+        tables = self._tables(parts)
+        products = np.empty((self.model.cfg.n_heads, len(parts)))
+        sums.sum_products(parts.view, parts.obstacle, *tables.products(), products)
+        return Embedded(self, parts, tables, products)
+
+    def _tables(self, parts: Parts) -> "Tables":
+        """Return what each view gives, and what each obstacle adds to an empty cell."""
+        contents = np.zeros((2, len(parts.obstacles), 3), np.uint8)
+        contents[0, :, 0], contents[0, :, 1:], contents[1] = OBSTACLE, parts.obstacles[:, 2:], EMPTY_CELL
+        cells = np.zeros((2, len(parts.obstacles), *parts.views.shape[1:]), np.uint8)
+        cells[:, np.arange(len(parts.obstacles)), parts.obstacles[:, 0], parts.obstacles[:, 1]] = contents
+        views, obstacle, empty = map(self._inputs, (parts.views, *cells))
+        inputs = views, obstacle - empty
+        read = [self.cast(x @ self.from_image).unflatten(1, (len(self.through), -1)) for x in inputs]
+        pre, direct = (
+            [x[..., cut].contiguous() for x in read] for cut in (slice(self.d_mlp), slice(self.d_mlp, None))
         )
-        q, k = qk.tensor_split(2)
-        return Embedded(self, images, state[0], value, q, k, (q * k).sum(-1))
+        return Tables(
+            *pre,
+            *direct,
+            *((x @ self.query_and_key).unflatten(1, (2, len(self.head_names), -1)) for x in inputs),
+        )
+
+    def _inputs(self, images: UInt8[np.ndarray, "n view view 3"]) -> Float[Tensor, "n input"]:
+        x = torch.from_numpy(images)
+        return (one_hot(x) if self.model.cfg.encoding == "one-hot" else x).flatten(1).double()
+
+    def direct(self, written: "Written") -> Float[Tensor, "*action #n"]:
+        """Return what a component writes on the logits directly."""
+        return written.columns(slice(self.d_mlp, self.n_read))
+
+    def mlp_out(self, runs: Sequence["Writes"]) -> Float[Tensor, "run action n"]:
+        """Return what the MLP writes on the logits in each run, b_out included."""
+        return _neurons_out(self, runs) + self.b_mlp[:, None]
+
+    def logits(self, runs: Sequence["Writes"]) -> Float[Tensor, "run action n"]:
+        """Return the action logits of runs given by what their components write, all of as many observations."""
+        direct = [sum((self.direct(written) for written in run.values()), self.b_U[:, None]) for run in runs]
+        return self.mlp_out(runs).add_(torch.stack(direct))
 
 
-class Embedded(NamedTuple):
-    """A batch of embedded observations: what the state embedding makes, without RTG, time and biases."""
+def _one_more(read: Tensor) -> Tensor:
+    """Return what is read with one more column of 0, where a head's result has the mean of z."""
+    return torch.nn.functional.pad(read, (0, 1))
+
+
+def _by_input(weight: Float[Tensor, "part input column"]) -> Float[Tensor, "input column_of_part"]:
+    return weight.transpose(0, 1).flatten(1)
+
+
+class Tables(NamedTuple):
+    """What each view gives and what each obstacle adds; part 0 is the state embedding itself, then each head's OV."""
+
+    view_pre: Float[Tensor, "view part d_mlp"]
+    obstacle_pre: Float[Tensor, "obstacle part d_mlp"]
+    view_direct: Float[Tensor, "view part column"]
+    """On the logits directly, and the mean of z."""
+    obstacle_direct: Float[Tensor, "obstacle part column"]
+    view_qk: Float[Tensor, "view 2 head d_head"]
+    """Queries and keys, in float64."""
+    obstacle_qk: Float[Tensor, "obstacle 2 head d_head"]
+
+    def products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return q · k of a view with itself, of view and obstacle, and of two obstacles, both orders added."""
+        (q, k), (q_more, k_more) = (x.permute(1, 2, 0, 3) for x in (self.view_qk, self.obstacle_qk))
+        crossed, more = q @ k_more.mT + k @ q_more.mT, q_more @ k_more.mT
+        both = more + more.mT - torch.diag_embed(more.diagonal(dim1=1, dim2=2))
+        return (q * k).sum(-1).numpy(), crossed.numpy(), both.numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """Observations as sums over the tables of a model. Indexed by rows, it is these observations."""
 
     folded: FoldedWeights
-    images: UInt8[Tensor, "n 7 7 3"]
-    state: Float[Tensor, "n read"]
-    """What the state embedding itself gives to be read."""
-    state_result: Float[Tensor, "head n column"]
-    """A head's result if it attends to the state token alone, as it is read; then the mean of its z over features."""
-    q: Float[Tensor, "head n d_head"]
-    k: Float[Tensor, "head n d_head"]
-    qk: Float[Tensor, "head n"]
-    """q · k of the state embedding with itself."""
+    parts: Parts
+    tables: Tables
+    products: Float[np.ndarray, "head n"]
+    """q · k of the state embedding with itself, in float64."""
 
-    @torch.no_grad()
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> "Embedded":
+        return replace(self, parts=self.parts[rows], products=self.products[:, rows])
+
+    def batches(
+        self, size: int = FAST_BATCH_SIZE, progress: str | None = None
+    ) -> Iterator[tuple[slice, "Embedded"]]:
+        """Yield the rows of each batch, and the batch; `progress` names the bar that is shown."""
+        with tqdm(total=len(self), desc=progress, disable=progress is None, unit_scale=True) as bar:
+            for rows in row_batches(len(self), size):
+                yield rows, self[rows]
+                bar.update(rows.stop - rows.start)
+
+    def _sum(self, of_view: Tensor, of_obstacle: Tensor) -> Tensor:
+        """Return (n, …), the sum of each observation's rows."""
+        rows, more = (x.flatten(1).contiguous().numpy() for x in (of_view, of_obstacle))
+        out = np.empty((len(self), rows.shape[1]), rows.dtype)
+        sums.sum_rows(self.parts.view, self.parts.obstacle, rows, more, out)
+        return torch.from_numpy(out).unflatten(1, of_view.shape[1:])
+
+    @cached_property
+    def read(self) -> Float[Tensor, "part n column"]:
+        """What the state embedding itself gives to be read, then a head's result if it attends to the state alone."""
+        pre, direct = self._sum(*self.tables[:2]), self._sum(*self.tables[2:4])
+        return torch.cat([pre, direct], 2).transpose(0, 1).contiguous()
+
+    @cached_property
+    def _qk(self) -> Float[Tensor, "2 head n d_head"]:
+        return self._sum(*self.tables[4:]).permute(1, 2, 0, 3)
+
+    @property
+    def q(self) -> Float[Tensor, "head n d_head"]:
+        """What the state embedding adds to the query (float64)."""
+        return self._qk[0]
+
+    @property
+    def k(self) -> Float[Tensor, "head n d_head"]:
+        """The key of the state embedding (float64)."""
+        return self._qk[1]
+
+    @cached_property
+    def direct(self) -> Float[Tensor, "part column n"]:
+        """What each part gives to W_U, and the mean of z."""
+        return self._sum(*self.tables[2:4]).permute(1, 2, 0).contiguous()
+
     def at(self, rtg: float, timestep: int) -> "Run":
-        """Return the run of this batch at an RTG and a timestep. Raises ValueError where the model has none such."""
+        """Return the run of these observations at an RTG and a timestep. Raises ValueError where there is none such."""
         f = self.folded
         if not 0 <= timestep < len(f.time):
             raise ValueError(f"timestep is {timestep}; this model has timesteps 0 to {len(f.time) - 1}.")
@@ -144,119 +266,183 @@ class Embedded(NamedTuple):
             raise ValueError(f"rtg is {rtg}; it must be a finite number.")
         time, token = f.time[timestep], f.rtg_token(rtg)
         # (q of the state + q of the time) · (k of the RTG token − k of the state), multiplied out
-        query, key = f.query_of_time(timestep).unsqueeze(2), f.key(token).unsqueeze(2)
-        scores = (self.q @ key - self.k @ query + query.transpose(1, 2) @ key).squeeze(2) - self.qk
-        scores = scores / f.model.cfg.d_head**0.5
-        pattern = torch.sigmoid(scores)
-        rtg_result, time_result = token @ f.W_V, time @ f.W_V + f.b_V
-        fixed = time @ f.W_read + f.b_O + f.b_read
-        return Run(self, Condition(rtg, timestep), pattern, rtg_result, time_result, fixed)
+        query, key = f.query_of_time(timestep), f.key(token)
+        scores = (query * key).sum(1, keepdim=True).numpy() - self.products
+        numbers = (((qk[:, 0] * key) - (qk[:, 1] * query)).sum(-1).numpy() for qk in self.tables[4:])
+        sums.sum_numbers(self.parts.view, self.parts.obstacle, *numbers, scores)
+        pattern = f.cast(torch.sigmoid(torch.from_numpy(scores) / f.model.cfg.d_head**0.5))
+        rtg_result, time_result = (token @ f.through)[1:], (time @ f.through)[1:] + f.b_V
+        fixed = time @ f.through[0] + f.b_in
+        return Run(self, Condition(rtg, timestep), pattern, *map(f.cast, (rtg_result, time_result, fixed)))
+
+
+class Written(NamedTuple):
+    """What one component writes, as W_in and W_U read it: weight · a part of the state + scale · vector + constant.
+
+    What is not there is None. An ablated component writes a constant or nothing: `Written(constant)`.
+    """
+
+    constant: Float[Tensor, " column"]
+    embedded: Embedded | None = None
+    part: int = 0
+    """0 for the state embedding itself, 1 for what it gives through head 0, …"""
+    weight: Float[Tensor, " n"] | None = None
+    """1 where it is None."""
+    vector: Float[Tensor, " column"] | None = None
+    scale: Float[Tensor, " n"] | None = None
+
+    @property
+    def varies(self) -> bool:
+        """Whether it differs between observations."""
+        return self.embedded is not None or self.vector is not None
+
+    def columns(self, columns: slice) -> Float[Tensor, "*column #n"]:
+        """Return some of its columns, the neurons' aside, for each observation."""
+        total = self.constant[columns, None]
+        if self.embedded is not None:
+            first = self.embedded.folded.d_mlp
+            of_state = self.embedded.direct[self.part, columns.start - first : columns.stop - first]
+            total = total + (of_state if self.weight is None else of_state * self.weight)
+        if self.vector is not None:
+            total = total + self.vector[columns, None] * self.scale
+        return total
+
+    def read(self) -> Float[Tensor, "#n column"]:
+        """Return all of it for each observation, the mean of z last."""
+        total = self.constant[None]
+        if self.embedded is not None:
+            of_state = self.embedded.read[self.part]
+            total = total + (of_state if self.weight is None else of_state * self.weight[:, None])
+        if self.vector is not None and self.scale is not None:
+            total = total + self.vector * self.scale[:, None]
+        return total
+
+
+Writes = Mapping[str, Written]
+"""What the components of a run write before the MLP, by name: "state", "time and position", "L0 b_O" and each head."""
 
 
 class Run(NamedTuple):
-    """A batch at one RTG and timestep, up to the MLP."""
+    """Observations at one RTG and timestep, up to the MLP."""
 
     embedded: Embedded
     condition: Condition
     pattern: Float[Tensor, "head n"]
     """Attention of the state token to RTG; the rest is to itself."""
     rtg_result: Float[Tensor, "head column"]
-    """A head's result of the RTG token's own value (RTG and position, without time and biases)."""
+    """A head's result of the RTG token's own value (RTG and position, without time and biases), as it is read."""
     time_result: Float[Tensor, "head column"]
     """That of time, the state token's position and b_V, to whatever it attends."""
-    fixed: Float[Tensor, " read"]
-    """What time, position and b_O give to be read directly, and b_in."""
+    fixed: Float[Tensor, " column"]
+    """What time and position give to be read directly, and b_in."""
 
-    def head_results(
+    def head(
         self,
-        pattern: Float[Tensor, "head n"] | None = None,
-        state_result: Float[Tensor, "head n column"] | None = None,
-    ) -> Float[Tensor, "head n column"]:
-        """Return `hook_result` as it is read, with the run's own pattern and values or those of another run."""
-        pattern = (self.pattern if pattern is None else pattern).unsqueeze(-1)
-        result = self.embedded.state_result if state_result is None else state_result
-        return torch.lerp(result, self.rtg_result.unsqueeze(1), pattern).add_(self.time_result.unsqueeze(1))
+        head: int,
+        pattern: Float[Tensor, " n"] | None = None,
+        values: Embedded | None = None,
+        rtg_result: Float[Tensor, " column"] | None = None,
+    ) -> Written:
+        """Return what a head writes (`hook_result`), with its own attention to RTG and values or with others."""
+        pattern = self.pattern[head] if pattern is None else pattern
+        vector = self.rtg_result[head] if rtg_result is None else rtg_result
+        values = self.embedded if values is None else values
+        return Written(self.time_result[head], values, 1 + head, 1 - pattern, vector, pattern)
 
-    def resid_mid(
-        self, head_results: Float[Tensor, "head n column"] | None = None
-    ) -> Float[Tensor, "n read"]:
+    def writes(self) -> dict[str, Written]:
+        """Return what each component writes; put others in their place to ablate or patch them."""
+        f = self.embedded.folded
+        writes = {
+            STATE: Written(torch.zeros_like(self.fixed), self.embedded),
+            "time and position": Written(self.fixed),
+        }
+        writes |= {name: self.head(head) for head, name in enumerate(f.head_names)}
+        return writes | {"L0 b_O": Written(f.b_O)}
+
+    def resid_mid(self, writes: Writes | None = None) -> Float[Tensor, "n read"]:
         """Return resid_mid as it is read: the neurons' `hook_pre`, then the logits without MLP and b_U."""
-        read = self.embedded.state + self.fixed
-        for result in self.head_results() if head_results is None else head_results:
-            read += result[:, :-1]
-        return read
+        parts = (self.writes() if writes is None else writes).values()
+        return sum(
+            (part.read() for part in parts), torch.zeros(len(self.embedded), 1, dtype=self.fixed.dtype)
+        )[:, :-1]
 
-    def post(self, resid_mid: Float[Tensor, "n read"] | None = None) -> Float[Tensor, "n d_mlp"]:
+    def post(self, writes: Writes | None = None) -> Float[Tensor, "n d_mlp"]:
         """Return the activations of the neurons (`mlp.hook_post`)."""
-        return self.embedded.folded.pre(self.resid_mid() if resid_mid is None else resid_mid).relu()
+        return self.embedded.folded.pre(self.resid_mid(writes)).relu()
 
-    def mlp_out(self, resid_mid: Float[Tensor, "n read"] | None = None) -> Float[Tensor, "n action"]:
+    def mlp_out(self, writes: Writes | None = None) -> Float[Tensor, "n action"]:
         """Return what the MLP writes on the logits, b_out included."""
-        f, read = self.embedded.folded, (self.resid_mid() if resid_mid is None else resid_mid).numpy()
-        out = np.empty((len(read), f.W_mlp.shape[1]), read.dtype)
-        _relu_matmul(read, f.W_mlp.T.contiguous().numpy(), out)
-        return torch.from_numpy(out).add_(f.b_mlp)
+        return self.embedded.folded.mlp_out([self.writes() if writes is None else writes])[0].T
 
-    def mlp_feature_mean(self, resid_mid: Float[Tensor, "n read"]) -> Float[Tensor, "n action"]:
-        """Return what the MLP would write on the logits with the mean of its output's entries in all of them."""
-        weight, bias, on_logits = self.embedded.folded.mlp_mean
-        return (self.post(resid_mid) @ weight + bias).unsqueeze(1) * on_logits
-
-    def logits(self, head_results: Float[Tensor, "head n column"] | None = None) -> Float[Tensor, "n action"]:
-        """Return the action logits, with the heads' own results or others in their place."""
-        return self.unembed(self.resid_mid(head_results))
-
-    def unembed(
-        self, resid_mid: Float[Tensor, "n read"], mlp_out: Float[Tensor, "#n action"] | None = None
-    ) -> Float[Tensor, "n action"]:
-        """Return the action logits that follow from resid_mid, with the MLP's own output or another."""
-        mlp_out = self.mlp_out(resid_mid) if mlp_out is None else mlp_out
-        return self.embedded.folded.direct_logits(resid_mid) + mlp_out + self.embedded.folded.b_U
+    def logits(self, writes: Writes | None = None) -> Float[Tensor, "n action"]:
+        """Return the action logits, with what the components write themselves or others in their place."""
+        return self.embedded.folded.logits([self.writes() if writes is None else writes])[0].T
 
     def contributions(self) -> dict[str, Float[Tensor, "n action"]]:
         """Return the logits as a sum of components: the keys of `attribution.decompose`, channels taken together.
 
         "state", "time and position", "L0H0", …, "L0 b_O", "L0 MLP" (its b_out included) and "b_U".
         """
-        f, results = self.embedded.folded, self.head_results()
-        b_O = f.direct_logits(f.b_O)
-        parts = {"state": f.direct_logits(self.embedded.state)}
-        parts |= {"time and position": f.direct_logits(self.fixed) - b_O}
-        parts |= dict(zip(f.head_names, f.direct_logits(results), strict=True))
-        parts |= {"L0 b_O": b_O, "L0 MLP": self.mlp_out(self.resid_mid(results)), "b_U": f.b_U}
-        return {name: part.expand(len(self.embedded.images), -1) for name, part in parts.items()}
+        f, writes = self.embedded.folded, self.writes()
+        parts = {name: f.direct(written) for name, written in writes.items()}
+        parts |= {MLP: f.mlp_out([writes])[0], "b_U": f.b_U[:, None]}
+        return {name: part.expand(-1, len(self.embedded)).T for name, part in parts.items()}
 
 
-@partial(compiled, fastmath=True)
-@no_type_check
-def _relu_matmul(pre: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
-    """Write relu(pre[:, :n]) @ weightᵀ into `out`, for a weight of three rows of n, in one go over `pre`."""
-    n = weight.shape[1]
-    for i in range(len(pre)):
-        left = right = forward = pre[i, 0] * 0
-        for j in range(n):
-            active = max(pre[i, j], 0)
-            left += active * weight[0, j]
-            right += active * weight[1, j]
-            forward += active * weight[2, j]
-        out[i, 0], out[i, 1], out[i, 2] = left, right, forward
+def _neurons_out(f: FoldedWeights, runs: Sequence[Writes]) -> Float[Tensor, "run action #n"]:
+    """Return the sum of post · W_out · W_U of each run: all runs in one go over the observations (`sums.mlp`)."""
+    constant = f.pre(torch.stack([sum(one.constant for one in run.values()) for run in runs]))
+    terms = list({id(one): one for run in runs for one in run.values() if one.varies}.values())
+    sources = list(
+        {id(one.embedded.parts): one.embedded for one in terms if one.embedded is not None}.values()
+    )
+    if not sources:
+        return (constant.relu() @ f.W_mlp)[:, :, None]
+    source, part = np.array([_place(one, sources) for one in terms]).T
+    place = {id(one): k for k, one in enumerate(terms)}
+    chosen = [[place[id(one)] for one in run.values() if one.varies] for run in runs]
+    most = max(3, *map(len, chosen))
+    choice = np.array([row + [len(terms)] * (most - len(row)) for row in chosen])
+    one, none, nothing = torch.ones(len(sources[0])), torch.zeros(len(sources[0])), torch.zeros(f.d_mlp)
+    columns = (
+        [one if term.weight is None else term.weight for term in terms],
+        [none if term.scale is None else term.scale for term in terms],
+        [nothing if term.vector is None else f.pre(term.vector) for term in terms],
+        [constant],
+    )
+    W = torch.nn.functional.pad(f.W_mlp.T, (0, 0, 0, -f.W_mlp.shape[1] % 3)).contiguous()
+    out = torch.empty(len(runs), len(f.b_U), len(one), dtype=f.dtype)
+    given = [f.cast(torch.stack(column)).contiguous().numpy() for column in columns]
+    sums.mlp(*_side_by_side(sources), source, part, *given[:3], given[3][0], choice, W.numpy(), out.numpy())
+    return out
+
+
+def _place(term: Written, sources: Sequence[Embedded]) -> tuple[int, int]:
+    """Return which observations a term is of, and which part; −1 for none."""
+    if term.embedded is None:
+        return 0, -1
+    return next(k for k, one in enumerate(sources) if one.parts is term.embedded.parts), term.part
+
+
+def _side_by_side(sources: Sequence[Embedded]) -> tuple[np.ndarray, ...]:
+    """Return view and obstacles of several sets of observations as rows of one table of each, and these tables."""
+    tables = list({id(one.tables): one.tables for one in sources}.values())
+    lengths = [[len(table.view_pre), len(table.obstacle_pre)] for table in tables]
+    first = np.cumsum([[0, 0], *lengths], 0)
+    most = max(one.parts.obstacle.shape[1] for one in sources)
+    view = np.empty((len(sources), len(sources[0])), np.int32)
+    obstacle = np.full((*view.shape, most), -1, np.int16)
+    for k, one in enumerate(sources):
+        views, obstacles = first[[one.tables is table for table in tables].index(True)]
+        seen = one.parts.obstacle
+        view[k] = one.parts.view + views
+        obstacle[k, :, : seen.shape[1]] = seen + (seen >= 0) * obstacles if obstacles else seen
+    of_view, of_obstacle = (torch.cat([table[k] for table in tables]).numpy() for k in (0, 1))
+    return view, obstacle, of_view, of_obstacle
 
 
 Measure = Callable[[Run], Mapping[str, Tensor]]
 """From a run to named values, each with a row for every observation of the batch."""
-
-
-def embedded_batches(
-    folded: FoldedWeights,
-    images: UInt8[np.ndarray, "n 7 7 3"],
-    batch_size: int = BATCH_SIZE,
-    progress: str | None = None,
-) -> Iterator[tuple[slice, Embedded]]:
-    """Yield the rows of each batch of observations, and the batch embedded; `progress` names the bar that is shown."""
-    with tqdm(total=len(images), desc=progress, disable=progress is None, unit_scale=True) as bar:
-        for rows in row_batches(len(images), batch_size):
-            yield rows, folded.embed(torch.from_numpy(images[rows]))
-            bar.update(rows.stop - rows.start)
 
 
 @torch.inference_mode()
@@ -272,17 +458,17 @@ def per_observation(
 
     Raises ValueError for a model of more than one layer, another view size, and a condition it does not have.
     """
-    folded, at = FoldedWeights(model), [Condition(*condition) for condition in conditions]
-    images, view = observations.images, model.cfg.view_size
-    if images.shape[1:] != (view, view, 3):
-        raise ValueError(f"observations show {images.shape[1:]}; this model sees a view of {view} cells.")
+    embedded, at = (
+        FoldedWeights(model).embed(observations),
+        [Condition(*condition) for condition in conditions],
+    )
     results: dict[str, np.ndarray] = {}
-    for rows, embedded in embedded_batches(folded, images, batch_size, "observations" if progress else None):
+    for rows, batch in embedded.batches(batch_size, "observations" if progress else None):
         for k, condition in enumerate(at):
-            for name, value in measure(embedded.at(*condition)).items():
+            for name, value in measure(batch.at(*condition)).items():
                 if name not in results:
                     kind = np.float64 if value.dtype == torch.float64 else np.float32
-                    results[name] = np.empty((len(at), len(images), *value.shape[1:]), kind)
+                    results[name] = np.empty((len(at), len(embedded), *value.shape[1:]), kind)
                 results[name][k, rows] = value.numpy()
     return results
 
@@ -295,6 +481,6 @@ def logits(
 ) -> Float[np.ndarray, "condition n action"]:
     """Return the action logits of every observation at every (rtg, timestep); `model` itself, up to rounding."""
     values = per_observation(
-        model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress
+        model, observations, conditions, lambda run: {"logits": run.logits()}, FAST_BATCH_SIZE, progress
     )
     return values["logits"]

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, combinations
 from typing import Any
 
@@ -24,6 +25,7 @@ from minigrid.core.world_object import Ball, Goal
 from minigrid.envs import DynamicObstaclesEnv
 
 from dtbook.gridworld import kernels
+from dtbook.gridworld.decomposition import Parts, decompose
 from dtbook.gridworld.kernels import VIEW_SIZE
 from dtbook.gridworld.rules import (
     ACTIONS,
@@ -57,6 +59,11 @@ class ObservationSet:
     images: UInt8[np.ndarray, "n 7 7 3"]
     multiplicity: Int64[np.ndarray, " n"]
     witness: GridState
+
+    @cached_property
+    def parts(self) -> Parts:
+        """Each image as a view without obstacles and its obstacles, found when first asked for."""
+        return decompose(self.images)
 
     def __len__(self) -> int:
         return len(self.images)

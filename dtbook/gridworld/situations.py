@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 
+from dtbook.gridworld.decomposition import EMPTY_CELL
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import EMPTY, GOAL, OBSTACLE, WALL
 from dtbook.gridworld.rules import FRONT
@@ -27,9 +28,6 @@ AT_HAND = {"goal from the top": (2, 6), "goal from the left": (4, 6)}
 SITUATIONS = (*IN_FRONT, *AT_HAND)
 FACING = tuple(name for name in SITUATIONS if name != "empty")
 """Situations in which there is something in front of the agent."""
-
-EMPTY_CELL = (EMPTY, 0, 0)
-"""An empty cell as minigrid shows it: object, colour, state."""
 
 MODEL_BATCH = 8192
 

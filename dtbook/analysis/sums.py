@@ -1,0 +1,161 @@
+"""The compiled inner loops of `population`: plain arrays in, plain arrays out, one thread, no checks.
+
+An observation is a view and up to `most` obstacles (`gridworld.decomposition`); whatever is linear in it is a row of a
+table of views plus rows of a table of obstacles. Neighbours begin with the same rows, so partial sums are kept on a
+stack and only what differs is added. The order of the additions is always that of the parts.
+"""
+
+from functools import partial
+from typing import no_type_check
+
+import numpy as np
+
+from dtbook.gridworld.kernels import compiled
+
+
+@partial(compiled, fastmath=True)
+@no_type_check
+def sum_rows(view, obstacle, of_view, of_obstacle, out):
+    """Write the sum of each observation's rows, (n, column), into `out`."""
+    for i in range(len(view)):
+        for j in range(of_view.shape[1]):
+            out[i, j] = of_view[view[i], j]
+        for k in range(obstacle.shape[1]):
+            row = obstacle[i, k]
+            if row < 0:
+                break
+            for j in range(of_view.shape[1]):
+                out[i, j] += of_obstacle[row, j]
+
+
+@compiled
+@no_type_check
+def sum_products(view, obstacle, view_view, view_obstacle, obstacle_obstacle, out):
+    """Write, for each head, the sum over all pairs of an observation's parts, (head, n), into `out`.
+
+    `view_obstacle` holds both orders of a pair, and so do the entries of `obstacle_obstacle` off its diagonal.
+    """
+    for h in range(len(out)):
+        for i in range(len(view)):
+            total = view_view[h, view[i]]
+            for k in range(obstacle.shape[1]):
+                row = obstacle[i, k]
+                if row < 0:
+                    break
+                total += view_obstacle[h, view[i], row] + obstacle_obstacle[h, row, row]
+                for m in range(k):
+                    total += obstacle_obstacle[h, row, obstacle[i, m]]
+            out[h, i] = total
+
+
+@compiled
+@no_type_check
+def sum_numbers(view, obstacle, of_view, of_obstacle, out):
+    """Add each observation's numbers, (head, n), to `out`."""
+    for h in range(len(out)):
+        for i in range(len(view)):
+            total = of_view[view[i], h]
+            for k in range(obstacle.shape[1]):
+                row = obstacle[i, k]
+                if row < 0:
+                    break
+                total += of_obstacle[row, h]
+            out[h, i] += total
+
+
+@compiled
+@no_type_check
+def add_weights(view, obstacle, weight, to_view, to_obstacle):
+    """Add each observation's weights, (head, n), to those of its parts: how often a weighted sum holds each row."""
+    for h in range(len(weight)):
+        for i in range(len(view)):
+            to_view[h, view[i]] += weight[h, i]
+            for k in range(obstacle.shape[1]):
+                if obstacle[i, k] < 0:
+                    break
+                to_obstacle[h, obstacle[i, k]] += weight[h, i]
+
+
+@partial(compiled, fastmath=True)
+@no_type_check
+def mlp(view, obstacle, of_view, of_obstacle, source, part, weight, scale, vector, constant, choice, W, out):
+    """Write what the neurons of each variant write on the logits, (variant, action, n), into `out`.
+
+    A term is weight · (the sum of the rows of one part of one source) + scale · vector, a number of each for every
+    observation; where `part` is −1 it is the second alone. The neurons' `pre` is the variant's constant + the terms
+    that `choice` names, filled up with terms of zero: an index of `len(part)`.
+
+    Shapes: view (source, n), obstacle (source, n, most), of_view and of_obstacle (row, part, neuron), source and part
+    (term), weight and scale (term, n), vector (term, neuron), constant (variant, neuron), choice
+    (variant, ≥ 3), W (actions filled up to a multiple of three, neuron).
+    """
+    n_sources, n, most = obstacle.shape
+    n_terms, n_actions = len(part), out.shape[1]
+    n_parts, n_neurons = of_view.shape[1:]
+    rest = n_terms + 1
+    stack = np.zeros((n_sources, most + 1, n_parts, n_neurons), of_view.dtype)
+    held = np.full((n_sources, most + 1), -1)  # which rows the stack holds
+    top = np.zeros(n_sources, np.int64)
+    terms = np.zeros((n_terms + 2, n_neurons), of_view.dtype)  # then nothing, and the sum of those beyond two
+    used = np.zeros((n_sources, n_parts), np.bool_)
+    for t in range(n_terms):
+        if part[t] >= 0:
+            used[source[t], part[t]] = True
+    zero = of_view.dtype.type(0)
+    for i in range(n):
+        for s in range(n_sources):
+            depth, seen = 0, view[s, i]
+            if held[s, 0] == seen:  # what the observation before begins with as well
+                while (
+                    depth < most and obstacle[s, i, depth] >= 0 and obstacle[s, i, depth] == held[s, depth + 1]
+                ):
+                    depth += 1
+            else:
+                held[s, 0] = seen
+                for p in range(n_parts):
+                    if used[s, p]:
+                        for j in range(n_neurons):
+                            stack[s, 0, p, j] = of_view[seen, p, j]
+            while depth < most and obstacle[s, i, depth] >= 0:
+                row = obstacle[s, i, depth]
+                held[s, depth + 1] = row
+                for p in range(n_parts):
+                    if used[s, p]:
+                        for j in range(n_neurons):
+                            stack[s, depth + 1, p, j] = stack[s, depth, p, j] + of_obstacle[row, p, j]
+                depth += 1
+            if depth < most:
+                held[s, depth + 1] = -1
+            top[s] = depth
+        for t in range(n_terms):
+            w, b, s, p = weight[t, i], scale[t, i], source[t], part[t]
+            depth = top[s]
+            if p < 0:
+                for j in range(n_neurons):
+                    terms[t, j] = b * vector[t, j]
+            else:
+                for j in range(n_neurons):
+                    terms[t, j] = w * stack[s, depth, p, j] + b * vector[t, j]
+        for v in range(len(choice)):
+            first, second, third = choice[v, 0], choice[v, 1], choice[v, 2]
+            if choice.shape[1] > 3:
+                for j in range(n_neurons):
+                    terms[rest, j] = terms[third, j]
+                for c in range(3, choice.shape[1]):
+                    t = choice[v, c]
+                    for j in range(n_neurons):
+                        terms[rest, j] += terms[t, j]
+                third = rest
+            for a in range(0, len(W), 3):
+                x, y, z = zero, zero, zero
+                for j in range(n_neurons):
+                    pre = constant[v, j] + terms[first, j] + terms[second, j] + terms[third, j]
+                    post = max(pre, zero)
+                    x += post * W[a, j]
+                    y += post * W[a + 1, j]
+                    z += post * W[a + 2, j]
+                out[v, a, i] = x
+                if a + 1 < n_actions:
+                    out[v, a + 1, i] = y
+                if a + 2 < n_actions:
+                    out[v, a + 2, i] = z
