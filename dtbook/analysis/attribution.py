@@ -95,8 +95,13 @@ def decompose(
 
     Heads are read at `hook_z` and the MLP at `hook_mlp_out`, so under `model.hooks(...)` that ablate those,
     the sum is that of the ablated run. Invariant: the values sum to the logits of this run; RuntimeError is
-    raised where they do not to 1e-5 of the largest component (another activation is being edited).
+    raised where they do not to 1e-5 of the largest component (another activation is being edited). Raises ValueError
+    for a model of half precision, whose sums are not exact.
     """
+    if model.W_U.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"model is in {model.W_U.dtype}; its logits are a sum only in float32 or float64: model.float()."
+        )
     logits, cache = model.run_with_cache(
         states, rtgs, timesteps, actions, names_filter=lambda name: name.endswith(("hook_z", "hook_mlp_out"))
     )
@@ -116,6 +121,8 @@ def decompose(
 
 
 def _assert_sum(parts: dict[str, Tensor], logits: Tensor) -> None:
+    if not logits.numel():
+        return
     stacked = torch.stack(list(parts.values()))
     error = (stacked.sum(0) - logits).abs().max()
     if not error <= 1e-5 * max(1.0, float(stacked.abs().max())):
