@@ -92,6 +92,77 @@ def test_a_write_of_nothing_is_an_error(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_what_is_written_has_the_rights_that_the_umask_leaves(tmp_path, mask):
+    """Whoever makes the files of a draft: some make them so that only their owner reads them."""
+    former = os.umask(mask)
+    try:
+        with atomic_write(tmp_path / "model") as draft:
+            draft.mkdir()
+            os.close(os.open(draft / "weights", os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(former)
+    assert (tmp_path / "model/weights").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").mkdir()
+    for name in ("old", "new"):
+        (tmp_path / "here" / name).symlink_to(Path("../there", name))
+    (tmp_path / "there/old").write_text("former")
+    for name in ("old", "new"):
+        with atomic_write(tmp_path / "here" / name) as draft:
+            draft.write_text("latter")
+        assert (tmp_path / "here" / name).is_symlink()
+        assert (tmp_path / "there" / name).read_text() == "latter"
+    store = ArtifactStore(tmp_path / "here")
+    with store.write("old", **MADE_BY) as draft:
+        draft.write_text("of a store")
+    assert (tmp_path / "there/old").read_text() == "of a store"
+    assert store.path("old").is_symlink()
+    assert hidden(tmp_path) == []
+
+
+def test_links_that_lead_to_one_another_are_named(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match=r"cannot write .*/a \("), atomic_write(tmp_path / "a"):
+        pytest.fail("the error must come before the work")
+
+
+@pytest.mark.parametrize("name", [".", "..", "../work"])
+def test_a_file_does_not_take_the_place_of_a_folder(tmp_path, monkeypatch, name):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/mine").write_text("mine")
+    monkeypatch.chdir(tmp_path / "work")
+    for target, write, kind in ((name, Path.touch, "folder"), ("mine", Path.mkdir, "file")):
+        words = re.escape(f"cannot write {target} (there is a {kind} of that name)")
+        with pytest.raises(OSError, match=words), atomic_write(target) as draft:
+            write(draft)
+    assert [(path.name, path.read_text()) for path in Path.cwd().iterdir()] == [("mine", "mine")]
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [".", "..", "link", "below/.."])
+def test_a_folder_that_stays_is_the_same_one_and_keeps_its_files(tmp_path, monkeypatch, name):
+    work = tmp_path / "work"
+    (work / "below").mkdir(parents=True)
+    (work / "link").symlink_to("..")
+    monkeypatch.chdir(work)
+    folder = Path(name).resolve()
+    (folder / "mine").write_text("mine")
+    (folder / "weights").write_text("former")
+    before = folder.stat().st_ino
+    with atomic_write(name, keep=True) as draft:
+        draft.mkdir()
+        (draft / "weights").write_text("latter")
+    assert folder.stat().st_ino == before, "who works in it has no other folder under the feet"
+    assert (Path.cwd(), (work / "link").is_symlink()) == (work, True)
+    assert [(folder / each).read_text() for each in ("mine", "weights")] == ["mine", "latter"]
+    assert hidden(tmp_path) == []
+
+
 # kill -9
 
 WRITER = """
@@ -145,6 +216,34 @@ def test_kill_between_taking_away_and_putting_a_folder_brings_the_former_one_bac
 
     assert (store.path("models/reference") / "model.safetensors").read_bytes() == former
     assert store.verify() == []
+
+
+def test_what_a_kill_left_unmoved_in_a_folder_that_stays_is_moved_by_the_next_write(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    program = """
+        import os, signal, sys
+        from pathlib import Path
+        from dtbook.artifacts import atomic_write
+        replace = Path.replace
+        with atomic_write(sys.argv[1], keep=True) as draft:
+            draft.mkdir()
+            for name in ("config.json", "model.safetensors"):
+                (draft / name).write_text("new")
+            if sys.argv[2] == "moving":
+                Path.replace = lambda *names: (replace(*names), os.kill(os.getpid(), signal.SIGKILL))
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+    """
+    moved = []
+    for when in ("writing", "moving"):
+        ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program), tmp_path, when])
+        assert ended.returncode == -signal.SIGKILL
+        moved.append(sorted(path.name for path in tmp_path.iterdir() if path.is_file()))
+    assert moved == [["mine"], ["config.json", "mine"]]
+    with atomic_write(tmp_path, keep=True) as draft:
+        draft.mkdir()
+        assert (tmp_path / "model.safetensors").read_text() == "new"
+    assert hidden(tmp_path) == []
 
 
 def test_kill_at_any_moment_leaves_whole_artifacts(store):

@@ -94,6 +94,25 @@ def test_float32_components_of_the_default_model_sum_too():
     torch.testing.assert_close(sum(parts.values()), model(*inputs(model.cfg)), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_and_its_model_in_float32_is_not(dtype):
+    model = loud(CONFIGS[0], dtype)
+    with pytest.raises(ValueError, match=rf"^model is in {dtype}; its logits are .*: model\.float\(\)\.$"):
+        decompose(model, *inputs(model.cfg))
+    model.float()
+    parts = decompose(model, *inputs(model.cfg))
+    torch.testing.assert_close(sum(parts.values()), model(*inputs(model.cfg)), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS)
+def test_a_batch_of_none_has_components_of_no_rows(cfg):
+    model = loud(cfg)
+    none = [None if each is None else each[:0] for each in inputs(cfg)]
+    parts = decompose(model, *none)
+    assert {part.shape for part in parts.values()} == {model(*none).shape} == {(0, cfg.n_timesteps, 3)}
+    assert parts.keys() == decompose(model, *inputs(cfg)).keys()
+
+
 def test_under_ablation_the_sum_is_that_of_the_ablated_run():
     cfg = CONFIGS[2]
     model = loud(cfg)

@@ -302,6 +302,77 @@ def test_distributions_write_probabilities_under_log_odds():
     assert all(trace.fillcolor.startswith(trace.line.color) for trace in fig.data)
 
 
+NAN, INF, ALT = float("nan"), float("inf"), {"alt": "words"}
+GAPPY = pd.Series([1.0, NAN, 2.0], [0, 1, 2])
+
+
+def bundle(fig):
+    """What the book gets of a figure, whose JSON a browser must be able to read."""
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    text = BookRenderer().to_mimebundle(fig.to_dict())["text/html"]
+    return json.loads(re.search(r'"application/json">(.*?)</script>', text, re.S)[1], parse_constant=refuse)
+
+
+def test_what_is_missing_is_a_gap_and_no_error():
+    band = pd.DataFrame({"mean": GAPPY, "low": GAPPY - 1, "high": GAPPY + 1})
+    fig = figures.lines({"": {"line": GAPPY, "band": band}}, x_title="", y_title="", **ALT)
+    assert np.array_equal(fig.data[0].y, GAPPY.astype(np.float32), equal_nan=True)
+    assert (list(fig.data[1].x), list(fig.data[1].y)) == ([0, 2, 2, 0], [0, 1, 3, 2])
+    bundle(fig)
+    bundle(figures.grouped_bars(pd.DataFrame({"some": GAPPY}), y_title="", **ALT))
+    bundle(figures.new_figure(**ALT).add_scatter(y=[1, NAN, INF]).update_xaxes(range=[0, NAN]))
+    card = pd.DataFrame(
+        {"label": ["a"], "posts_weights": NAN, "none": 0.0, "effect": 1.0, "low": 0.0, "high": 2.0}
+    )
+    bundle(figures.forest(card, card, x_title="", **ALT))
+
+
+@pytest.mark.parametrize(
+    ("draw", "named"),
+    [
+        (
+            lambda x: figures.lines({"": {"loss": pd.Series([1.0, x])}}, x_title="", y_title="", **ALT),
+            "'loss'",
+        ),
+        (
+            lambda x: figures.lines({"": {"loss": pd.Series([1.0], [x])}}, x_title="", y_title="", **ALT),
+            "the index of 'loss'",
+        ),
+        (lambda x: figures.grouped_bars(pd.DataFrame({"loss": [1, x]}), y_title="", **ALT), "'loss'"),
+        (
+            lambda x: figures.before_after(
+                {"case": (pd.DataFrame({"before": [x], "after": [1.0]}),) * 2}, unit="", **ALT
+            ),
+            "'before' of 'case'",
+        ),
+        (lambda x: figures.view_maps(np.full((1, 7, 7), x), ["map"], **ALT), "values"),
+        (lambda x: figures.return_by_length(np.array([x]), np.array([1]), **ALT), "returns"),
+        (lambda x: figures.attention_heads(np.full((1, 1, 1), x), ["R"], ["L0H1"], **ALT), "patterns"),
+        (lambda x: figures.attention_heads(np.ones((1, 1, 1)), ["R"], ["L0H1"], largest=x, **ALT), "largest"),
+    ],
+)
+@pytest.mark.parametrize("number", [INF, -INF, NAN])
+def test_numbers_that_are_not_finite_are_refused(draw, named, number):
+    if np.isnan(number) and named == "'loss'":
+        number = np.float64(1e39)  # too large for float32; a single NaN is a gap
+    with pytest.raises(
+        ValueError, match=rf"^{named} holds -?(inf|nan); every number of a figure must be finite"
+    ):
+        draw(number)
+
+
+def test_a_line_of_nothing_but_gaps_and_a_certain_event_are_refused():
+    with pytest.raises(ValueError, match="'loss' holds nan; every number of a figure must be finite, or NaN"):
+        figures.lines({"": {"loss": GAPPY * NAN}}, x_title="", y_title="", **ALT)
+    with pytest.raises(
+        ValueError, match=r"at holds 1\.0; a probability that has log odds lies between 0 and 1"
+    ):
+        figures.distributions({"": pd.DataFrame({"share": [1.0]})}, at=[0.5, 1.0], **ALT)
+
+
 def test_book_style_becomes_the_default_except_in_colab(monkeypatch):
     monkeypatch.setattr(pio.templates, "default", pio.templates.default)
     monkeypatch.setattr(pio.renderers, "default", pio.renderers.default)

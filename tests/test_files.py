@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pooch
 import pytest
@@ -90,6 +91,20 @@ def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch):
         model.save_pretrained(folder.parent / "new")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "link"])
+def test_a_model_is_saved_where_one_works_and_through_a_link(saved, monkeypatch, name):
+    model, folder = saved
+    work = folder.parent / "project/work"
+    (work / "elsewhere").mkdir(parents=True)
+    (work / "link").symlink_to("elsewhere")
+    monkeypatch.chdir(work)
+    model.save_pretrained(name)
+    assert DecisionTransformer.from_pretrained(name).metadata == METADATA
+    assert (Path.cwd(), (work / "link").is_symlink(), (work / "elsewhere").is_dir()) == (work, True, True)
+    weights = Path(name, "model.safetensors")
+    assert weights.stat().st_mode == Path(name, "config.json").stat().st_mode
 
 
 def truncate_weights(folder):

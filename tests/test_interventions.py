@@ -1,6 +1,10 @@
 """Ablation, patching and path patching against TransformerLens, edited weights and what linearity gives exactly."""
 
 import math
+import re
+import subprocess
+import sys
+import textwrap
 from contextlib import ExitStack
 from itertools import product
 
@@ -590,6 +594,142 @@ def test_a_source_without_the_activation_gets_one_sentence():
         patch(model, {}, "L0 MLP"),
     ):
         raise AssertionError("entered")
+
+
+HEAD_1 = "blocks.0.attn.hook_z"
+
+
+def without_type_checker(script):
+    """The lines that a script prints where nothing checks types, as wherever the package is used but in tests."""
+    head = """
+    import numpy as np, torch
+    from dtbook.analysis.interventions import *
+    from dtbook.analysis.interventions import Site, edited, site
+    from dtbook.model import DecisionTransformer, DTConfig
+    model = DecisionTransformer(DTConfig(d_model=16, n_heads=2, d_head=4, d_mlp=8, n_timesteps=3)).eval()
+    x = torch.zeros(2, 3, 7, 7, 3, dtype=torch.uint8), torch.ones(2, 3), *2 * [torch.zeros(2, 3, dtype=torch.int64)]
+    x = *x[:3], x[3][:, :2]
+    _, cache = model.run_with_cache(*x)
+    HEAD = "blocks.0.attn.hook_z"
+    def enter(context):
+        try:
+            with context:
+                return model(*x)
+        except ValueError as error:
+            return str(error)
+    """
+    program = textwrap.dedent(head) + textwrap.dedent(script)
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def test_every_intervention_refuses_what_is_no_site():
+    said = without_type_checker("""
+    for where in (["L0H1"], 1, None, Site(HEAD, 1.0), Site(HEAD, 1, [1])):
+        contexts = ablate(model, where), edited(model, (where, torch.zeros_like)), patch(model, cache, where)
+        print(*{enter(context) for context in contexts}, sep=" and ")
+    for to in ("mean", None, [0.0]):
+        print(enter(ablate(model, "L0H1", to=to)))
+    print(enter(path_patch(model, cache, cache, ["L0H1"], "logits")))
+    print(enter(path_patch(model, cache, cache, "L0H1", 3)))
+    """)
+    no_site = (
+        'There is no hook or component {}; name a hook of the model, such as "blocks.0.attn.hook_z", or a component, '
+        'such as "L0H1", "L0 MLP" or "L0N17", each by itself.'
+    )
+    assert said == [
+        *(no_site.format(where) for where in ("['L0H1']", "1", "None")),
+        "head is 1.0 in 'blocks.0.attn.hook_z'; this model has heads 0 to 1.",
+        f"positions is [1] at {HEAD_1}; this model has positions 0 to 7: give one of them, a slice or None.",
+        *(
+            f"to is {to!r}; it must be a number, a tensor or an edit, such as feature_mean."
+            for to in ("mean", None, [0.0])
+        ),
+        'sender is [\'L0H1\']; it must be "rtg", "state", "action", "time", or like '
+        '"L0H1", "L0 MLP" or "L0N17".',
+        'receiver is 3; it must be like "L0H1 Q", "L0H1 K", "L0H1 V" or "L0 MLP", or "logits".',
+    ]
+
+
+def test_numpy_numbers_are_numbers():
+    said = without_type_checker("""
+    for number in (0, 1, -1):
+        plain, numpy = (enter(ablate(model, Site(HEAD, kind(1), kind(number)))) for kind in (int, np.int64))
+        print(torch.equal(plain, numpy))
+    """)
+    assert said == ["True"] * 3
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (Site(HEAD_1, 1, slice(8, None)), r"positions is slice\(8, None, None\) at .* positions 0 to 7"),
+        (
+            Site("hook_rtg_embed", None, slice(3, 5)),
+            r"positions is slice\(3, 5, None\) at .* positions 0 to 2",
+        ),
+    ],
+)
+def test_a_slice_that_no_run_has_is_refused_before_anything_runs(where, message):
+    model = loud(DEEP)
+    with pytest.raises(ValueError, match=message), ablate(model, where):
+        raise AssertionError("entered")
+    assert not hooked(model)
+
+
+def test_positions_that_a_run_does_not_have_are_refused_as_it_runs():
+    model = loud(DEEP)
+    _, long = model.run_with_cache(*inputs(DEEP))
+    _, short = model.run_with_cache(*inputs(DEEP, time=2))
+    run = {time: inputs(DEEP, time=time) for time in (2, 3)}
+    for position in (7, -8, slice(6, None)):
+        of_head_1, words = Site(HEAD_1, 1, position), re.escape(f"positions is {position} at {HEAD_1}; ")
+        for context in (
+            ablate(model, of_head_1),
+            ablate(model, "L0H1", positions=position),
+            patch(model, long, of_head_1),
+        ):
+            with pytest.raises(ValueError, match=words + "this run has positions 0 to 4"), context:
+                model(*run[2])
+        with (
+            pytest.raises(ValueError, match=words + "source has positions 0 to 4"),
+            patch(model, short, of_head_1),
+        ):
+            raise AssertionError("entered")
+        with pytest.raises(ValueError, match=words + "this run"):
+            component_outputs(model, of_head_1, *run[2])
+    with (
+        path_patch(model, long, long, "L0H1", "logits", 7),
+        pytest.raises(ValueError, match=r"positions is 7 at .*; this run has positions 0 to 4"),
+    ):
+        model(*run[2])
+    assert not hooked(model)
+
+
+def test_a_number_or_a_tensor_may_stand_for_what_is_written_instead():
+    model, x = loud(ONE), inputs(ONE)
+    for value in (0.0, 0.5, torch.arange(4.0)):
+        with ablate(model, "L0H1", to=constant(torch.as_tensor(value))):
+            expected = model(*x)
+        with ablate(model, "L0H1", to=value):
+            assert torch.equal(model(*x), expected)
+
+
+def test_nan_is_put_nowhere():
+    with (
+        pytest.raises(ValueError, match="value has 1 entries that are NaN"),
+        ablate(loud(ONE), "L0H1", to=math.nan),
+    ):
+        raise AssertionError("entered")
+
+
+def test_a_batch_of_none_goes_through_every_intervention():
+    model, none = loud(ONE), [each[:0] for each in inputs(ONE)[:3]]
+    _, cache = model.run_with_cache(*none)
+    for context in (ablate(model, "L0H1", "L0 MLP"), patch(model, cache, "L0H1", "L0 MLP")):
+        with context:
+            assert model(*none).shape == (0, 1, 3)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from dtbook.analysis.attribution import contrast
+from dtbook.analysis.attribution import FORWARD, check_actions, contrast
 from dtbook.analysis.interventions import ablate
 from dtbook.analysis.population import Condition, Embedded, FoldedWeights, Run, embedded_batches
 from dtbook.analysis.stats import weighted_quantile
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
-from dtbook.gridworld.rules import Task
+from dtbook.gridworld.rules import ACTIONS, Task
 from dtbook.gridworld.situations import FACING, SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import ACTING, RTGS, TIMESTEPS
@@ -65,7 +65,7 @@ def situation_table(
     """Return one row for each situation, RTG, timestep and ablation.
 
     Columns: `situation`, `rtg`, `timestep`; `ablated` ("none", "L0H0", …, "L0 MLP") and `how` (`HOW`); weighted means
-    `left`, `right` and `forward` of the three probabilities; quantiles of P(forward) over the situation (`QUANTILES`);
+    `left`, `right` and `forward` of these probabilities; quantiles of P(forward) over the situation (`QUANTILES`);
     `logit_diff`, the mean of the preference, and the mean contributions to it that sum to it: "state", "time and
     position", each head, "L0 b_O", "L0 MLP", "b_U"; `attention L0H0` …, the mean attention to RTG of the intact run;
     `share` of all states, and the number of `observations`.
@@ -73,7 +73,8 @@ def situation_table(
     Situations that no observation shows are left out. Peak memory: the observations, and P(forward) of each of them for
     every condition and ablation. Raises ValueError as `population.FoldedWeights`, `variants` and `contrast`.
     """
-    direction = contrast(preference).to(model.W_U)
+    direction = contrast(preference, model.cfg.n_actions).to(model.W_U)
+    check_actions(model.cfg.n_actions)
     donors = np.random.default_rng(seed).choice(len(observations), len(observations), p=weights(observations))
     conditions = [Condition(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
     sums = _Sums(FoldedWeights(model), observations, donors, conditions, variants(model, how), direction)
@@ -155,14 +156,14 @@ class _Sums:
         """Add this batch to the weighted sums of one condition and ablation, and keep its P(forward)."""
         f, probabilities = self.folded, logits.softmax(-1)
         b_O = f.direct_logits(f.b_O)
-        self.forward[k, v, batch] = probabilities[:, 2].numpy()
+        self.forward[k, v, batch] = probabilities[:, FORWARD].numpy()
         mlp_out = written.pop("L0 MLP")
         parts = {"state": f.direct_logits(run.embedded.state)}
         parts |= {"time and position": f.direct_logits(run.fixed) - b_O}
         parts |= written | {"L0 b_O": b_O, "L0 MLP": mlp_out, "b_U": f.b_U}
         on_preference = [part @ self.direction for part in (logits, *parts.values())]
         columns = [
-            probabilities,
+            probabilities[:, : len(ACTIONS)],
             *(value.expand(len(logits))[:, None] for value in on_preference),
             run.pattern.T,
         ]
@@ -178,7 +179,7 @@ class _Sums:
         row, mask = list(self.rows).index(situation), self.rows[situation]
         share = float(self.weights[mask].sum())
         means = (self.sums[condition, variant][row] / share).tolist()
-        names = ["left", "right", "forward", "logit_diff", *self.components]
+        names = [*ACTIONS, "logit_diff", *self.components]
         names += [f"attention {head}" for head in self.folded.head_names]
         forward = self.forward[self.conditions.index(condition), self.variants.index(variant)][mask]
         quantiles = weighted_quantile(forward, self.weights[mask], np.array(list(QUANTILES.values())))
@@ -244,6 +245,7 @@ def neurons(
     """
     if unknown := [name for name in how if name not in NEURON_WAYS]:
         raise ValueError(f"how is {unknown[0]!r}; it must be one of {', '.join(map(repr, NEURON_WAYS))}.")
+    check_actions(model.cfg.n_actions)
     folded = FoldedWeights(model)
     conditions = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
     means = _neuron_means(folded, observations, conditions, progress) if "mean" in how else {}
@@ -298,7 +300,8 @@ class _NeuronByNeuron:
         name = f"neurons, {self.situation}" if progress else None
         for rows, embedded in embedded_batches(self.folded, self.images, progress=name):
             self._add(rows, embedded, conditions, sums)
-        on_preference = (self.folded.W_mlp @ contrast(preference).to(self.folded.W_mlp)).double().numpy()
+        on_preference = self.folded.W_mlp @ contrast(preference, len(self.folded.b_U)).to(self.folded.W_mlp)
+        on_preference = on_preference.double().numpy()
         (active, fired), *ablated = sums / len(conditions)
         intact = {
             "neuron": np.arange(self.folded.d_mlp),
@@ -332,19 +335,13 @@ class _NeuronByNeuron:
                     instead = self.means[condition].astype(post.dtype)
                 else:
                     instead = np.zeros_like(post[:1])
-                _replace_each(logits, post, np.broadcast_to(instead, post.shape), weight, share, sums[k])
+                replace = _replace_each if weight.shape[1] == len(ACTIONS) else _replace_each_of_many
+                replace(logits, post, np.broadcast_to(instead, post.shape), weight, share, sums[k])
 
 
 @partial(compiled, fastmath=True)
 @no_type_check
-def _replace_each(
-    logits: np.ndarray,
-    post: np.ndarray,
-    instead: np.ndarray,
-    weight: np.ndarray,
-    share: np.ndarray,
-    sums: np.ndarray,
-) -> None:
+def _replace_each(logits, post, instead, weight, share, sums) -> None:
     """Add a batch to the sums (change of the activation, rise of P(forward)) of each neuron, in place."""
     for i in range(len(logits)):
         left, right = np.exp(logits[i, 0] - logits[i, 2]), np.exp(logits[i, 1] - logits[i, 2])
@@ -356,6 +353,17 @@ def _replace_each(
                 turned += right * np.exp(change * (weight[n, 1] - weight[n, 2]))
                 sums[0, n] += share[i] * change
                 sums[1, n] += share[i] * (1 / (1 + turned) - intact)
+
+
+@no_type_check
+def _replace_each_of_many(logits, post, instead, weight, share, sums) -> None:
+    """Do what `_replace_each` does where there are more actions than left, right and forward."""
+    others = np.delete(np.arange(weight.shape[1]), FORWARD)
+    odds, gain = (x[:, others] - x[:, [FORWARD]] for x in (logits, weight))
+    change, odds = instead - post, np.exp(odds)
+    turned = sum(odds[:, [k]] * np.exp(change * gain[:, k]) for k in range(len(others)))
+    sums[0] += share @ change
+    sums[1] += share @ (1 / (1 + turned) - 1 / (1 + odds.sum(1, keepdims=True)))
 
 
 # Play

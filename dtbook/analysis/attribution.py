@@ -17,34 +17,60 @@ from dtbook.model.config import ONE_HOT_SIZES, Actions, Rtgs, States, Timesteps,
 from dtbook.model.transformer import DecisionTransformer
 
 IMAGE_CHANNELS = ("object", "colour", "state")
+FORWARD = ACTIONS.index("forward")
 LETTERS = {name[0].upper(): index for index, name in enumerate(ACTIONS)}
 
 
-def contrast(preference: str) -> Float[Tensor, " action"]:
+def contrast(preference: str, n_actions: int = len(ACTIONS)) -> Float[Tensor, " action"]:
     """Return the weights a preference gives the logits: "F-R" is +1 for forward and −1 for right.
 
-    `logits @ contrast("F-R")` is the logit difference. Raises ValueError for any other string.
+    `logits @ contrast("F-R")` is the logit difference. Actions have minigrid's numbers, however many a model has.
+    Raises ValueError for any other string, and for an action that is not among them.
     """
-    weights = torch.zeros(len(ACTIONS))
+    weights = torch.zeros(n_actions)
     letters = preference.split("-")
     if len(letters) > 2 or len(set(letters)) < len(letters) or not set(letters) <= set(LETTERS):
         raise ValueError(f'preference is {preference!r}; it must be L, R, F or a pair of them such as "F-R".')
+    check_actions(n_actions, max(LETTERS[letter] for letter in letters))
     for letter, sign in zip(letters, (1.0, -1.0), strict=False):
         weights[LETTERS[letter]] = sign
     return weights
 
 
+def check_actions(n_actions: int, last: int = FORWARD) -> None:
+    """Raise ValueError unless there is the action of that number, minigrid's."""
+    if n_actions <= last:
+        raise ValueError(
+            f"n_actions of model is {n_actions}; it must be more than {last}, minigrid's number of {ACTIONS[last]}."
+        )
+
+
+def but_forward(logits: Float[Tensor, "*batch action"]) -> Float[Tensor, "*batch other"]:
+    """Return the logits of all other actions: left and right, and what else a model has."""
+    check_actions(logits.shape[-1])
+    turns = logits[..., :FORWARD]
+    return turns if logits.shape[-1] == len(ACTIONS) else torch.cat([turns, logits[..., FORWARD + 1 :]], -1)
+
+
 def forward_preference(logits: Float[Tensor, "*batch action"]) -> Float[Tensor, "*batch"]:
-    """Return logit F − logsumexp(logit L, logit R): the log odds of moving forward."""
-    return logits[..., 2] - logits[..., :2].logsumexp(-1)
+    """Return logit F − logsumexp(logit L, logit R, and of any other action): the log odds of moving forward."""
+    others = but_forward(logits).logsumexp(-1)
+    return logits[..., FORWARD] - others
+
+
+def forward_over_turns(n_actions: int) -> Float[Tensor, " action"]:
+    """Return the weights of the logits in direct attribution: forward against the mean of left and right."""
+    left, right, forward = (contrast(letter, n_actions) for letter in LETTERS)
+    return forward - (left + right) / 2
 
 
 def preference_direction(model: DecisionTransformer, preference: str) -> Float[Tensor, " d_model"]:
     """Return the residual-stream direction of a preference (W_U @ contrast).
 
-    Detached, in the model's dtype. The bias b_U @ contrast belongs to no direction and is not in it.
+    Detached, in the model's dtype. The bias b_U @ contrast belongs to no direction and is not in it. Raises as
+    `contrast`.
     """
-    return model.W_U.detach() @ contrast(preference).to(model.W_U)
+    return model.W_U.detach() @ contrast(preference, model.cfg.n_actions).to(model.W_U)
 
 
 def channel_slices(model: DecisionTransformer) -> dict[str, slice]:
@@ -95,8 +121,13 @@ def decompose(
 
     Heads are read at `hook_z` and the MLP at `hook_mlp_out`, so under `model.hooks(...)` that ablate those,
     the sum is that of the ablated run. Invariant: the values sum to the logits of this run; RuntimeError is
-    raised where they do not to 1e-5 of the largest component (another activation is being edited).
+    raised where they do not to 1e-5 of the largest component (another activation is being edited). Raises ValueError
+    for a model of half precision, whose sums are not exact.
     """
+    if model.W_U.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"model is in {model.W_U.dtype}; its logits are a sum only in float32 or float64: model.float()."
+        )
     logits, cache = model.run_with_cache(
         states, rtgs, timesteps, actions, names_filter=lambda name: name.endswith(("hook_z", "hook_mlp_out"))
     )
@@ -116,6 +147,8 @@ def decompose(
 
 
 def _assert_sum(parts: dict[str, Tensor], logits: Tensor) -> None:
+    if not logits.numel():
+        return
     stacked = torch.stack(list(parts.values()))
     error = (stacked.sum(0) - logits).abs().max()
     if not error <= 1e-5 * max(1.0, float(stacked.abs().max())):

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dtbook.analysis.attribution import contrast, forward_preference
+from dtbook.analysis.attribution import FORWARD, but_forward, check_actions, contrast, forward_preference
 from dtbook.analysis.population import Run, per_observation
 from dtbook.gridworld.env import ObservationSet
+from dtbook.gridworld.rules import ACTIONS
 from dtbook.gridworld.situations import FACING, SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import AVOIDS, RTGS, TABLE_1, TIMESTEP, TIMESTEPS
@@ -84,6 +85,7 @@ def turns(
     `rtg`, the weighted means `left`, `right` and of the products `left²`, `right²`, `left·right`. Rows of several RTGs
     may be averaged: `correlation` of that is the pooled r.
     """
+    check_actions(model.cfg.n_actions, last=1)
     conditions = [(float(rtg), timestep) for rtg in rtgs]
     values = per_observation(
         model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress
@@ -176,8 +178,9 @@ def avoided(rtgs: Sequence[float] = RTGS) -> list[tuple[str, float]]:
 
 def _forward_and_margin(run: Run) -> dict[str, torch.Tensor]:
     logits = run.logits()
-    margin = logits[:, 2] - logits[:, :2].amax(1)
-    return {"forward": logits.softmax(1)[:, 2], "margin": margin}
+    others = but_forward(logits)
+    margin = logits[:, FORWARD] - others.amax(1)
+    return {"forward": logits.softmax(1)[:, FORWARD], "margin": margin}
 
 
 def scan(
@@ -194,13 +197,14 @@ def scan(
     `P(forward)`, of the preference `logit_diff` and the contributions that sum to it, and of each head's attention to
     RTG. All observations count, so give `select(observations, situation)`, or a set of one.
     """
-    direction, share = contrast(preference).to(model.W_U), weights(observations)
+    check_actions(model.cfg.n_actions)
+    direction, share = contrast(preference, model.cfg.n_actions).to(model.W_U), weights(observations)
 
     def measure(run: Run) -> dict[str, torch.Tensor]:
         parts = run.contributions()
         logits = torch.stack(list(parts.values())).sum(0)
-        columns = dict(zip(("left", "right", "forward"), logits.unbind(1), strict=True))
-        columns |= {"P(forward)": logits.softmax(1)[:, 2], "logit_diff": logits @ direction}
+        columns = dict(zip(ACTIONS, logits.unbind(1), strict=False))
+        columns |= {"P(forward)": logits.softmax(1)[:, FORWARD], "logit_diff": logits @ direction}
         columns |= {name: part @ direction for name, part in parts.items()}
         return columns | {
             f"attention {head}": row

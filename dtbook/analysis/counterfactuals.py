@@ -24,15 +24,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from dtbook.analysis.attribution import forward_preference
+from dtbook.analysis.attribution import forward_over_turns, forward_preference
 from dtbook.analysis.population import BATCH_SIZE, FoldedWeights, Run, embedded_batches
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import FACING, select, weights, without_front
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, RTGS, TIMESTEP, printed
 
-FORWARD_OVER_TURNS = (-0.5, -0.5, 1.0)
-"""The weights of the logits in direct attribution: forward against the mean of left and right."""
 INTO_CLEAN, INTO_SOURCE = "into the clean run", "into the source run"
 
 
@@ -237,12 +235,13 @@ def ablations(run: Run) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
     resid_mid = run.resid_mid()
     for head, name in enumerate(run.embedded.folded.head_names):
         yield name, run.unembed(resid_mid - head_result(run, head))
-    yield "L0 MLP", run.unembed(resid_mid, resid_mid.new_zeros(1, len(FORWARD_OVER_TURNS)))
+    yield "L0 MLP", run.unembed(resid_mid, resid_mid.new_zeros(1, run.embedded.folded.b_U.numel()))
 
 
 def attributions(pair: Pair) -> Iterator[tuple[str, Float[Tensor, " n"]]]:
     """Yield (component, change of its direct contribution to forward − mean of left and right), source − base."""
-    direction = torch.tensor(FORWARD_OVER_TURNS).to(pair.base.fixed)
+    b_U = pair.base.embedded.folded.b_U
+    direction = forward_over_turns(len(b_U)).to(b_U)
     before, after = pair.base.contributions(), pair.source.contributions()
     for name in ("state", *pair.base.embedded.folded.head_names, "L0 MLP"):
         yield name, (after[name] - before[name]) @ direction

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from dtbook.analysis.attribution import FORWARD, check_actions
 from dtbook.analysis.heads import obstacle_head_scores
 from dtbook.gridworld.env import ObservationSet, all_observations
 from dtbook.gridworld.rules import Task
@@ -43,9 +44,10 @@ def make_probe(task: Task | None = None, n: int = 10_000, seed: int = 0) -> Prob
 @torch.inference_mode()
 def forward_probability(model: DecisionTransformer, observations: ObservationSet, rtg: float) -> float:
     """Return the weighted mean probability of forward at t = `TIMESTEP`; a longer context sees this one timestep."""
+    check_actions(model.cfg.n_actions)
     total = 0.0
     for batch in batches(observations, rtg, TIMESTEP):
-        chance = model.fast_forward(*batch.inputs)[:, 0].softmax(-1)[:, 2]
+        chance = model.fast_forward(*batch.inputs)[:, 0].softmax(-1)[:, FORWARD]
         total += float(chance.double() @ batch.weights)
     return total
 

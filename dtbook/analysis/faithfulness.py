@@ -13,6 +13,7 @@ Sources: https://arxiv.org/abs/2304.14997 (resampling what is outside), https://
 """
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dtbook.analysis.attribution import forward_preference
-from dtbook.analysis.counterfactuals import FORWARD_OVER_TURNS, Case, pairs_of
+from dtbook.analysis.attribution import FORWARD, forward_over_turns, forward_preference
+from dtbook.analysis.counterfactuals import Case, pairs_of
 from dtbook.analysis.population import FoldedWeights, Run, embedded_batches
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import select, weights
@@ -129,11 +130,14 @@ def _preference_with_each(
     weight: Float[Tensor, "neuron action"],
 ) -> Float[Tensor, "n neuron"]:
     """Return the forward preference when one neuron's activation is changed by so much, for each neuron."""
-    left, right = (
-        torch.addcmul(logits[:, k, None] - logits[:, 2, None], changes, weight[:, k] - weight[:, 2])
-        for k in (0, 1)
+    others = (
+        torch.addcmul(
+            logits[:, k, None] - logits[:, FORWARD, None], changes, weight[:, k] - weight[:, FORWARD]
+        )
+        for k in range(logits.shape[1])
+        if k != FORWARD
     )
-    return -torch.logaddexp(left, right)
+    return -reduce(torch.logaddexp, others)
 
 
 def _one_by_one(run: Run, direct: Tensor, heads: Tensor, neurons: Tensor) -> Float[Tensor, "unit n"]:
@@ -163,7 +167,7 @@ def _ablation(trio: Trio) -> Float[Tensor, "unit n"]:
 
 def _attribution(trio: Trio) -> Float[Tensor, "unit n"]:
     f, clean, source = trio.clean.embedded.folded, trio.clean, trio.source
-    direction = torch.tensor(FORWARD_OVER_TURNS).to(f.b_U)
+    direction = forward_over_turns(len(f.b_U)).to(f.b_U)
     heads = f.direct_logits(source.head_results() - clean.head_results()) @ direction
     neurons = (source.post() - clean.post()) * (f.W_mlp @ direction)
     return torch.cat([((_direct(source) - _direct(clean)) @ direction)[None], heads, neurons.T])

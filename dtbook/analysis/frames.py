@@ -55,7 +55,9 @@ def median_frames(
             select(observations, situation),
             np.flatnonzero(showing(observations.images, situation)),
         )
-        measure = partial(_with_and_without, removed=removed, direction=contrast(preference))
+        measure = partial(
+            _with_and_without, removed=removed, direction=contrast(preference, model.cfg.n_actions)
+        )
         found = per_observation(model, chosen, [(rtg, timestep)], measure, progress=progress)
         found, share = {name: value[0] for name, value in found.items()}, weights(chosen)
         forward = {run: found[f"{run} forward"] for run in RUNS}

@@ -219,7 +219,7 @@ def counterfactual_effects(
     each depends on the other. Raises ValueError for a situation that no observation shows.
     """
     sums, n, folded = _Sums(), 0, FoldedWeights(model)
-    on_F_R = contrast("F-R").to(model.W_U)
+    on_F_R = contrast("F-R", model.cfg.n_actions).to(model.W_U)
     output = folded.W_mlp @ on_F_R
     for pair in pairs(folded, observations, Case(situation, rtg, rtg), timestep):
         n += len(pair.weights)
@@ -278,7 +278,7 @@ def neuron_directions(
         name: (torch.nn.functional.normalize(direction.double(), dim=0) @ unit).numpy()
         for name, direction in directions.items()
     }
-    output = mlp.W_out @ model.W_U @ contrast(preference).to(model.W_U)
+    output = mlp.W_out @ model.W_U @ contrast(preference, model.cfg.n_actions).to(model.W_U)
     return pd.DataFrame({"neuron": np.arange(model.cfg.d_mlp), **columns, "output": output.double().numpy()})
 
 

@@ -15,10 +15,12 @@ them corrupted and clean where it patches a clean activation into a corrupted ru
 Sources: https://arxiv.org/abs/2202.05262 (activation patching), https://arxiv.org/abs/2211.00593 (path patching).
 """
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -70,11 +72,21 @@ class Site:
             return EVERYWHERE, positions, neuron
         return (EVERYWHERE, head, positions) if _HEAD_AXIS.get(kind) == 1 else (EVERYWHERE, positions, head)
 
+    def of(self, value: Tensor, run: str) -> Tensor:
+        """Return this part of an activation; raises ValueError where the run has none of these positions."""
+        part, axis = value[self.index], 3 - _HEAD_AXIS.get(self.hook.rsplit(".", 1)[-1], 2)
+        if value.numel() and not part.numel():
+            raise ValueError(
+                f"positions is {self.positions} at {self.hook}; {run} has positions 0 to {value.shape[axis] - 1}."
+            )
+        return part
+
 
 def _as_slice(index: slice | int | None) -> slice:
-    if isinstance(index, int):
-        return slice(index, index + 1 or None)  # −1 is the last, and −1 + 1 = 0 would end before it
-    return index or EVERYWHERE
+    if index is None or isinstance(index, slice):
+        return index or EVERYWHERE
+    index = operator.index(index)
+    return slice(index, index + 1 or None)  # −1 is the last, and −1 + 1 = 0 would end before it
 
 
 def site(model: DecisionTransformer, where: Site | str, positions: slice | int | None = STATE_TOKENS) -> Site:
@@ -90,16 +102,16 @@ def site(model: DecisionTransformer, where: Site | str, positions: slice | int |
         )
         _check_number("layer", layer, model.cfg.n_layers, where)
         where = Site(f"blocks.{layer}.{kind}", head, positions, neuron)
-    where = Site(where) if isinstance(where, str) else where
+    where = where if isinstance(where, Site) else Site(where)
     _check_site(model, where)
     return where
 
 
 def _check_site(model: DecisionTransformer, where: Site) -> None:
-    if where.hook not in model.hook_dict:
+    if not isinstance(where.hook, str) or where.hook not in model.hook_dict:
         raise ValueError(
             f'There is no hook or component {where.hook!r}; name a hook of the model, such as "blocks.0.attn.hook_z", '
-            f'or a component, such as "L0H1", "L0 MLP" or "L0N17".'
+            f'or a component, such as "L0H1", "L0 MLP" or "L0N17", each by itself.'
         )
     kind = where.hook.rsplit(".", 1)[-1]
     for name, number, has in (
@@ -110,17 +122,20 @@ def _check_site(model: DecisionTransformer, where: Site) -> None:
             raise ValueError(f"{name} is {number}, but {where.hook} has no {name}s.")
     _check_number("head", where.head, model.cfg.n_heads, where.hook)
     _check_number("neuron", where.neuron, model.cfg.d_mlp, where.hook)
-    if isinstance(where.positions, int):
-        of_timesteps = kind in ("hook_rtg_embed", "hook_state_embed", "hook_action_embed", "hook_time_embed")
-        n_pos = model.cfg.n_timesteps if of_timesteps else 3 * model.cfg.n_timesteps - 1
-        if not -n_pos <= where.positions < n_pos:
-            raise ValueError(
-                f"positions is {where.positions} at {where.hook}; this model has positions 0 to {n_pos - 1}."
-            )
+    if where.positions is None:
+        return
+    of_timesteps = kind in ("hook_rtg_embed", "hook_state_embed", "hook_action_embed", "hook_time_embed")
+    n_pos = model.cfg.n_timesteps if of_timesteps else 3 * model.cfg.n_timesteps - 1
+    is_there = isinstance(where.positions, slice | Integral) and range(n_pos)[_as_slice(where.positions)]
+    if not is_there:
+        raise ValueError(
+            f"positions is {where.positions} at {where.hook}; this model has positions 0 to {n_pos - 1}: give one of "
+            "them, a slice or None."
+        )
 
 
 def _check_number(name: str, number: int | None, count: int, where: str) -> None:
-    if number is not None and number not in range(count):
+    if number is not None and not (isinstance(number, Integral) and number in range(count)):
         allowed = f"0 to {count - 1}" if count else "none"
         raise ValueError(f"{name} is {number} in {where!r}; this model has {name}s {allowed}.")
 
@@ -138,8 +153,10 @@ def edited(model: DecisionTransformer, *edits: tuple[Site | str, Edit]) -> Itera
 
 def _hook(where: Site, edit: Edit) -> Callable[..., Tensor]:
     def hook_function(value: Tensor, hook: Any) -> Tensor:
-        new, part = value.clone(), value[where.index]
+        new, part = value.clone(), where.of(value, "this run")
         replacement = edit(part)
+        if not isinstance(replacement, Tensor):
+            raise ValueError(f"What replaces {where.hook} is {replacement!r}; it must be a tensor.")
         if not _fits(replacement, part):
             raise ValueError(
                 f"What replaces {where.hook} has shape {tuple(replacement.shape)}; "
@@ -164,16 +181,19 @@ def _fits(replacement: Tensor, part: Tensor) -> bool:
 def ablate(
     model: DecisionTransformer,
     *components: str | Site,
-    to: Edit = torch.zeros_like,
+    to: Edit | Tensor | float = torch.zeros_like,
     positions: slice | int | None = STATE_TOKENS,
 ) -> Iterator[DecisionTransformer]:
     """Run the model with components ("L0H1", "L0 MLP", "L0N17") ablated at the state tokens.
 
-    `to` says what they write instead: nothing (the default), `constant(mean)` or `feature_mean`. To
-    give each its own, nest contexts. Biases stay: b_O belongs to no head, while b_out is part of "L0 MLP".
-    Raises ValueError for a component the model does not have, before anything runs.
+    `to` says what they write instead: nothing (the default), a number or tensor such as their mean, or an edit such as
+    `feature_mean`. To give each its own, nest contexts. Biases stay: b_O belongs to no head, while b_out is part of
+    "L0 MLP". Raises ValueError for a component the model does not have, and for another `to`, before anything runs.
     """
-    with edited(model, *((site(model, component, positions), to) for component in components)):
+    if not (callable(to) or isinstance(to, Tensor | Real)):
+        raise ValueError(f"to is {to!r}; it must be a number, a tensor or an edit, such as feature_mean.")
+    edit = to if callable(to) else constant(to)
+    with edited(model, *((site(model, component, positions), edit) for component in components)):
         yield model
 
 
@@ -186,9 +206,15 @@ def feature_mean(value: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes wi
     return value.mean(-1, keepdim=True).expand_as(value)
 
 
-def constant(value: Float[Tensor, "..."]) -> Edit:
-    """Return the edit that puts `value` everywhere, for instance a component's mean over a data set."""
-    return lambda part: value.to(part)
+def constant(value: Float[Tensor, "..."] | float) -> Edit:
+    """Return the edit that puts `value` everywhere, for instance a component's mean over a data set.
+
+    Raises ValueError where one of its numbers is NaN. (Attention scores may well be −inf.)
+    """
+    numbers = torch.as_tensor(value)
+    if numbers.isnan().any():
+        raise ValueError(f"value has {int(numbers.isnan().sum())} entries that are NaN; there must be none.")
+    return lambda part: numbers.to(part)
 
 
 @torch.no_grad()
@@ -201,7 +227,7 @@ def component_outputs(
     """
     where = site(model, component)
     _, cache = model.run_with_cache(*inputs, names_filter=where.hook)
-    value = cache[where.hook][where.index]
+    value = where.of(cache[where.hook], "this run")
     if where.head is not None:
         value = value.squeeze(2)
     return value.squeeze(-1) if where.neuron is not None else value
@@ -235,9 +261,8 @@ def patch(model: DecisionTransformer, source: Cache, *sites: Site | str) -> Iter
     ValueError for a site that the model does not have or the source did not cache, before anything runs.
     """
     checked = [site(model, where) for where in sites]
-    for where in checked:
-        _cached(source, where.hook, "source")
-    with edited(model, *((where, constant(source[where.hook][where.index])) for where in checked)):
+    parts = [where.of(_cached(source, where.hook, "source"), "source") for where in checked]
+    with edited(model, *((where, constant(part)) for where, part in zip(checked, parts, strict=True))):
         yield model
 
 
@@ -315,9 +340,9 @@ def _layer(where: Site) -> int:
 
 def _depth_of_sender(model: DecisionTransformer, sender: str) -> int:
     """Return when a sender has written: 0 for embeddings, 1 and 2 for heads and MLP of layer 0, and so on."""
-    if sender in EMBEDDINGS:
+    if sender in tuple(EMBEDDINGS):
         return 0
-    if not _COMPONENT.fullmatch(sender):
+    if not _COMPONENT.fullmatch(f"{sender}"):
         allowed = ", ".join(f'"{name}"' for name in EMBEDDINGS)
         raise ValueError(f'sender is {sender!r}; it must be {allowed}, or like "L0H1", "L0 MLP" or "L0N17".')
     where = site(model, sender)
@@ -335,11 +360,11 @@ def _receiving_site(
         )
     if receiver == "logits":
         return 2 * n_layers + 1, site(model, Site(f"blocks.{n_layers - 1}.hook_resid_post", None, positions))
-    if match := _READER.fullmatch(receiver):
+    if match := _READER.fullmatch(f"{receiver}"):
         head = site(model, match[1])
         hook = f"blocks.{_layer(head)}.hook_{match[2].lower()}_input"
         return 2 * _layer(head) + 1, site(model, Site(hook, head.head, positions))
-    if receiver.endswith(" MLP") and _COMPONENT.fullmatch(receiver):
+    if f"{receiver}".endswith(" MLP") and _COMPONENT.fullmatch(f"{receiver}"):
         layer = _layer(site(model, receiver))
         return 2 * layer + 2, site(model, Site(f"blocks.{layer}.hook_mlp_in", None, positions))
     raise ValueError(

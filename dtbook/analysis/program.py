@@ -144,8 +144,13 @@ def summarise_model(
 ) -> Summary:
     """Return a one-layer model's behaviour by combination of facts.
 
-    It is summed over all observations, `FITTED_RTGS` and `FITTED_TIMESTEPS`.
+    It is summed over all observations, `FITTED_RTGS` and `FITTED_TIMESTEPS`. Raises ValueError for a model that has
+    other actions than left, right and forward.
     """
+    if model.cfg.n_actions != len(ACTIONS):
+        raise ValueError(
+            f"model has {model.cfg.n_actions} actions; a program is about {', '.join(ACTIONS)} alone."
+        )
     images, names = observations.images, tuple(FACTS)
     known = np.concatenate([keys(images[batch], names) for batch in row_batches(len(images), BATCH_SIZE)])
     rows, row_of = np.unique(known, return_inverse=True)

@@ -172,7 +172,7 @@ class Embeddings(NamedTuple):
 
     def on(self, preference: str) -> dict[str, np.ndarray]:
         """Return state, rtg, time and position on a preference such as "F-R" (logits). Raises as `contrast`."""
-        weights = contrast(preference).numpy()
+        weights = contrast(preference, len(self.rtg)).numpy()
         return {name: getattr(self, name) @ weights for name in ("state", "rtg", "time", "position")}
 
     def save(self, path: str | Path) -> None:

@@ -36,29 +36,38 @@ class ArtifactError(ValueError):
 
 
 @contextmanager
-def atomic_write(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str, keep: bool = False) -> Iterator[Path]:
     """Yield a path to write a file or a folder to; on leaving without an error it takes the place of `path`.
 
     The draft has the name of `path` and lies in a hidden folder beside it. It is flushed to the disk, then
     renamed: whoever reads `path` sees the old artifact or the new one, whole. What a killed process left is
-    never read, and the next write to `path` removes it. Raises OSError naming `path` where it cannot write.
+    never read, and the next write to `path` removes it. Of a symbolic link the target is written. With `keep`, a
+    folder that is there stays, and what the draft lacks in it: the draft lies inside, and its files are moved one
+    after the other, the rest of them by the next write after a kill in between. Raises OSError naming `path` where it
+    cannot write, or where a folder is to replace a file, or a file a folder.
     """
-    path = Path(path)
-    with _draft(path) as draft:
+    with _draft(Path(path), keep) as draft:
         yield draft
-        _publish(draft, path)
+        target = Path(path).resolve()
+        if draft.exists() and target.exists() and draft.is_dir() != target.is_dir():
+            kind = "folder" if target.is_dir() else "file"
+            raise OSError(errno.EEXIST, f"cannot write {path} (there is a {kind} of that name)")
+        _publish(draft, target, keep)
 
 
 @contextmanager
-def _draft(path: Path) -> Iterator[Path]:
+def _draft(path: Path, keep: bool = False) -> Iterator[Path]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        room = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}.tmp", dir=path.parent)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path} ({error.strerror})") from error
+        target = path.resolve()
+        beside = target if keep and target.is_dir() else target.parent
+        beside.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        room = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=f".{os.getpid()}.tmp", dir=beside)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to one another
+        why = getattr(error, "strerror", error)
+        raise OSError(getattr(error, "errno", errno.ELOOP), f"cannot write {path} ({why})") from error
     try:
-        yield Path(room, path.name)
+        yield Path(room, target.name)
     except Exception as error:
         if _means_full(error):
             raise OSError(errno.ENOSPC, f"cannot write {path} (no space left on the disk)") from error
@@ -73,32 +82,56 @@ def _means_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
-def _publish(draft: Path, path: Path) -> None:
+def _publish(draft: Path, path: Path, keep: bool = False) -> None:
     if not draft.exists():
         raise ArtifactError(f"nothing was written for {path}: write it to the path that was handed out")
+    rights = _rights(draft.parent)
     for file in _files(draft):
+        file.chmod(file.stat().st_mode | rights)
         _flush(file)
+    path = path.resolve()
+    if path.is_dir() and keep:
+        return _move_files(draft.rename(_aside(draft.parent, path, "ready")), path)
     if path.is_dir():
         # a folder cannot be replaced in one step: after a kill in between, `_sweep` puts it back
-        path.rename(_set_aside(draft.parent, path))
+        path.rename(_aside(draft.parent, path, "replaced"))
     draft.replace(path)
     _flush(path.parent)
 
 
+def _rights(room: Path) -> int:
+    """Return the mode of a new file, which the umask decides; safetensors writes files that only their owner reads."""
+    (new := room / ".new").touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    return mode
+
+
+def _move_files(ready: Path, folder: Path) -> None:
+    for file in _files(ready):
+        place = folder / file.relative_to(ready)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
+    _flush(folder)
+
+
 def _sweep(path: Path) -> None:
-    """Remove the drafts of `path` whose writers are gone; bring back a folder that was being replaced."""
+    """Remove the drafts of `path` whose writers are gone; bring back, or finish, a folder that was being replaced."""
+    path = path.resolve()
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]+\.(\d+)\.tmp")
-    for room in path.parent.glob(".*.tmp"):
+    for room in [*path.parent.glob(".*.tmp"), *path.glob(".*.tmp")]:
         match = pattern.fullmatch(room.name)
         if match and _is_abandoned(room, int(match[1])):
             if not path.exists():
                 with suppress(FileNotFoundError):
-                    _set_aside(room, path).rename(path)
+                    _aside(room, path, "replaced").rename(path)
+            if (ready := _aside(room, path, "ready")).exists():
+                _move_files(ready, path)
             shutil.rmtree(room, ignore_errors=True)
 
 
-def _set_aside(room: Path, path: Path) -> Path:
-    return room / f"{path.name}.replaced"
+def _aside(room: Path, path: Path, why: str) -> Path:
+    return room / f"{path.name}.{why}"
 
 
 def _is_abandoned(room: Path, pid: int) -> bool:

@@ -125,7 +125,10 @@ class Evidence:
         """The share of the weight of obstacles in front (R = 0.9, mean over the timesteps) on which the MLP's
         contribution to F−R rises when head 1 is zero-ablated.
         """
-        obstacles, direction = select(self.observations, "obstacle"), contrast("F-R").to(self.model.W_U)
+        obstacles, direction = (
+            select(self.observations, "obstacle"),
+            contrast("F-R", self.model.cfg.n_actions).to(self.model.W_U),
+        )
 
         def measure(run: Run) -> dict[str, torch.Tensor]:
             results = run.head_results()

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dtbook.figures.display import GREY, PALETTE
+from dtbook.figures.display import GREY, PALETTE, drawn
 from dtbook.figures.panels import axes, fade, make_room, panel_figure
 
 DASHES = ("solid", "dash", "dot", "dashdot")  # with five colours, twenty lines that differ
@@ -24,7 +24,8 @@ def lines(
     """Return a figure of lines, with a band where there is one: panels[title][name] is drawn over its index.
 
     A Series is a line; a DataFrame has a column `mean` for the line and `low`, `high` for the band. One name
-    has one colour and dash in all panels. `y_title` labels the first panel.
+    has one colour and dash in all panels. `y_title` labels the first panel. NaN is a gap in a line, and
+    left out of its band. Raises ValueError for other numbers that are not finite.
     """
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     fig = panel_figure(list(panels), alt=alt, height=height, showlegend=False)
@@ -42,15 +43,18 @@ def _add_line(
     color, dash = PALETTE[style % len(PALETTE)], DASHES[style % len(DASHES)]
     place = dict(zip(("xaxis", "yaxis"), axes(panel), strict=True)) | {"legendgroup": name}
     x = values.index.to_numpy()
+    if np.issubdtype(x.dtype, np.number):
+        drawn(f"the index of {name!r}", x)
     if isinstance(values, pd.DataFrame):
-        outline = np.concatenate([values["low"], values["high"][::-1]]).astype(np.float32)
+        inside = values.dropna(subset=["low", "high"])
+        outline = drawn(f"the band of {name!r}", np.concatenate([inside["low"], inside["high"][::-1]]))
         band = {"fill": "toself", "fillcolor": fade(color, 0.16), "line_width": 0, "hoverinfo": "skip"}
-        around = np.concatenate([x, x[::-1]])
+        around = np.concatenate([inside.index, inside.index[::-1]])
         fig.add_scatter(x=around, y=outline, mode="lines", showlegend=False, **band, **place)
         values = values["mean"]
     fig.add_scatter(
         x=x,
-        y=values.to_numpy(np.float32),
+        y=drawn(repr(name), values, gaps=True),
         name=name,
         mode="lines+markers" if markers else "lines",
         line={"color": color, "dash": dash, "width": 2},
@@ -67,12 +71,12 @@ def calibration(
 
     panels[title][name] is a curve of `rollout.calibration_curve`: columns `rtg`, `mean`, `low`, `high`.
     """
-    drawn = {
+    curves_of = {
         title: {name: curve.set_index("rtg")[["mean", "low", "high"]] for name, curve in curves.items()}
         for title, curves in panels.items()
     }
     titles = {"x_title": "return asked for (RTG)", "y_title": "return achieved"}
-    fig = lines(drawn, **titles, alt=alt, height=height, markers=True)
+    fig = lines(curves_of, **titles, alt=alt, height=height, markers=True)
     ends, style = np.array([-1, 1], np.float32), {"color": GREY, "dash": "dot", "width": 1.5}
     for k in range(1, len(panels) + 1):
         x, y = axes(k)
@@ -93,11 +97,11 @@ def learning_curves(
     height: int = 300,
 ) -> go.Figure:
     """Return a figure with a panel for each column in `panels` (column → title and unit) and a line for each run."""
-    drawn = {
+    columns = {
         title: {name: run.set_index(x)[column] for name, run in runs.items()}
         for column, title in panels.items()
     }
-    return lines(drawn, x_title=x_title, y_title="", alt=alt, height=height)
+    return lines(columns, x_title=x_title, y_title="", alt=alt, height=height)
 
 
 def distributions(
@@ -106,10 +110,14 @@ def distributions(
     """Return a figure of distributions over the log odds of a probability, an outline for each column of each table.
 
     The index is the middles of equal bins (nats), the values shares of all; `at` are the probabilities that are
-    written under the axis in the place of their log odds.
+    written under the axis in the place of their log odds. Raises ValueError for one that has none.
     """
-    drawn = {title: {str(name): table[name] for name in table.columns} for title, table in panels.items()}
-    fig = lines(drawn, x_title="P(forward), spaced by its log odds", y_title="share", alt=alt, height=height)
+    if wrong := [p for p in at if not 0 < p < 1]:
+        raise ValueError(f"at holds {wrong[0]}; a probability that has log odds lies between 0 and 1.")
+    columns = {title: {str(name): table[name] for name in table.columns} for title, table in panels.items()}
+    fig = lines(
+        columns, x_title="P(forward), spaced by its log odds", y_title="share", alt=alt, height=height
+    )
     fig.update_traces(line_shape="hvh", fill="tozeroy")
     for trace in fig.data:
         trace.fillcolor = fade(trace.line.color, 0.16)

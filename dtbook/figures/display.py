@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from IPython.display import HTML, Image, display
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.offline import get_plotlyjs_version
 
@@ -148,6 +149,21 @@ def glue(**values: Any) -> None:
         display({f"{GLUE_MIME}text/plain": text}, metadata=metadata, raw=True)
 
 
+def drawn(name: str, values: np.ndarray | pd.Series, gaps: bool = False) -> Float32[np.ndarray, "..."]:
+    """Return numbers as figures hold them, in float32; with `gaps`, NaN is a place where nothing is drawn.
+
+    Raises ValueError naming `values` where another is not finite, which would take its scale from the figure, or where
+    there is nothing but gaps.
+    """
+    with np.errstate(over="ignore"):
+        numbers = np.asarray(values, np.float32)
+    wrong = np.isinf(numbers) if gaps and not np.isnan(numbers).all() else ~np.isfinite(numbers)
+    if wrong.any():
+        allowed = "finite, or NaN for some that are missing" if gaps else "finite"
+        raise ValueError(f"{name} holds {numbers[wrong][0]}; every number of a figure must be {allowed}.")
+    return numbers
+
+
 def attention_heads(
     patterns: Float[np.ndarray, "head query key"],
     tokens: Sequence[str],
@@ -163,7 +179,7 @@ def attention_heads(
     The scale begins at 0 and ends at `largest`, or else at the largest value. CircuitsVis's own output would look for a
     network when it is shown, and bring 1.3 MB of script along each time; this is its data alone, which
     book/_static/figures.js gives to the book's one copy. `height` and `narrow` are in pixels, on a screen and on a
-    phone. Raises ValueError for an empty `alt`, and where the names do not fit the patterns.
+    phone. Raises ValueError for an empty `alt`, where the names do not fit the patterns, and as `drawn`.
     """
     if not alt.strip():
         raise ValueError("alt must say in words what the figure shows, not be empty")
@@ -172,12 +188,14 @@ def attention_heads(
             f"patterns has shape {patterns.shape}; {len(names)} names and {len(tokens)} tokens ask for "
             f"{(len(names), len(tokens), len(tokens))}"
         )
+    drawn("patterns", patterns)
+    largest = float(patterns.max() if largest is None else drawn("largest", np.array(largest)))
     props = {
         "attention": np.round(patterns.astype(float), 4).tolist(),
         "tokens": list(tokens),
         "attentionHeadNames": list(names),
         "minValue": 0,
-        "maxValue": round(float(patterns.max() if largest is None else largest), 4),
+        "maxValue": round(largest, 4),
         "positiveColor": BLUE,
         "maskUpperTri": True,
     }

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dtbook.figures.display import BLUE, GREY, INK, PALETTE, VERMILLION
+from dtbook.figures.display import BLUE, GREY, INK, PALETTE, VERMILLION, drawn
 from dtbook.figures.panels import axes, make_room, new_figure, panel_figure
 
 
@@ -21,11 +21,15 @@ def grouped_bars(
     height: int = 360,
     colors: Sequence[str] = PALETTE,
 ) -> go.Figure:
-    """Return a figure with a group of bars for each row of `table` and a colour for each of its columns."""
+    """Return a figure with a group of bars for each row of `table` and a colour for each of its columns.
+
+    Where there is NaN, a bar is missing. Raises ValueError for other numbers that are not finite.
+    """
     fig = new_figure(alt=alt, height=height, barmode="group", bargap=0.25, bargroupgap=0.08)
     x = [str(label) for label in table.index]
     for column, color in zip(table.columns, itertools.cycle(colors), strict=False):
-        fig.add_bar(x=x, y=table[column].to_numpy(np.float32), name=str(column), marker_color=color)
+        values = drawn(repr(column), table[column], gaps=True)
+        fig.add_bar(x=x, y=values, name=str(column), marker_color=color)
     legend = len(table.columns) > 1
     return fig.update_layout(
         showlegend=legend, xaxis_title=x_title, xaxis_type="category", yaxis_title=y_title
@@ -51,7 +55,7 @@ def before_after(
                 "marker_color": color,
                 "showlegend": k == 1,
             }
-            values = table[column].to_numpy(np.float32)
+            values = drawn(f"{column!r} of {titles[k - 1]!r}", table[column], gaps=True)
             fig.add_bar(x=[str(label) for label in table.index], y=values, xaxis=x, yaxis=y, **style)
         scale = {"title_text": unit} if k % 2 else {"range": [0, 1.02]}
         fig.layout[y.replace("y", "yaxis")].update(scale)
@@ -71,13 +75,13 @@ def forest(
 
     `card` has a row a claim: `label`, the mean `effect` with `low` and `high`, `posts_weights` (the effect on the
     post's own weights) and `none` (the effect that speaks against the claim); `points` the replications' own effects:
-    `label`, `effect`.
+    `label`, `effect`. NaN is no mark. Raises ValueError for other numbers that are not finite.
     """
     fig = new_figure(alt=alt, height=96 + row_height * len(card), narrow={"margin.t": 72})
     y = list(card["label"])
     spread: dict[str, Any] = {"symmetric": False, "thickness": 2, "width": 0, "color": BLUE}
-    spread |= {"array": (card["high"] - card["effect"]).to_numpy(np.float32)}
-    spread |= {"arrayminus": (card["effect"] - card["low"]).to_numpy(np.float32)}
+    spread |= {"array": _marks("high", card["high"] - card["effect"])}
+    spread |= {"arrayminus": _marks("low", card["effect"] - card["low"])}
     diamond = {"symbol": "diamond", "size": 9, "color": VERMILLION}
     marks: dict[str, tuple[pd.DataFrame, str, dict[str, Any]]] = {
         "speaks against": (card, "none", {"marker": {"symbol": "line-ns-open", "size": 18, "color": INK}}),
@@ -90,8 +94,13 @@ def forest(
         "the post's weights": (card, "posts_weights", {"marker": diamond}),
     }
     for name, (table, column, style) in marks.items():
-        values, hover = table[column].to_numpy(np.float32), "%{y}: %{x:.3g}<extra>" + name + "</extra>"
+        values, hover = _marks(column, table[column]), "%{y}: %{x:.3g}<extra>" + name + "</extra>"
         place = {"x": values, "y": list(table["label"])}
         fig.add_scatter(mode="markers", name=name, hovertemplate=hover, **place, **style)
     fig.update_yaxes(categoryorder="array", categoryarray=y[::-1], showgrid=True, range=[-0.6, len(y) - 0.4])
     return fig.update_xaxes(title_text=x_title, range=list(x_range) if x_range else None)
+
+
+def _marks(name: str, values: pd.Series) -> np.ndarray:
+    """Return the numbers of a column that may have none, as `drawn`."""
+    return drawn(name, values, gaps=True) if values.notna().any() else values.to_numpy(np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Num
 
-from dtbook.figures.display import BLUE, DIVERGING, GREY, GRID, SEQUENTIAL, VERMILLION
+from dtbook.figures.display import BLUE, DIVERGING, GREY, GRID, SEQUENTIAL, VERMILLION, drawn
 from dtbook.figures.panels import axes, fade, new_figure, panel_figure
 
 CLASS_COLORS = (VERMILLION, GREY, BLUE)
@@ -26,8 +26,10 @@ def return_by_length(
     """Return a figure of return against length, an episode a point, with histograms (the post's Fig. 4).
 
     Colours tell the signs of the returns. Episodes of equal return and length make one disc; its area grows with
-    their number.
+    their number. Raises ValueError for numbers that are not finite.
     """
+    for name, values in {"returns": returns, "lengths": lengths}.items():
+        drawn(name, values)
     fig = new_figure(
         alt=alt,
         height=height,
@@ -79,7 +81,8 @@ def view_maps(
 
     `values[panel, i, j]` belongs to `image[i, j]`; the agent sits at (3, 6) and looks up. All panels share
     one scale: `signed` values a diverging one centred on 0, others a sequential one from 0. `labels` prints
-    the values in the cells, for maps of a few whole numbers.
+    the values in the cells, for maps of a few whole numbers. Raises ValueError for numbers that are not finite, and for
+    titles that are not one a panel.
     """
     if len(titles) != len(values):
         raise ValueError(f"titles must name the {len(values)} panels of values, not {len(titles)}")
@@ -101,7 +104,7 @@ def view_maps(
         margin={"t": 24, "b": 12 if labels else 76},
     )
     for k, panel in enumerate(values, start=1):
-        _add_map(fig, k, np.asarray(panel, np.float32).T, labels)
+        _add_map(fig, k, drawn("values", panel).T, labels)
     hidden = {"showgrid": False, "showticklabels": False, "showline": False, "constrain": "domain"}
     return fig.update_xaxes(hidden).update_yaxes(hidden)
 

@@ -6,7 +6,6 @@ checked.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +50,10 @@ class FolderMixin(
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write weights (safetensors), config.json (shape, metadata, the weights' sha256) and a model card.
 
-        The folder appears, or changes, whole or not at all; other files in it stay. Further arguments are
+        The folder appears, or changes, as by `atomic_write`; other files in it stay. Further arguments are
         huggingface_hub's (`push_to_hub`, …).
         """
-        folder = Path(save_directory)
-        with atomic_write(folder) as draft:
-            if folder.is_dir():
-                shutil.copytree(folder, draft)
+        with atomic_write(save_directory, keep=True) as draft:
             return super().save_pretrained(draft, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
