@@ -6,6 +6,7 @@ Weights are the shares of states that show an observation; all means and quantil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any, no_type_check
 
 import numpy as np
@@ -17,12 +18,22 @@ from tqdm import tqdm
 
 from dtbook.analysis.attribution import FORWARD, check_actions, contrast
 from dtbook.analysis.interventions import ablate
-from dtbook.analysis.population import Condition, Embedded, FoldedWeights, Run, embedded_batches
+from dtbook.analysis.population import (
+    BATCH_SIZE,
+    FAST_BATCH_SIZE,
+    MLP,
+    Condition,
+    Embedded,
+    FoldedWeights,
+    Run,
+    Writes,
+    Written,
+)
 from dtbook.analysis.stats import weighted_quantile
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
 from dtbook.gridworld.rules import ACTIONS, Task
-from dtbook.gridworld.situations import FACING, SITUATIONS, select, showing, weights
+from dtbook.gridworld.situations import FACING, SITUATIONS, row_batches, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import ACTING, RTGS, TIMESTEPS
 from dtbook.rollout import CALIBRATION_RTGS, OUTCOMES, episode_table, rollout, summarise
@@ -35,8 +46,6 @@ QUANTILES = {"low": 0.0, "q01": 0.01, "q05": 0.05, "q50": 0.5, "q95": 0.95, "q99
 
 Variant = tuple[str, str]
 """Which component is ablated, and how."""
-Means = tuple[Tensor, Tensor]
-"""The mean result of each head (as it is read) and output of the MLP (on the logits)."""
 
 
 def components(model: DecisionTransformer) -> list[str]:
@@ -70,150 +79,149 @@ def situation_table(
     position", each head, "L0 b_O", "L0 MLP", "b_U"; `attention L0H0` …, the mean attention to RTG of the intact run;
     `share` of all states, and the number of `observations`.
 
-    Situations that no observation shows are left out. Peak memory: the observations, and P(forward) of each of them for
-    every condition and ablation. Raises ValueError as `population.FoldedWeights`, `variants` and `contrast`.
+    Situations that no observation shows are left out. Peak memory: the observations, and P(forward) of each of them
+    for every ablation at one condition. Raises ValueError as `population.FoldedWeights`, `variants` and `contrast`.
     """
-    direction = contrast(preference, model.cfg.n_actions).to(model.W_U)
+    direction, ablations = contrast(preference, model.cfg.n_actions).to(model.W_U), variants(model, how)
     check_actions(model.cfg.n_actions)
     donors = np.random.default_rng(seed).choice(len(observations), len(observations), p=weights(observations))
+    situations = _Situations(FoldedWeights(model), observations, donors, ablations, direction)
     conditions = [Condition(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
-    sums = _Sums(FoldedWeights(model), observations, donors, conditions, variants(model, how), direction)
-    return sums.table(progress)
+    parts = [
+        situations.at(condition) for condition in tqdm(conditions, desc="situations", disable=not progress)
+    ]
+    return pd.DataFrame([row for name in situations.rows for part in parts for row in part[name]])
 
 
-class _Sums:
-    """Sums over all observations at all conditions: twice through, as mean ablation needs the means first."""
+class _Situations:
+    """All observations, those of a situation side by side, and sums over each situation at one condition."""
 
     def __init__(
         self,
         folded: FoldedWeights,
         observations: ObservationSet,
         donors: np.ndarray,
-        conditions: list[Condition],
         ablations: list[Variant],
         direction: Tensor,
     ) -> None:
-        self.folded, self.conditions, self.variants = folded, conditions, ablations
-        self.images, self.donors, self.direction = observations.images, donors, direction
-        self.weights = weights(observations)
-        rows = {name: showing(self.images, name) for name in SITUATIONS}
-        self.rows = {name: mask for name, mask in rows.items() if mask.any()}
-        masks = torch.from_numpy(np.stack(list(self.rows.values()))).double()
-        self.share = masks * torch.from_numpy(self.weights)
-        self.forward = np.empty((len(conditions), len(ablations), len(self.weights)), np.float32)
-        self.sums: dict[tuple[Condition, Variant], Any] = {}
-        self.components: list[str] = []
+        self.folded, self.variants, self.direction = folded, ablations, direction
+        shown = {name: showing(observations.images, name) for name in SITUATIONS}
+        order = np.lexsort([~mask for mask in reversed(shown.values())])
+        ends = {name: np.flatnonzero(mask[order])[[0, -1]] for name, mask in shown.items() if mask.any()}
+        self.rows = {name: slice(int(first), int(last) + 1) for name, (first, last) in ends.items()}
+        self.weights, embedded = weights(observations)[order], folded.embed(observations)
+        self.embedded, self.donors = embedded[order], embedded[donors[order]]
+        self.forward = np.empty((len(ablations), len(order)), np.float32)
+        self.names = [*ACTIONS, *self._parts(), *(f"attention {head}" for head in folded.head_names)]
 
-    def table(self, progress: bool) -> pd.DataFrame:
-        ways = {way for _, way in self.variants}
-        means = self._means(progress) if "mean" in ways else {}
-        for batch, embedded in embedded_batches(
-            self.folded, self.images, progress="situations" if progress else None
+    def _parts(self) -> list[str]:
+        return [*self.embedded[:1].at(0.0, 0).writes(), MLP, "b_U"]
+
+    def at(self, condition: Condition) -> dict[str, list[dict[str, object]]]:
+        """Return the rows of each situation at one condition, one for each ablation."""
+        run = self.embedded.at(*condition)
+        intact, share = run.mlp_out(), self.folded.cast(torch.from_numpy(self.weights))
+        means = {name: Written(written.mean(self.weights)) for name, written in run.heads().items()}
+        mlp_mean, ends = (
+            share @ intact,
+            {end for rows in self.rows.values() for end in (rows.start, rows.stop)},
+        )
+        sums = {}
+        for start, stop in pairwise(sorted(ends)):
+            sums[start] = np.zeros((len(self.variants), len(self.names)))
+            for batch in row_batches(stop - start, FAST_BATCH_SIZE // 4):
+                rows = slice(start + batch.start, start + batch.stop)
+                sums[start] += self._sums(condition, rows, intact[rows].T, means, mlp_mean)
+        return {name: self._table(name, condition, sums) for name in self.rows}
+
+    def _sums(
+        self, condition: Condition, rows: slice, intact: Tensor, means: Writes, mlp_mean: Tensor
+    ) -> np.ndarray:
+        """Return the weighted sum of each column for each ablation over some rows, and keep their P(forward)."""
+        f, run, donor = self.folded, self.embedded[rows].at(*condition), self.donors[rows].at(*condition)
+        writes, share = run.writes(), f.cast(torch.from_numpy(self.weights[rows]))
+        instead = [_instead(variant, run, donor, means) for variant in self.variants]
+        ablated_heads = [k for k, written in enumerate(instead) if written]
+        mlp_out = intact.repeat(len(self.variants), 1, 1)
+        if ablated_heads:
+            mlp_out[ablated_heads] = f.mlp_out([writes | instead[k] for k in ablated_heads])
+        for k, (component, how) in enumerate(self.variants):
+            if component == MLP:
+                mlp_out[k] = _instead_mlp(how, run, donor, mlp_mean)
+        logits = mlp_out + torch.stack([f.without_mlp(writes | written) for written in instead])
+        probabilities = logits.softmax(1)
+        self.forward[:, rows] = probabilities[:, FORWARD].numpy()
+        own = {name: self._mean(f.direct(written), share) for name, written in writes.items()}
+        of_mlp = (self.direction @ mlp_out @ share).tolist()
+        rest = {"b_U": self._mean(f.b_U[:, None], share)}
+        rest |= {
+            f"attention {name}": each
+            for name, each in zip(f.head_names, (run.pattern @ share).tolist(), strict=True)
+        }
+        total = []
+        for actions, written, mlp in zip(
+            (probabilities[:, : len(ACTIONS)] @ share).tolist(), instead, of_mlp, strict=True
         ):
-            others = self.donors[batch] if "resample" in ways else self.donors[:0]
-            donor = self.folded.embed(torch.from_numpy(self.images[others]))
-            for k, condition in enumerate(self.conditions):
-                pair = embedded.at(*condition), donor.at(*condition)
-                self._measure(k, batch, *pair, means.get(condition))
-        return pd.DataFrame([self._row(*key) for key in self._keys()])
+            changed = {name: self._mean(f.direct(one), share) for name, one in written.items()}
+            total.append([*actions, *(own | changed | {MLP: mlp} | rest).values()])
+        return np.array(total)
 
-    def _means(self, progress: bool) -> dict[Condition, Means]:
-        """Return the mean outputs at each condition."""
-        sums: dict[Condition, Means] = {}
-        for batch, embedded in embedded_batches(
-            self.folded, self.images, progress="mean outputs" if progress else None
-        ):
-            share = torch.from_numpy(self.weights[batch]).to(embedded.state)
-            for condition in self.conditions:
-                run = embedded.at(*condition)
-                results = run.head_results()
-                new = share @ results, share @ run.mlp_out(run.resid_mid(results))
-                old = sums.get(condition)
-                sums[condition] = new if old is None else (old[0] + new[0], old[1] + new[1])
-        return sums
+    def _mean(self, direct: Float[Tensor, "*action #n"], share: Tensor) -> float:
+        return float((self.direction @ direct).expand(len(share)) @ share)
 
-    def _measure(self, k: int, batch: slice, run: Run, donor: Run, means: Means | None) -> None:
-        """Run a batch at one condition, intact and with each ablation."""
-        f, results, donor_results = self.folded, run.head_results(), donor.head_results()
-        resid_mid = run.resid_mid(results)
-        intact = dict(zip(f.head_names, f.direct_logits(results), strict=True))
-        intact["L0 MLP"] = run.mlp_out(resid_mid)
-        donor_mlp_out = donor.mlp_out(donor.resid_mid(donor_results))
-        for v, (component, how) in enumerate(self.variants):
-            written, total = dict(intact), resid_mid
-            if component == "L0 MLP":
-                written[component] = _instead_mlp(how, run, resid_mid, donor_mlp_out, means)
-            elif component != "none":
-                head = f.head_names.index(component)
-                instead = _instead_head(how, head, run, results, donor_results, means)
-                total = resid_mid - results[head, :, :-1] + instead
-                written |= {component: f.direct_logits(instead), "L0 MLP": run.mlp_out(total)}
-            self._add(k, v, batch, run, run.unembed(total, written["L0 MLP"]), written)
-
-    def _add(
-        self, k: int, v: int, batch: slice, run: Run, logits: Tensor, written: dict[str, Tensor]
-    ) -> None:
-        """Add this batch to the weighted sums of one condition and ablation, and keep its P(forward)."""
-        f, probabilities = self.folded, logits.softmax(-1)
-        b_O = f.direct_logits(f.b_O)
-        self.forward[k, v, batch] = probabilities[:, FORWARD].numpy()
-        mlp_out = written.pop("L0 MLP")
-        parts = {"state": f.direct_logits(run.embedded.state)}
-        parts |= {"time and position": f.direct_logits(run.fixed) - b_O}
-        parts |= written | {"L0 b_O": b_O, "L0 MLP": mlp_out, "b_U": f.b_U}
-        on_preference = [part @ self.direction for part in (logits, *parts.values())]
-        columns = [
-            probabilities[:, : len(ACTIONS)],
-            *(value.expand(len(logits))[:, None] for value in on_preference),
-            run.pattern.T,
-        ]
-        total = self.share[:, batch] @ torch.cat(columns, 1).double()
-        key = self.conditions[k], self.variants[v]
-        self.sums[key] = self.sums.get(key, 0) + total
-        self.components = list(parts)
-
-    def _keys(self) -> list[tuple[str, Condition, Variant]]:
-        return [(s, c, v) for s in self.rows for c in self.conditions for v in self.variants]
-
-    def _row(self, situation: str, condition: Condition, variant: Variant) -> dict[str, object]:
-        row, mask = list(self.rows).index(situation), self.rows[situation]
-        share = float(self.weights[mask].sum())
-        means = (self.sums[condition, variant][row] / share).tolist()
-        names = [*ACTIONS, "logit_diff", *self.components]
-        names += [f"attention {head}" for head in self.folded.head_names]
-        forward = self.forward[self.conditions.index(condition), self.variants.index(variant)][mask]
-        quantiles = weighted_quantile(forward, self.weights[mask], np.array(list(QUANTILES.values())))
-        where = {"situation": situation, **condition._asdict()}
-        named = dict(zip(QUANTILES, map(float, quantiles), strict=True))
-        counts = {"share": share, "observations": int(mask.sum())}
-        what = dict(zip(("ablated", "how"), variant, strict=True))
-        return where | what | dict(zip(names, means, strict=True)) | named | counts
+    def _table(
+        self, situation: str, condition: Condition, sums: dict[int, np.ndarray]
+    ) -> list[dict[str, object]]:
+        rows, table = self.rows[situation], []
+        share = self.weights[rows]
+        counts = {"share": float(share.sum()), "observations": len(share)}
+        means = sum(part for start, part in sums.items() if rows.start <= start < rows.stop) / counts["share"]
+        for variant, row, forward in zip(self.variants, means, self.forward[:, rows], strict=True):
+            named = dict(zip(self.names, row.tolist(), strict=True))
+            actions = {name: named.pop(name) for name in ACTIONS}
+            quantiles = weighted_quantile(forward, share, np.array(list(QUANTILES.values())))
+            logit_diff = sum(named[name] for name in self._parts())
+            what = {
+                "situation": situation,
+                **condition._asdict(),
+                **dict(zip(("ablated", "how"), variant, strict=True)),
+            }
+            named = (
+                actions
+                | {"logit_diff": logit_diff}
+                | named
+                | dict(zip(QUANTILES, map(float, quantiles), strict=True))
+            )
+            table.append(what | named | counts)
+        return table
 
 
-def _instead_head(
-    how: str, head: int, run: Run, results: Tensor, of_donor: Tensor, means: Means | None
-) -> Float[Tensor, "#n read"]:
-    """Return what is read of an ablated head instead, one row or a row an observation."""
-    if how == "mean" and means:
-        return means[0][head, None, :-1]
+def _instead(variant: Variant, run: Run, donor: Run, means: Writes) -> dict[str, Written]:
+    """Return what an ablated head writes instead, by its name; nothing where no head is ablated."""
+    name, how = variant
+    f = run.embedded.folded
+    if name not in f.head_names:
+        return {}
+    head = f.head_names.index(name)
+    if how == "mean":
+        return {name: means[name]}
     if how == "resample":
-        return of_donor[head, :, :-1]
+        return {name: donor.head(head)}
     if how == "feature mean":
-        return results[head, :, -1:] * run.embedded.folded.feature_mean[head]
-    return torch.zeros_like(results[head, :1, :-1])
+        scale = f.mean_z(run.head(head))
+        return {name: f.nothing._replace(vector=f.feature_mean[head], scale=scale)}
+    return {name: f.nothing}
 
 
-def _instead_mlp(
-    how: str, run: Run, resid_mid: Tensor, of_donor: Tensor, means: Means | None
-) -> Float[Tensor, "#n action"]:
-    """Return what an ablated MLP writes on the logits instead, one row or a row an observation."""
-    if how == "mean" and means:
-        return means[1][None]
+def _instead_mlp(how: str, run: Run, donor: Run, mean: Tensor) -> Float[Tensor, "*action #n"]:
+    """Return what an ablated MLP writes on the logits instead."""
+    if how == "mean":
+        return mean[:, None]
     if how == "resample":
-        return of_donor
+        return donor.mlp_out().T
     if how == "feature mean":
-        return run.mlp_feature_mean(resid_mid)
-    return torch.zeros_like(resid_mid[:1, : run.embedded.folded.b_U.numel()])
+        return run.mlp_feature_mean()
+    return torch.zeros_like(mean[:, None])
 
 
 # Neuron by neuron
@@ -270,7 +278,7 @@ def _neuron_means(
     share = weights(observations)
     sums = {condition: np.zeros((1, folded.d_mlp)) for condition in conditions}
     name = "means of the neurons" if progress else None
-    for rows, embedded in embedded_batches(folded, observations.images, progress=name):
+    for rows, embedded in folded.embed(observations).batches(BATCH_SIZE, name):
         for condition in conditions:
             sums[condition] += share[None, rows].astype(np.float32) @ embedded.at(*condition).post().numpy()
     return sums
@@ -290,15 +298,15 @@ class _NeuronByNeuron:
     ) -> None:
         seen, rng = select(observations, situation), np.random.default_rng(seed)
         self.folded, self.how, self.means, self.situation = folded, how, means, situation
-        self.images, self.share = seen.images, weights(seen)
+        self.embedded, self.share = folded.embed(seen), weights(seen)
         drawn = rng.choice(len(observations), len(seen), p=weights(observations))
-        self.others = observations.images[drawn] if "resample" in how else None
+        self.others = folded.embed(observations)[drawn] if "resample" in how else self.embedded
 
     def table(self, conditions: Sequence[tuple[float, int]], preference: str, progress: bool) -> pd.DataFrame:
         """Return a row for each neuron and way, averaged over the conditions."""
         sums = np.zeros((len(self.how) + 1, 2, self.folded.d_mlp))
         name = f"neurons, {self.situation}" if progress else None
-        for rows, embedded in embedded_batches(self.folded, self.images, progress=name):
+        for rows, embedded in self.embedded.batches(BATCH_SIZE, name):
             self._add(rows, embedded, conditions, sums)
         on_preference = self.folded.W_mlp @ contrast(preference, len(self.folded.b_U)).to(self.folded.W_mlp)
         on_preference = on_preference.double().numpy()
@@ -320,13 +328,12 @@ class _NeuronByNeuron:
     def _add(
         self, rows: slice, embedded: Embedded, conditions: Sequence[tuple[float, int]], sums: np.ndarray
     ) -> None:
-        others = None if self.others is None else torch.from_numpy(self.others[rows])
-        donor = embedded if others is None else self.folded.embed(others)
+        donor = self.others[rows]
         share, weight = self.share[rows], self.folded.W_mlp.numpy()
         for condition in conditions:
             run = embedded.at(*condition)
-            resid_mid = run.resid_mid()
-            logits, post = run.unembed(resid_mid).numpy(), run.post(resid_mid).numpy()
+            writes = run.writes()
+            logits, post = np.ascontiguousarray(run.logits(writes).numpy()), run.post(writes).numpy()
             sums[0] += share @ (post > 0), share @ post
             for k, way in enumerate(self.how, start=1):
                 if way == "resample":

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dtbook.analysis.attribution import forward_over_turns, forward_preference
-from dtbook.analysis.population import BATCH_SIZE, FoldedWeights, Run, embedded_batches
+from dtbook.analysis.population import BATCH_SIZE, STATE, FoldedWeights, Run, Writes, Written
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import FACING, select, weights, without_front
 from dtbook.model.transformer import DecisionTransformer
@@ -91,11 +91,12 @@ def pairs_of(
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Pair]:
     """Yield the pairs of these observations, the clean run as base, batch by batch."""
-    for rows, embedded in embedded_batches(folded, images, batch_size):
-        other = embedded
-        if case.rtg == case.source_rtg:
-            other = folded.embed(without_front(embedded.images))
-        clean, source = embedded.at(case.rtg, timestep), other.at(case.source_rtg, timestep)
+    embedded = other = folded.embed(images)
+    if case.rtg == case.source_rtg:
+        other = folded.embed(without_front(torch.from_numpy(images)))
+    for rows, batch in embedded.batches(batch_size):
+        clean = batch.at(case.rtg, timestep)
+        source = (batch if other is embedded else other[rows]).at(case.source_rtg, timestep)
         yield Pair(clean, source, torch.from_numpy(share[rows]))
 
 
@@ -108,12 +109,12 @@ class HeadPatching:
 
     def __init__(self, pair: Pair) -> None:
         self.base, self.source, _ = pair
-        self.results, self.source_results = self.base.head_results(), self.source.head_results()
-        self.preference = forward_preference(self.base.logits(self.results))
+        self.writes, self.source_writes = self.base.writes(), self.source.writes()
+        self.preference = forward_preference(self.base.logits(self.writes))
 
     def total(self) -> Float[Tensor, " n"]:
         """Return the whole change, source − base."""
-        return forward_preference(self.source.logits(self.source_results)) - self.preference
+        return forward_preference(self.source.logits(self.source_writes)) - self.preference
 
     def by_head(self, head: int) -> Float[Tensor, " n"]:
         """Return the change when the head's result is the source's."""
@@ -121,24 +122,21 @@ class HeadPatching:
 
     def by_pattern(self, head: int) -> Float[Tensor, " n"]:
         """Return the change when where the head looks is as in the source (the QK circuit)."""
-        return self._change(self._with(head, self.base.head_results(pattern=self.source.pattern)))
+        return self._change(self._with(head, self.base.head(head, self.source.pattern[head])))
 
     def by_values(self, head: int) -> Float[Tensor, " n"]:
         """Return the change when what the head reads from the state token is as in the source (the OV circuit)."""
-        values = self.source.embedded.state_result
-        return self._change(self._with(head, self.base.head_results(state_result=values)))
+        return self._change(self._with(head, self.base.head(head, values=self.source.embedded)))
 
-    def patched(self, head: int) -> Float[Tensor, "head n column"]:
-        """Return the base run's head results with that of one head from the source."""
-        return self._with(head, self.source_results)
+    def patched(self, head: int) -> Writes:
+        """Return what the components of the base run write, with one head's from the source."""
+        return self._with(head, self.source_writes[f"L0H{head}"])
 
-    def _with(self, head: int, others: Tensor) -> Tensor:
-        results = self.results.clone()
-        results[head] = others[head]
-        return results
+    def _with(self, head: int, written: Written) -> Writes:
+        return self.writes | {f"L0H{head}": written}
 
-    def _change(self, results: Tensor) -> Tensor:
-        return forward_preference(self.base.logits(results)) - self.preference
+    def _change(self, writes: Writes) -> Tensor:
+        return forward_preference(self.base.logits(writes)) - self.preference
 
 
 # What attends, what is attended to, and what follows from another run's
@@ -165,16 +163,6 @@ def scores(run: Run) -> Scores:
     return Scores(query, f.key(f.rtg_token(rtg))[:, None], run.embedded.k)
 
 
-def head_result(
-    run: Run, head: int, pattern: Tensor | None = None, state_result: Tensor | None = None
-) -> Float[Tensor, "n read"]:
-    """Return one head's result as it is read, with its own attention to RTG (n) and values or with others."""
-    pattern = run.pattern[head] if pattern is None else pattern
-    result = run.embedded.state_result[head] if state_result is None else state_result
-    written = torch.lerp(result, run.rtg_result[head], pattern.unsqueeze(-1)).add_(run.time_result[head])
-    return written[:, :-1]
-
-
 def activation_patches(pair: Pair) -> Iterator[tuple[str, str, Float[Tensor, "n action"]]]:
     """Yield (token, site, logits): the base run with the source's activation at one site of one token.
 
@@ -183,32 +171,39 @@ def activation_patches(pair: Pair) -> Iterator[tuple[str, str, Float[Tensor, "n 
     of the RTG token nothing else matters. Where the runs share a token, its sites are left out: they change nothing.
     """
     base, source, _ = pair
-    resid_mid = base.resid_mid()
-    for head, name in enumerate(base.embedded.folded.head_names):
-        own = head_result(base, head)
-        for token, part, result in _patched_results(pair, head):
-            yield token, f"{name} {part}".removesuffix(" output"), base.unembed(resid_mid + (result - own))
-    yield "state", "heads", base.logits(source.head_results())
-    yield "state", "L0 MLP", base.unembed(resid_mid, source.mlp_out())
+    f, writes = base.embedded.folded, base.writes()
+    patched: dict[tuple[str, str], Writes] = {}
+    for head, name in enumerate(f.head_names):
+        for token, part, written in _patched_results(pair, head):
+            patched[token, f"{name} {part}".removesuffix(" output")] = writes | {name: written}
+    patched["state", "heads"] = writes | source.heads()
     if base.condition != source.condition:
-        yield "RTG", "embedding", base.embedded.at(*source.condition).logits()
+        patched["RTG", "embedding"] = base.embedded.at(*source.condition).writes()
     if base.embedded is not source.embedded:
-        yield "state", "embedding", source.embedded.at(*base.condition).logits()
+        patched["state", "embedding"] = source.embedded.at(*base.condition).writes()
+    for where, logits in zip(patched, f.logits(list(patched.values())), strict=True):
+        yield *where, logits.T
+        if where == ("state", "heads"):
+            yield "state", "L0 MLP", f.without_mlp(writes).T + source.mlp_out()
 
 
-def _patched_results(pair: Pair, head: int) -> Iterator[tuple[str, str, Float[Tensor, "n read"]]]:
-    """Yield (token, part, the head's result) with one thing that it reads or makes taken from the source."""
+def _patched_results(pair: Pair, head: int) -> Iterator[tuple[str, str, Written]]:
+    """Yield (token, part, what the head writes) with one thing that it reads or makes taken from the source."""
     base, source, _ = pair
     own, donor = (Scores(*(part[head] for part in scores(run))) for run in (base, source))
     if base.condition != source.condition:
-        yield "RTG", "K", head_result(base, head, own._replace(rtg_key=donor.rtg_key).pattern())
-        yield "RTG", "V", head_result(base._replace(rtg_result=source.rtg_result), head)
+        yield "RTG", "K", base.head(head, own._replace(rtg_key=donor.rtg_key).pattern().to(base.pattern))
+        yield "RTG", "V", base.head(head, rtg_result=source.rtg_result[head])
     if base.embedded is not source.embedded:
-        yield "state", "Q", head_result(base, head, own._replace(query=donor.query).pattern())
-        yield "state", "K", head_result(base, head, own._replace(state_key=donor.state_key).pattern())
-        yield "state", "V", head_result(base, head, state_result=source.embedded.state_result[head])
-    yield "state", "pattern", head_result(base, head, source.pattern[head])
-    yield "state", "output", head_result(source, head)
+        yield "state", "Q", base.head(head, own._replace(query=donor.query).pattern().to(base.pattern))
+        yield (
+            "state",
+            "K",
+            base.head(head, own._replace(state_key=donor.state_key).pattern().to(base.pattern)),
+        )
+        yield "state", "V", base.head(head, values=source.embedded)
+    yield "state", "pattern", base.head(head, source.pattern[head])
+    yield "state", "output", source.head(head)
 
 
 def path_patches(pair: Pair) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
@@ -218,24 +213,22 @@ def path_patches(pair: Pair) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
     into a head are the activation patches of its Q, K and V: nothing else is written before a head reads.
     """
     base, source, _ = pair
-    resid_mid, f = base.resid_mid(), base.embedded.folded
-    direct, mlp_out = f.direct_logits(resid_mid), base.mlp_out(resid_mid)
-    changes = {}
-    if base.embedded is not source.embedded:
-        changes["state"] = source.embedded.state - base.embedded.state
-    for head, name in enumerate(f.head_names):
-        changes[name] = head_result(source, head) - head_result(base, head)
-    for sender, change in changes.items():
-        yield f"{sender} → logits", direct + f.direct_logits(change) + mlp_out + f.b_U
-        yield f"{sender} → L0 MLP", direct + base.mlp_out(resid_mid + change) + f.b_U
+    f, writes, others = base.embedded.folded, base.writes(), source.writes()
+    senders = [*([STATE] if base.embedded is not source.embedded else []), *f.head_names]
+    patched = [writes | {name: others[name]} for name in senders]
+    mlp_out, *changed = f.mlp_out([writes, *patched])
+    direct = f.without_mlp(writes)
+    for name, run, out in zip(senders, patched, changed, strict=True):
+        yield f"{name} → logits", (f.without_mlp(run) + mlp_out).T
+        yield f"{name} → L0 MLP", (direct + out).T
 
 
 def ablations(run: Run) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
     """Yield (component, logits) of a run with each head, then the MLP, zero-ablated."""
-    resid_mid = run.resid_mid()
-    for head, name in enumerate(run.embedded.folded.head_names):
-        yield name, run.unembed(resid_mid - head_result(run, head))
-    yield "L0 MLP", run.unembed(resid_mid, resid_mid.new_zeros(1, run.embedded.folded.b_U.numel()))
+    f, writes = run.embedded.folded, run.writes()
+    without = f.logits([writes | {name: f.nothing} for name in f.head_names])
+    yield from zip(f.head_names, without.transpose(1, 2), strict=True)
+    yield "L0 MLP", f.without_mlp(writes).T
 
 
 def attributions(pair: Pair) -> Iterator[tuple[str, Float[Tensor, " n"]]]:
@@ -243,7 +236,7 @@ def attributions(pair: Pair) -> Iterator[tuple[str, Float[Tensor, " n"]]]:
     b_U = pair.base.embedded.folded.b_U
     direction = forward_over_turns(len(b_U)).to(b_U)
     before, after = pair.base.contributions(), pair.source.contributions()
-    for name in ("state", *pair.base.embedded.folded.head_names, "L0 MLP"):
+    for name in (STATE, *pair.base.embedded.folded.head_names, "L0 MLP"):
         yield name, (after[name] - before[name]) @ direction
 
 

@@ -12,7 +12,7 @@ it is exactly 0; with everything kept it is the model's own, so its share is exa
 Sources: https://arxiv.org/abs/2304.14997 (resampling what is outside), https://arxiv.org/abs/2211.00593 (faithfulness).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dtbook.analysis.attribution import FORWARD, forward_over_turns, forward_preference
 from dtbook.analysis.counterfactuals import Case, pairs_of
-from dtbook.analysis.population import FoldedWeights, Run, embedded_batches
+from dtbook.analysis.population import BATCH_SIZE, STATE, FoldedWeights, Run, Writes, Written
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import select, weights
 from dtbook.model.transformer import DecisionTransformer
@@ -86,7 +86,7 @@ class CaseRows(NamedTuple):
     def trios(self, folded: FoldedWeights) -> Iterator[Trio]:
         """Yield the runs batch by batch."""
         pairs = pairs_of(folded, self.images, self.weights, self.case, self.timestep)
-        for pair, (_, other) in zip(pairs, embedded_batches(folded, self.others), strict=True):
+        for pair, (_, other) in zip(pairs, folded.embed(self.others).batches(BATCH_SIZE), strict=True):
             yield Trio(*pair[:2], other.at(self.case.rtg, self.timestep), pair.weights)
 
 
@@ -140,37 +140,40 @@ def _preference_with_each(
     return -reduce(torch.logaddexp, others)
 
 
-def _one_by_one(run: Run, direct: Tensor, heads: Tensor, neurons: Tensor) -> Float[Tensor, "unit n"]:
-    """Return the change of the forward preference when one unit's output is changed by so much, for each unit."""
-    resid_mid = run.resid_mid()
-    logits = run.unembed(resid_mid)
-    changed = [forward_preference(logits + direct)]
-    changed += [forward_preference(run.unembed(resid_mid + head[:, :-1])) for head in heads]
-    each_neuron = _preference_with_each(logits, neurons, run.embedded.folded.W_mlp).T
-    return torch.cat([torch.stack(changed), each_neuron]) - forward_preference(logits)
+def _one_by_one(
+    run: Run, direct: Tensor, heads: Mapping[str, Written], neurons: Tensor
+) -> Float[Tensor, "unit n"]:
+    """Return the change of the forward preference by each unit: what it writes changed by so much, or put in place."""
+    f, writes = run.embedded.folded, run.writes()
+    logits, *changed = f.logits([writes, *(writes | {name: written} for name, written in heads.items())])
+    changed = [forward_preference(each.T) for each in (logits + direct, *changed)]
+    each_neuron = _preference_with_each(logits.T, neurons, f.W_mlp).T
+    return torch.cat([torch.stack(changed), each_neuron]) - forward_preference(logits.T)
 
 
-def _direct(run: Run) -> Tensor:
-    return run.embedded.folded.direct_logits(run.embedded.state)
+def _direct(run: Run) -> Float[Tensor, "action n"]:
+    return run.embedded.folded.direct(run.writes()[STATE])
 
 
 def _patching(trio: Trio) -> Float[Tensor, "unit n"]:
     clean, source = trio.clean, trio.source
-    heads, neurons = source.head_results() - clean.head_results(), source.post() - clean.post()
-    return _one_by_one(clean, _direct(source) - _direct(clean), heads, neurons)
+    return _one_by_one(clean, _direct(source) - _direct(clean), source.heads(), source.post() - clean.post())
 
 
 def _ablation(trio: Trio) -> Float[Tensor, "unit n"]:
-    clean = trio.clean
-    return _one_by_one(clean, -_direct(clean), -clean.head_results(), -clean.post())
+    clean, f = trio.clean, trio.clean.embedded.folded
+    return _one_by_one(clean, -_direct(clean), dict.fromkeys(f.head_names, f.nothing), -clean.post())
 
 
 def _attribution(trio: Trio) -> Float[Tensor, "unit n"]:
     f, clean, source = trio.clean.embedded.folded, trio.clean, trio.source
     direction = forward_over_turns(len(f.b_U)).to(f.b_U)
-    heads = f.direct_logits(source.head_results() - clean.head_results()) @ direction
+    (before, *heads_before), (after, *heads_after) = (
+        [_direct(run), *map(f.direct, run.heads().values())] for run in (clean, source)
+    )
+    direct = torch.stack([after, *heads_after]) - torch.stack([before, *heads_before])
     neurons = (source.post() - clean.post()) * (f.W_mlp @ direction)
-    return torch.cat([((_direct(source) - _direct(clean)) @ direction)[None], heads, neurons.T])
+    return torch.cat([direction @ direct, neurons.T])
 
 
 # What is left when only some units are kept
@@ -203,27 +206,29 @@ def _behaviour(after: Tensor, before: Tensor) -> Tensor:
 
 def circuit_logits(run: Run, other: Run, kept: Kept) -> Float[Tensor, "n circuit action"]:
     """Return the logits of a run in which only the kept units are its own, for each set of them."""
-    f, own, others = run.embedded.folded, run.head_results(), other.head_results()
+    f = run.embedded.folded
     first = 1 + len(f.head_names)
     other_post = other.post()
-    result = run.fixed.new_empty(len(run.embedded.images), len(kept), len(f.b_U))
+    other_out = other_post @ f.W_mlp + f.b_mlp
+    result = other_post.new_empty(len(run.embedded), len(kept), len(f.b_U))
     parts, group = np.unique(kept[:, :first], axis=0, return_inverse=True)
     for k, part in enumerate(parts):
         members = np.flatnonzero(group.reshape(-1) == k)
-        resid_mid = run.resid_mid(_mixed(own, others, part))
-        direct = f.direct_logits(resid_mid) + (0 if part[0] else _direct(other) - _direct(run))
-        change, neurons = run.post(resid_mid) - other_post, torch.from_numpy(kept[members, first:])
+        writes = _mixed(run, other, part)
+        direct = f.without_mlp(writes) + (0 if part[0] else _direct(other) - _direct(run))
+        change, neurons = run.post(writes) - other_post, torch.from_numpy(kept[members, first:])
         weight = (f.W_mlp[:, None] * neurons.T[:, :, None]).flatten(1)  # neuron (circuit action)
-        mlp_out = (change @ weight).unflatten(1, (len(members), -1)) + (other_post @ f.W_mlp + f.b_mlp)[
-            :, None
-        ]
-        result[:, members] = direct[:, None] + mlp_out + f.b_U
+        mlp_out = (change @ weight).unflatten(1, (len(members), -1)) + other_out[:, None]
+        result[:, members] = direct.T[:, None] + mlp_out
     return result
 
 
-def _mixed(own: Tensor, others: Tensor, part: np.ndarray) -> Tensor:
-    """Return the results of the heads: their own where they are kept, else those of the other observation."""
-    return torch.where(torch.from_numpy(part[1:])[:, None, None], own, others)
+def _mixed(run: Run, other: Run, part: np.ndarray) -> Writes:
+    """Return what the components of a run write, with the heads that are not kept as in the other."""
+    others = other.heads().items()
+    return run.writes() | {
+        name: written for (name, written), own in zip(others, part[1:], strict=True) if not own
+    }
 
 
 def curve_masks(order: Sequence[int] | Int[np.ndarray, " unit"], sizes: Sequence[int] = SIZES) -> Kept:
@@ -286,10 +291,7 @@ def _grow(trio: Trio, part: np.ndarray, full: float, room: int, keep: float) -> 
     runs, f = (trio.clean, trio.source), trio.other.embedded.folded
     kept = np.concatenate([part, np.zeros(f.d_mlp, bool)])[None]
     logits = [circuit_logits(run, trio.other, kept)[:, 0] for run in runs]
-    results = [_mixed(run.head_results(), trio.other.head_results(), part) for run in runs]
-    changes = [
-        run.post(run.resid_mid(mixed)) - trio.other.post() for run, mixed in zip(runs, results, strict=True)
-    ]
+    changes = [run.post(_mixed(run, trio.other, part)) - trio.other.post() for run in runs]
     share = float(_behaviour(logits[1], logits[0]).mean()) / full
     neurons: list[int] = []
     left = torch.ones(f.d_mlp, dtype=torch.bool)

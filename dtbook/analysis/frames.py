@@ -75,12 +75,10 @@ def median_frames(
 
 def _with_and_without(run: Run, removed: str, direction: Tensor) -> dict[str, Tensor]:
     """Probabilities and contributions of the intact run, and of the one without the component."""
-    intact, heads = run.contributions(), run.head_results()
-    if "H" in removed:
-        heads[int(removed[-1])] = 0
-    edited = intact | {
-        "L0 MLP": run.mlp_out(run.resid_mid(heads))
-    }  # what the MLP reads changes with the heads
+    intact, writes = run.contributions(), run.writes()
+    if removed in writes:
+        writes[removed] = run.embedded.folded.nothing
+    edited = intact | {"L0 MLP": run.mlp_out(writes)}  # what the MLP reads changes with the heads
     edited |= {removed: 0 * intact[removed]}
     both: dict[str, Tensor] = {}
     for name, parts in zip(RUNS, (intact, edited), strict=True):

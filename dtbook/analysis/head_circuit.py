@@ -136,11 +136,11 @@ def score_terms(run: Run) -> Float[Tensor, "term head n"]:
     √d_head; "state → itself" is quadratic in the view: no map by cell shows it.
     """
     embedded, f = run.embedded, run.embedded.folded
-    query = f.query_of_time(run.condition.timestep).unsqueeze(2)
+    query, itself = f.query_of_time(run.condition.timestep).unsqueeze(2), torch.from_numpy(embedded.products)
     keys = [f.key(token).unsqueeze(2) for token in (run.condition.rtg * f.rtg, f.position)]
     of_state = [(embedded.q @ key).squeeze(2) for key in keys]
-    of_time = [(query.transpose(1, 2) @ key).squeeze(2).expand_as(embedded.qk) for key in keys]
-    terms = [*of_state, -embedded.qk, *of_time, -(embedded.k @ query).squeeze(2)]
+    of_time = [(query.transpose(1, 2) @ key).squeeze(2).expand_as(itself) for key in keys]
+    terms = [*of_state, -itself, *of_time, -(embedded.k @ query).squeeze(2)]
     return torch.stack(terms) * f.model.cfg.d_head**-0.5
 
 
@@ -224,10 +224,10 @@ def counterfactual_effects(
     for pair in pairs(folded, observations, Case(situation, rtg, rtg), timestep):
         n += len(pair.weights)
         patching, (clean, other, share) = HeadPatching(pair), pair
-        before, after = clean.resid_mid(patching.results), clean.resid_mid(patching.patched(head))
+        before, after = clean.resid_mid(patching.writes), clean.resid_mid(patching.patched(head))
         sums.add(share, whole=patching.total(), head=patching.by_head(head))
         sums.add(share, QK=patching.by_pattern(head), OV=patching.by_values(head))
-        on, off = clean.post(before), clean.post(after)
+        on, off = folded.pre(before).relu(), folded.pre(after).relu()
         direct = folded.direct_logits(after - before) @ on_F_R
         sums.add(share, direct=direct, neurons=((off - on) * output).T, active=(on > 0).T)
         sums.add(share, read=(after - before).T, pattern=clean.pattern[head], empty=other.pattern[head])

@@ -82,10 +82,13 @@ class FoldedWeights:
         self.rtg, self.position = w["W_E_rtg"], w["W_pos"][0] - w["W_pos"][1]
         self.time = w["W_E_time"] + w["W_pos"][1]  # of the state token, its position included
         self.through, self.b_V = through, (of("attn.b_V")[:, None] @ written)[:, 0]
-        self.b_O, self.b_in = self.cast(_one_more(of("attn.b_O") @ W_read)), _one_more(self._of_mlp(of("mlp.b_in")))
+        self.b_O, self.b_in = (
+            self.cast(_one_more(of("attn.b_O") @ W_read)),
+            _one_more(self._of_mlp(of("mlp.b_in"))),
+        )
         self.feature_mean = self.cast(_one_more(of("attn.W_O").sum(1) @ W_read))
         self.W_mlp, self.b_mlp = self.cast(of("mlp.W_out") @ U), self.cast(of("mlp.b_out") @ U)
-        self.b_U = self.cast(w["b_U"])
+        self.b_U, self.nothing = self.cast(w["b_U"]), Written(torch.zeros(self.n_read + 1, dtype=self.dtype))
         self.mlp_mean = tuple(map(self.cast, (of("mlp.W_out").mean(1), of("mlp.b_out").mean(), U.sum(0))))
 
     def _of_mlp(self, bias: Tensor) -> Tensor:
@@ -161,14 +164,21 @@ class FoldedWeights:
         """Return what a component writes on the logits directly."""
         return written.columns(slice(self.d_mlp, self.n_read))
 
-    def mlp_out(self, runs: Sequence["Writes"]) -> Float[Tensor, "run action n"]:
-        """Return what the MLP writes on the logits in each run, b_out included."""
-        return _neurons_out(self, runs) + self.b_mlp[:, None]
+    def mean_z(self, written: "Written") -> Float[Tensor, " *#n"]:
+        """Return the mean of a head's z over its features."""
+        return written.columns(slice(self.n_read, None))[0]
 
-    def logits(self, runs: Sequence["Writes"]) -> Float[Tensor, "run action n"]:
-        """Return the action logits of runs given by what their components write, all of as many observations."""
-        direct = [sum((self.direct(written) for written in run.values()), self.b_U[:, None]) for run in runs]
-        return self.mlp_out(runs).add_(torch.stack(direct))
+    def without_mlp(self, writes: "Writes") -> Float[Tensor, "*action #n"]:
+        """Return the action logits without what the MLP writes, b_U included."""
+        return sum((self.direct(written) for written in writes.values()), self.b_U[:, None])
+
+    def mlp_out(self, runs: Sequence["Writes"]) -> Float[Tensor, "run action #n"]:
+        """Return what the MLP writes on the logits in each run, b_out included: all runs in one go."""
+        return _neurons_out(self, runs, self.W_mlp).add_(self.b_mlp[:, None])
+
+    def logits(self, runs: Sequence["Writes"]) -> Float[Tensor, "run action #n"]:
+        """Return the action logits of runs given by what their components write: all runs in one go."""
+        return self.mlp_out(runs) + torch.stack([self.without_mlp(run) for run in runs])
 
 
 def _one_more(read: Tensor) -> Tensor:
@@ -257,6 +267,16 @@ class Embedded:
         """What each part gives to W_U, and the mean of z."""
         return self._sum(*self.tables[2:4]).permute(1, 2, 0).contiguous()
 
+    def weighted_sum(self, weight: Float[np.ndarray, " n"], part: int) -> Float[Tensor, " column"]:
+        """Return the sum over all observations of weight · what a part gives to be read."""
+        views, obstacles = np.zeros(len(self.parts.views)), np.zeros(len(self.parts.obstacles))
+        sums.add_weights(self.parts.view, self.parts.obstacle, weight, views, obstacles)
+        rows = [torch.from_numpy(often) for often in (views, obstacles)] * 2
+        pre, pre_more, direct, direct_more = (
+            often @ table[:, part].double() for often, table in zip(rows, self.tables, strict=False)
+        )
+        return self.folded.cast(torch.cat([pre + pre_more, direct + direct_more]))
+
     def at(self, rtg: float, timestep: int) -> "Run":
         """Return the run of these observations at an RTG and a timestep. Raises ValueError where there is none such."""
         f = self.folded
@@ -301,7 +321,8 @@ class Written(NamedTuple):
         total = self.constant[columns, None]
         if self.embedded is not None:
             first = self.embedded.folded.d_mlp
-            of_state = self.embedded.direct[self.part, columns.start - first : columns.stop - first]
+            last = None if columns.stop is None else columns.stop - first
+            of_state = self.embedded.direct[self.part, columns.start - first : last]
             total = total + (of_state if self.weight is None else of_state * self.weight)
         if self.vector is not None:
             total = total + self.vector[columns, None] * self.scale
@@ -315,6 +336,16 @@ class Written(NamedTuple):
             total = total + (of_state if self.weight is None else of_state * self.weight[:, None])
         if self.vector is not None and self.scale is not None:
             total = total + self.vector * self.scale[:, None]
+        return total
+
+    def mean(self, share: Float[np.ndarray, " n"]) -> Float[Tensor, " column"]:
+        """Return its sum over the observations, each by its share: from how often each row of the tables is in it."""
+        total = self.constant * float(share.sum())
+        if self.embedded is not None:
+            weight = share if self.weight is None else share * self.weight.numpy()
+            total = total + self.embedded.weighted_sum(weight, self.part)
+        if self.vector is not None and self.scale is not None:
+            total = total + self.vector * float(share @ self.scale.numpy())
         return total
 
 
@@ -352,12 +383,12 @@ class Run(NamedTuple):
     def writes(self) -> dict[str, Written]:
         """Return what each component writes; put others in their place to ablate or patch them."""
         f = self.embedded.folded
-        writes = {
-            STATE: Written(torch.zeros_like(self.fixed), self.embedded),
-            "time and position": Written(self.fixed),
-        }
-        writes |= {name: self.head(head) for head, name in enumerate(f.head_names)}
-        return writes | {"L0 b_O": Written(f.b_O)}
+        writes = {STATE: Written(f.nothing.constant, self.embedded), "time and position": Written(self.fixed)}
+        return writes | self.heads() | {"L0 b_O": Written(f.b_O)}
+
+    def heads(self) -> dict[str, Written]:
+        """Return what each head writes."""
+        return {name: self.head(head) for head, name in enumerate(self.embedded.folded.head_names)}
 
     def resid_mid(self, writes: Writes | None = None) -> Float[Tensor, "n read"]:
         """Return resid_mid as it is read: the neurons' `hook_pre`, then the logits without MLP and b_U."""
@@ -374,6 +405,12 @@ class Run(NamedTuple):
         """Return what the MLP writes on the logits, b_out included."""
         return self.embedded.folded.mlp_out([self.writes() if writes is None else writes])[0].T
 
+    def mlp_feature_mean(self) -> Float[Tensor, "action n"]:
+        """Return what the MLP would write on the logits with the mean of its output's entries in all of them."""
+        f = self.embedded.folded
+        weight, bias, on_logits = f.mlp_mean
+        return on_logits[:, None] * (_neurons_out(f, [self.writes()], weight[:, None])[0] + bias)
+
     def logits(self, writes: Writes | None = None) -> Float[Tensor, "n action"]:
         """Return the action logits, with what the components write themselves or others in their place."""
         return self.embedded.folded.logits([self.writes() if writes is None else writes])[0].T
@@ -389,15 +426,17 @@ class Run(NamedTuple):
         return {name: part.expand(-1, len(self.embedded)).T for name, part in parts.items()}
 
 
-def _neurons_out(f: FoldedWeights, runs: Sequence[Writes]) -> Float[Tensor, "run action #n"]:
-    """Return the sum of post · W_out · W_U of each run: all runs in one go over the observations (`sums.mlp`)."""
+def _neurons_out(
+    f: FoldedWeights, runs: Sequence[Writes], weight: Float[Tensor, "d_mlp out"]
+) -> Float[Tensor, "run out #n"]:
+    """Return post · weight of each run: all runs in one go over the observations (`sums.mlp`)."""
     constant = f.pre(torch.stack([sum(one.constant for one in run.values()) for run in runs]))
     terms = list({id(one): one for run in runs for one in run.values() if one.varies}.values())
     sources = list(
         {id(one.embedded.parts): one.embedded for one in terms if one.embedded is not None}.values()
     )
     if not sources:
-        return (constant.relu() @ f.W_mlp)[:, :, None]
+        return (constant.relu() @ weight)[:, :, None]
     source, part = np.array([_place(one, sources) for one in terms]).T
     place = {id(one): k for k, one in enumerate(terms)}
     chosen = [[place[id(one)] for one in run.values() if one.varies] for run in runs]
@@ -410,8 +449,8 @@ def _neurons_out(f: FoldedWeights, runs: Sequence[Writes]) -> Float[Tensor, "run
         [nothing if term.vector is None else f.pre(term.vector) for term in terms],
         [constant],
     )
-    W = torch.nn.functional.pad(f.W_mlp.T, (0, 0, 0, -f.W_mlp.shape[1] % 3)).contiguous()
-    out = torch.empty(len(runs), len(f.b_U), len(one), dtype=f.dtype)
+    W = torch.nn.functional.pad(weight.T, (0, 0, 0, -weight.shape[1] % 3)).contiguous()
+    out = torch.empty(len(runs), weight.shape[1], len(one), dtype=f.dtype)
     given = [f.cast(torch.stack(column)).contiguous().numpy() for column in columns]
     sums.mlp(*_side_by_side(sources), source, part, *given[:3], given[3][0], choice, W.numpy(), out.numpy())
     return out

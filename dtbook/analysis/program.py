@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int64
 
-from dtbook.analysis.population import BATCH_SIZE, FoldedWeights, embedded_batches
+from dtbook.analysis.population import BATCH_SIZE, FoldedWeights
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import GOAL, OBSTACLE, WALL
 from dtbook.gridworld.rules import ACTIONS, FRONT, Task
@@ -157,11 +157,12 @@ def summarise_model(
     share = weights(observations) / (len(FITTED_RTGS) * len(FITTED_TIMESTEPS))
     folded, n_actions = FoldedWeights(model), len(ACTIONS)
     sums, entropy = np.zeros((2, len(FITTED_RTGS), len(rows), n_actions)), 0.0
-    for batch, embedded in embedded_batches(folded, images, progress="program" if progress else None):
+    embedded = folded.embed(observations)
+    for batch, some in embedded.batches(progress="program" if progress else None):
         cells, weight = row_of[batch, None] * n_actions + np.arange(n_actions), share[batch, None]
         for k, rtg in enumerate(FITTED_RTGS):
             for timestep in FITTED_TIMESTEPS:
-                p = embedded.at(rtg, timestep).logits().double().softmax(1).numpy()
+                p = some.at(rtg, timestep).logits().double().softmax(1).numpy()
                 first = p == p.max(1, keepdims=True)
                 for total, value in zip(sums[:, k], (p, first / first.sum(1, keepdims=True)), strict=True):
                     flat = np.bincount(cells.ravel(), (weight * value).ravel(), total.size)

@@ -24,10 +24,26 @@ def weighted_quantile(
         raise ValueError("values must be at least one, with a positive weight; there is none.")
     if np.min(at) < 0 or np.max(at) > 1:
         raise ValueError(f"at must lie between 0 and 1, not {at}.")
-    order = np.argsort(values, kind="stable")
-    cumulated = np.cumsum(weights[order], dtype=np.float64)
-    share = np.asarray(at) * cumulated[-1] * (1 - 1e-12)  # the last sum and its share may differ by rounding
-    return values[order][np.minimum(np.searchsorted(cumulated, share), len(values) - 1)]
+    bins = _bins(values)  # only those that hold a quantile are sorted
+    often = np.bincount(bins, weights)
+    ends = np.cumsum(often)
+    share = np.asarray(at) * ends[-1] * (1 - 1e-12)  # the last sum and its share may differ by rounding
+    within = np.clip(np.searchsorted(ends, share), bins.min(), len(ends) - 1)
+    quantiles = np.empty(len(share), values.dtype)
+    for bin_ in np.unique(within):
+        members, of_bin = np.flatnonzero(bins == bin_), within == bin_
+        members = members[np.argsort(values[members], kind="stable")]
+        cumulated = ends[bin_] - often[bin_] + np.cumsum(weights[members], dtype=np.float64)
+        quantiles[of_bin] = values[
+            members[np.minimum(np.searchsorted(cumulated, share[of_bin]), len(members) - 1)]
+        ]
+    return quantiles
+
+
+def _bins(values: Float[np.ndarray, " n"]) -> np.ndarray:
+    """Return a bin for each value, larger for larger ones: its first 16 bits, sign, exponent and a few of its digits."""
+    first = values.astype(np.float32).view(np.uint32) >> 16
+    return np.where(first < 0x8000, first + 0x8000, 0xFFFF - first).astype(np.int64)
 
 
 def weighted_correlation(

@@ -66,14 +66,13 @@ def sum_numbers(view, obstacle, of_view, of_obstacle, out):
 @compiled
 @no_type_check
 def add_weights(view, obstacle, weight, to_view, to_obstacle):
-    """Add each observation's weights, (head, n), to those of its parts: how often a weighted sum holds each row."""
-    for h in range(len(weight)):
-        for i in range(len(view)):
-            to_view[h, view[i]] += weight[h, i]
-            for k in range(obstacle.shape[1]):
-                if obstacle[i, k] < 0:
-                    break
-                to_obstacle[h, obstacle[i, k]] += weight[h, i]
+    """Add each observation's weight to those of its parts: how often a weighted sum holds each row."""
+    for i in range(len(view)):
+        to_view[view[i]] += weight[i]
+        for k in range(obstacle.shape[1]):
+            if obstacle[i, k] < 0:
+                break
+            to_obstacle[obstacle[i, k]] += weight[i]
 
 
 @partial(compiled, fastmath=True)
@@ -107,7 +106,9 @@ def mlp(view, obstacle, of_view, of_obstacle, source, part, weight, scale, vecto
             depth, seen = 0, view[s, i]
             if held[s, 0] == seen:  # what the observation before begins with as well
                 while (
-                    depth < most and obstacle[s, i, depth] >= 0 and obstacle[s, i, depth] == held[s, depth + 1]
+                    depth < most
+                    and obstacle[s, i, depth] >= 0
+                    and obstacle[s, i, depth] == held[s, depth + 1]
                 ):
                     depth += 1
             else:

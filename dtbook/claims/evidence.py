@@ -15,7 +15,7 @@ from dtbook.analysis.ablations import situation_table
 from dtbook.analysis.attribution import IMAGE_CHANNELS, contrast, preference_direction
 from dtbook.analysis.counterfactuals import Case, HeadPatching, pairs
 from dtbook.analysis.heads import THRESHOLD, obstacle_head_scores
-from dtbook.analysis.population import FoldedWeights, Run, embedded_batches, per_observation
+from dtbook.analysis.population import FoldedWeights, Run, per_observation
 from dtbook.analysis.stats import Line, least_squares, weighted_correlation
 from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
 from dtbook.gridworld.env import ObservationSet
@@ -94,7 +94,7 @@ class Evidence:
         share, folded = weights(self.observations), FoldedWeights(self.model)
         turns = np.empty((len(RTGS), len(share), 2), np.float32)
         attention, empty = 0.0, showing(self.observations.images, "empty")
-        for rows, embedded in embedded_batches(folded, self.observations.images):
+        for rows, embedded in folded.embed(self.observations).batches():
             for k, rtg in enumerate(RTGS):
                 turns[k, rows] = embedded.at(rtg, TIMESTEP).logits()[:, :2].numpy()
             part = share[rows] * empty[rows]
@@ -125,16 +125,13 @@ class Evidence:
         """The share of the weight of obstacles in front (R = 0.9, mean over the timesteps) on which the MLP's
         contribution to F−R rises when head 1 is zero-ablated.
         """
-        obstacles, direction = (
-            select(self.observations, "obstacle"),
-            contrast("F-R", self.model.cfg.n_actions).to(self.model.W_U),
-        )
+        obstacles = select(self.observations, "obstacle")
+        direction = contrast("F-R", self.model.cfg.n_actions).to(self.model.W_U)
 
         def measure(run: Run) -> dict[str, torch.Tensor]:
-            results = run.head_results()
-            intact = run.mlp_out(run.resid_mid(results)) @ direction
-            results[1] = 0
-            return {"rises": ((run.mlp_out(run.resid_mid(results)) @ direction) > intact).double()}
+            f, writes = run.embedded.folded, run.writes()
+            intact, without = direction @ f.mlp_out([writes, writes | {"L0H1": f.nothing}])
+            return {"rises": (without > intact).double()}
 
         conditions = [(HIGH, t) for t in self.timesteps]
         rises = per_observation(self.model, obstacles, conditions, measure)["rises"]
