@@ -3,7 +3,7 @@
 Weights are the shares of states that show an observation; all means and quantiles are taken with them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
@@ -12,7 +12,6 @@ from typing import Any, no_type_check
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from dtbook.analysis.population import (
     Run,
     Writes,
     Written,
+    run_all,
 )
 from dtbook.analysis.stats import weighted_quantile
 from dtbook.gridworld.env import ObservationSet
@@ -112,88 +112,100 @@ class _Situations:
         self.weights, embedded = weights(observations)[order], folded.embed(observations)
         self.embedded, self.donors = embedded[order], embedded[donors[order]]
         self.forward = np.empty((len(ablations), len(order)), np.float32)
-        self.names = [*ACTIONS, *self._parts(), *(f"attention {head}" for head in folded.head_names)]
-
-    def _parts(self) -> list[str]:
-        return [*self.embedded[:1].at(0.0, 0).writes(), MLP, "b_U"]
+        self.direct = torch.empty(len(folded.b_U), len(order), dtype=folded.dtype)
+        self.parts = [*embedded[:1].at(0.0, 0).writes(), MLP, "b_U"]
 
     def at(self, condition: Condition) -> dict[str, list[dict[str, object]]]:
         """Return the rows of each situation at one condition, one for each ablation."""
-        run = self.embedded.at(*condition)
-        intact, share = run.mlp_out(), self.folded.cast(torch.from_numpy(self.weights))
-        means = {name: Written(written.mean(self.weights)) for name, written in run.heads().items()}
-        mlp_mean, ends = (
-            share @ intact,
-            {end for rows in self.rows.values() for end in (rows.start, rows.stop)},
-        )
-        sums = {}
-        for start, stop in pairwise(sorted(ends)):
-            sums[start] = np.zeros((len(self.variants), len(self.names)))
-            for batch in row_batches(stop - start, FAST_BATCH_SIZE // 4):
-                rows = slice(start + batch.start, start + batch.stop)
-                sums[start] += self._sums(condition, rows, intact[rows].T, means, mlp_mean)
-        return {name: self._table(name, condition, sums) for name in self.rows}
+        means, self.mlp_mean = {}, torch.zeros_like(self.folded.b_U)
+        if any(how == "mean" for _, how in self.variants):
+            heads = self.embedded.at(*condition).heads()
+            means = {name: Written(written.mean(self.weights)) for name, written in heads.items()}
+        ends = {
+            0,
+            len(self.weights),
+            *(end for rows in self.rows.values() for end in (rows.start, rows.stop)),
+        }
+        groups = [slice(start, stop) for start, stop in pairwise(sorted(ends))]
+        sums = [sum(self._sums(condition, rows, means) for rows in _batches(group)) for group in groups]
+        if (MLP, "mean") in self.variants:
+            self._ablate_mlp_to_mean(groups, sums)
+        return {
+            name: self._table(
+                name, condition, sum(sums[k] for k, group in enumerate(groups) if _holds(rows, group))
+            )
+            for name, rows in self.rows.items()
+        }
 
-    def _sums(
-        self, condition: Condition, rows: slice, intact: Tensor, means: Writes, mlp_mean: Tensor
-    ) -> np.ndarray:
-        """Return the weighted sum of each column for each ablation over some rows, and keep their P(forward)."""
+    def _sums(self, condition: Condition, rows: slice, means: Writes) -> np.ndarray:
+        """Return the weighted sum of each column for each ablation over some rows, and keep their P(forward).
+
+        Columns: the three probabilities, what each of `parts` writes on the preference, and each head's attention.
+        """
         f, run, donor = self.folded, self.embedded[rows].at(*condition), self.donors[rows].at(*condition)
         writes, share = run.writes(), f.cast(torch.from_numpy(self.weights[rows]))
         instead = [_instead(variant, run, donor, means) for variant in self.variants]
-        ablated_heads = [k for k, written in enumerate(instead) if written]
-        mlp_out = intact.repeat(len(self.variants), 1, 1)
-        if ablated_heads:
-            mlp_out[ablated_heads] = f.mlp_out([writes | instead[k] for k in ablated_heads])
+        runs = [writes, donor.writes(), *(writes | written for written in instead if written)]
+        out = run_all(f, runs, with_mean=1)
+        direct = out.logits - out.mlp_out
+        self.direct[:, rows], heads = direct[0], iter(range(2, len(runs)))
+        self.mlp_mean += out.mlp_out[0] @ share
+        which = [next(heads) if written else 0 for written in instead]
+        mlp_out = out.mlp_out[which]
         for k, (component, how) in enumerate(self.variants):
             if component == MLP:
-                mlp_out[k] = _instead_mlp(how, run, donor, mlp_mean)
-        logits = mlp_out + torch.stack([f.without_mlp(writes | written) for written in instead])
-        probabilities = logits.softmax(1)
+                mlp_out[k] = {"resample": out.mlp_out[1], "feature mean": out.mlp_feature_mean[0]}.get(
+                    how, torch.zeros(())
+                )
+        probabilities = (direct[which] + mlp_out).softmax(1)
         self.forward[:, rows] = probabilities[:, FORWARD].numpy()
-        own = {name: self._mean(f.direct(written), share) for name, written in writes.items()}
-        of_mlp = (self.direction @ mlp_out @ share).tolist()
-        rest = {"b_U": self._mean(f.b_U[:, None], share)}
-        rest |= {
-            f"attention {name}": each
-            for name, each in zip(f.head_names, (run.pattern @ share).tolist(), strict=True)
-        }
-        total = []
-        for actions, written, mlp in zip(
-            (probabilities[:, : len(ACTIONS)] @ share).tolist(), instead, of_mlp, strict=True
-        ):
-            changed = {name: self._mean(f.direct(one), share) for name, one in written.items()}
-            total.append([*actions, *(own | changed | {MLP: mlp} | rest).values()])
-        return np.array(total)
+        own = {name: self._on_preference(written, share) for name, written in writes.items()}
+        changed = [
+            {name: self._on_preference(one, share) for name, one in written.items()} for written in instead
+        ]
+        of_mlp = (self.direction @ (mlp_out @ share).T).tolist()
+        b_U, attention = float(self.direction @ f.b_U * share.sum()), (run.pattern @ share).tolist()
+        parts = [[*(own | new).values(), mlp, b_U] for new, mlp in zip(changed, of_mlp, strict=True)]
+        actions = (probabilities[:, : len(ACTIONS)] @ share).numpy()
+        return np.column_stack([actions, parts, np.tile(attention, (len(parts), 1))]).astype(np.float64)
 
-    def _mean(self, direct: Float[Tensor, "*action #n"], share: Tensor) -> float:
-        return float((self.direction @ direct).expand(len(share)) @ share)
+    def _on_preference(self, written: Written, share: Tensor) -> float:
+        return float((self.direction @ self.folded.direct(written)).expand(len(share)) @ share)
 
-    def _table(
-        self, situation: str, condition: Condition, sums: dict[int, np.ndarray]
-    ) -> list[dict[str, object]]:
-        rows, table = self.rows[situation], []
-        share = self.weights[rows]
-        counts = {"share": float(share.sum()), "observations": len(share)}
-        means = sum(part for start, part in sums.items() if rows.start <= start < rows.stop) / counts["share"]
-        for variant, row, forward in zip(self.variants, means, self.forward[:, rows], strict=True):
-            named = dict(zip(self.names, row.tolist(), strict=True))
-            actions = {name: named.pop(name) for name in ACTIONS}
+    def _ablate_mlp_to_mean(self, groups: Sequence[slice], sums: Sequence[np.ndarray]) -> None:
+        """Put in what the MLP's mean output gives, now that all of it is known: `_sums` left zero ablation there."""
+        k, whole = self.variants.index((MLP, "mean")), self.mlp_mean
+        for group, total in zip(groups, sums, strict=True):
+            probabilities = (self.direct[:, group] + whole[:, None]).softmax(0)
+            share = self.folded.cast(torch.from_numpy(self.weights[group]))
+            self.forward[k, group] = probabilities[FORWARD].numpy()
+            total[k, : len(ACTIONS)] = (probabilities[: len(ACTIONS)] @ share).numpy()
+            total[k, len(ACTIONS) + self.parts.index(MLP)] = float(self.direction @ whole * share.sum())
+
+    def _table(self, situation: str, condition: Condition, sums: np.ndarray) -> list[dict[str, object]]:
+        rows = self.rows[situation]
+        share, table = self.weights[rows], []
+        whole = float(share.sum())
+        attention = [f"attention {head}" for head in self.folded.head_names]
+        for variant, row, forward in zip(self.variants, sums / whole, self.forward[:, rows], strict=True):
+            actions, parts, patterns = np.split(row, [len(ACTIONS), len(ACTIONS) + len(self.parts)])
             quantiles = weighted_quantile(forward, share, np.array(list(QUANTILES.values())))
-            logit_diff = sum(named[name] for name in self._parts())
-            what = {
-                "situation": situation,
-                **condition._asdict(),
-                **dict(zip(("ablated", "how"), variant, strict=True)),
-            }
-            named = (
-                actions
-                | {"logit_diff": logit_diff}
-                | named
-                | dict(zip(QUANTILES, map(float, quantiles), strict=True))
-            )
-            table.append(what | named | counts)
+            names = [*ACTIONS, "logit_diff", *self.parts, *attention, *QUANTILES]
+            values = [*actions, parts.sum(), *parts, *patterns, *quantiles]
+            what = {"situation": situation, **condition._asdict()}
+            what |= dict(zip(("ablated", "how"), variant, strict=True))
+            numbers = dict(zip(names, map(float, values), strict=True))
+            table.append(what | numbers | {"share": whole, "observations": len(share)})
         return table
+
+
+def _batches(rows: slice) -> Iterator[slice]:
+    for batch in row_batches(rows.stop - rows.start, FAST_BATCH_SIZE // 4):
+        yield slice(rows.start + batch.start, rows.start + batch.stop)
+
+
+def _holds(rows: slice, group: slice) -> bool:
+    return rows.start <= group.start < group.stop <= rows.stop
 
 
 def _instead(variant: Variant, run: Run, donor: Run, means: Writes) -> dict[str, Written]:
@@ -211,17 +223,6 @@ def _instead(variant: Variant, run: Run, donor: Run, means: Writes) -> dict[str,
         scale = f.mean_z(run.head(head))
         return {name: f.nothing._replace(vector=f.feature_mean[head], scale=scale)}
     return {name: f.nothing}
-
-
-def _instead_mlp(how: str, run: Run, donor: Run, mean: Tensor) -> Float[Tensor, "*action #n"]:
-    """Return what an ablated MLP writes on the logits instead."""
-    if how == "mean":
-        return mean[:, None]
-    if how == "resample":
-        return donor.mlp_out().T
-    if how == "feature mean":
-        return run.mlp_feature_mean()
-    return torch.zeros_like(mean[:, None])
 
 
 # Neuron by neuron

@@ -38,6 +38,8 @@ BATCH_SIZE = 2048
 """Observations a batch where every neuron of each is kept: small enough for the processor's cache."""
 FAST_BATCH_SIZE = 65_536
 """Observations a batch where they are not."""
+COLUMNS = 16
+"""The number of columns of a table is a multiple of it."""
 STATE, MLP = "state", "L0 MLP"
 
 
@@ -146,14 +148,11 @@ class FoldedWeights:
         cells[:, np.arange(len(parts.obstacles)), parts.obstacles[:, 0], parts.obstacles[:, 1]] = contents
         views, obstacle, empty = map(self._inputs, (parts.views, *cells))
         inputs = views, obstacle - empty
+        filled = -(self.n_read + 1) % COLUMNS  # with columns of 0, which kernels like
         read = [self.cast(x @ self.from_image).unflatten(1, (len(self.through), -1)) for x in inputs]
-        pre, direct = (
-            [x[..., cut].contiguous() for x in read] for cut in (slice(self.d_mlp), slice(self.d_mlp, None))
-        )
+        read = [torch.nn.functional.pad(x, (0, filled)) for x in read]
         return Tables(
-            *pre,
-            *direct,
-            *((x @ self.query_and_key).unflatten(1, (2, len(self.head_names), -1)) for x in inputs),
+            *read, *((x @ self.query_and_key).unflatten(1, (2, len(self.head_names), -1)) for x in inputs)
         )
 
     def _inputs(self, images: UInt8[np.ndarray, "n view view 3"]) -> Float[Tensor, "n input"]:
@@ -172,13 +171,13 @@ class FoldedWeights:
         """Return the action logits without what the MLP writes, b_U included."""
         return sum((self.direct(written) for written in writes.values()), self.b_U[:, None])
 
-    def mlp_out(self, runs: Sequence["Writes"]) -> Float[Tensor, "run action #n"]:
+    def mlp_out(self, runs: Sequence["Writes"]) -> Float[Tensor, "run action n"]:
         """Return what the MLP writes on the logits in each run, b_out included: all runs in one go."""
-        return _neurons_out(self, runs, self.W_mlp).add_(self.b_mlp[:, None])
+        return run_all(self, runs).mlp_out
 
-    def logits(self, runs: Sequence["Writes"]) -> Float[Tensor, "run action #n"]:
+    def logits(self, runs: Sequence["Writes"]) -> Float[Tensor, "run action n"]:
         """Return the action logits of runs given by what their components write: all runs in one go."""
-        return self.mlp_out(runs) + torch.stack([self.without_mlp(run) for run in runs])
+        return run_all(self, runs).logits
 
 
 def _one_more(read: Tensor) -> Tensor:
@@ -193,11 +192,9 @@ def _by_input(weight: Float[Tensor, "part input column"]) -> Float[Tensor, "inpu
 class Tables(NamedTuple):
     """What each view gives and what each obstacle adds; part 0 is the state embedding itself, then each head's OV."""
 
-    view_pre: Float[Tensor, "view part d_mlp"]
-    obstacle_pre: Float[Tensor, "obstacle part d_mlp"]
-    view_direct: Float[Tensor, "view part column"]
-    """On the logits directly, and the mean of z."""
-    obstacle_direct: Float[Tensor, "obstacle part column"]
+    view_read: Float[Tensor, "view part columns"]
+    """What is read of it, then a head's mean of z; filled up with columns of 0."""
+    obstacle_read: Float[Tensor, "obstacle part columns"]
     view_qk: Float[Tensor, "view 2 head d_head"]
     """Queries and keys, in float64."""
     obstacle_qk: Float[Tensor, "obstacle 2 head d_head"]
@@ -245,12 +242,12 @@ class Embedded:
     @cached_property
     def read(self) -> Float[Tensor, "part n column"]:
         """What the state embedding itself gives to be read, then a head's result if it attends to the state alone."""
-        pre, direct = self._sum(*self.tables[:2]), self._sum(*self.tables[2:4])
-        return torch.cat([pre, direct], 2).transpose(0, 1).contiguous()
+        rows = (table[:, :, : self.folded.n_read + 1] for table in self.tables[:2])
+        return self._sum(*rows).transpose(0, 1).contiguous()
 
     @cached_property
     def _qk(self) -> Float[Tensor, "2 head n d_head"]:
-        return self._sum(*self.tables[4:]).permute(1, 2, 0, 3)
+        return self._sum(*self.tables[2:]).permute(1, 2, 0, 3)
 
     @property
     def q(self) -> Float[Tensor, "head n d_head"]:
@@ -265,17 +262,21 @@ class Embedded:
     @cached_property
     def direct(self) -> Float[Tensor, "part column n"]:
         """What each part gives to W_U, and the mean of z."""
-        return self._sum(*self.tables[2:4]).permute(1, 2, 0).contiguous()
+        columns = slice(self.folded.d_mlp, self.folded.n_read + 1)
+        return self._sum(*(table[:, :, columns] for table in self.tables[:2])).permute(1, 2, 0).contiguous()
 
     def weighted_sum(self, weight: Float[np.ndarray, " n"], part: int) -> Float[Tensor, " column"]:
         """Return the sum over all observations of weight · what a part gives to be read."""
         views, obstacles = np.zeros(len(self.parts.views)), np.zeros(len(self.parts.obstacles))
         sums.add_weights(self.parts.view, self.parts.obstacle, weight, views, obstacles)
-        rows = [torch.from_numpy(often) for often in (views, obstacles)] * 2
-        pre, pre_more, direct, direct_more = (
-            often @ table[:, part].double() for often, table in zip(rows, self.tables, strict=False)
+        columns = slice(self.folded.n_read + 1)
+        often = (torch.from_numpy(often) for often in (views, obstacles))
+        return self.folded.cast(
+            sum(
+                each @ table[:, part, columns].double()
+                for each, table in zip(often, self.tables, strict=False)
+            )
         )
-        return self.folded.cast(torch.cat([pre + pre_more, direct + direct_more]))
 
     def at(self, rtg: float, timestep: int) -> "Run":
         """Return the run of these observations at an RTG and a timestep. Raises ValueError where there is none such."""
@@ -288,7 +289,7 @@ class Embedded:
         # (q of the state + q of the time) · (k of the RTG token − k of the state), multiplied out
         query, key = f.query_of_time(timestep), f.key(token)
         scores = (query * key).sum(1, keepdim=True).numpy() - self.products
-        numbers = (((qk[:, 0] * key) - (qk[:, 1] * query)).sum(-1).numpy() for qk in self.tables[4:])
+        numbers = (((qk[:, 0] * key) - (qk[:, 1] * query)).sum(-1).numpy() for qk in self.tables[2:])
         sums.sum_numbers(self.parts.view, self.parts.obstacle, *numbers, scores)
         pattern = f.cast(torch.sigmoid(torch.from_numpy(scores) / f.model.cfg.d_head**0.5))
         rtg_result, time_result = (token @ f.through)[1:], (time @ f.through)[1:] + f.b_V
@@ -405,12 +406,6 @@ class Run(NamedTuple):
         """Return what the MLP writes on the logits, b_out included."""
         return self.embedded.folded.mlp_out([self.writes() if writes is None else writes])[0].T
 
-    def mlp_feature_mean(self) -> Float[Tensor, "action n"]:
-        """Return what the MLP would write on the logits with the mean of its output's entries in all of them."""
-        f = self.embedded.folded
-        weight, bias, on_logits = f.mlp_mean
-        return on_logits[:, None] * (_neurons_out(f, [self.writes()], weight[:, None])[0] + bias)
-
     def logits(self, writes: Writes | None = None) -> Float[Tensor, "n action"]:
         """Return the action logits, with what the components write themselves or others in their place."""
         return self.embedded.folded.logits([self.writes() if writes is None else writes])[0].T
@@ -426,47 +421,87 @@ class Run(NamedTuple):
         return {name: part.expand(-1, len(self.embedded)).T for name, part in parts.items()}
 
 
-def _neurons_out(
-    f: FoldedWeights, runs: Sequence[Writes], weight: Float[Tensor, "d_mlp out"]
-) -> Float[Tensor, "run out #n"]:
-    """Return post · weight of each run: all runs in one go over the observations (`sums.mlp`)."""
-    constant = f.pre(torch.stack([sum(one.constant for one in run.values()) for run in runs]))
-    terms = list({id(one): one for run in runs for one in run.values() if one.varies}.values())
+class Outputs(NamedTuple):
+    """What runs give on the logits, b_out and b_U included."""
+
+    mlp_out: Float[Tensor, "run action n"]
+    logits: Float[Tensor, "run action n"]
+    mlp_feature_mean: Float[Tensor, "with_mean action n"]
+    """What the MLP would write on them with the mean of its output's entries in all of them."""
+
+
+def run_all(f: FoldedWeights, runs: Sequence[Writes], with_mean: int = 0) -> Outputs:
+    """Evaluate runs given by what their components write, all in one go over the observations (`sums.run_all`).
+
+    Of the first `with_mean` runs the MLP's feature mean is returned too.
+    """
+    terms, choice = _terms(f, runs)
     sources = list(
         {id(one.embedded.parts): one.embedded for one in terms if one.embedded is not None}.values()
     )
-    if not sources:
-        return (constant.relu() @ weight)[:, :, None]
-    source, part = np.array([_place(one, sources) for one in terms]).T
-    place = {id(one): k for k, one in enumerate(terms)}
-    chosen = [[place[id(one)] for one in run.values() if one.varies] for run in runs]
-    most = max(3, *map(len, chosen))
-    choice = np.array([row + [len(terms)] * (most - len(row)) for row in chosen])
-    one, none, nothing = torch.ones(len(sources[0])), torch.zeros(len(sources[0])), torch.zeros(f.d_mlp)
-    columns = (
-        [one if term.weight is None else term.weight for term in terms],
-        [none if term.scale is None else term.scale for term in terms],
-        [nothing if term.vector is None else f.pre(term.vector) for term in terms],
-        [constant],
+    n, width, n_actions = len(sources[0]), f.n_read + 1, len(f.b_U)
+    one, none, nothing = torch.ones(n), torch.zeros(n), f.nothing.constant
+    numbers = [
+        (
+            none if t.embedded is None else one if t.weight is None else t.weight,
+            none if t.scale is None else t.scale,
+        )
+        for t in terms
+    ]
+    vectors = [(nothing if t.vector is None else t.vector, t.constant) for t in terms]
+    weight, scale, vector, constant = (
+        f.cast(torch.stack(each)) for each in (*zip(*numbers, strict=True), *zip(*vectors, strict=True))
     )
-    W = torch.nn.functional.pad(weight.T, (0, 0, 0, -weight.shape[1] % 3)).contiguous()
-    out = torch.empty(len(runs), weight.shape[1], len(one), dtype=f.dtype)
-    given = [f.cast(torch.stack(column)).contiguous().numpy() for column in columns]
-    sums.mlp(*_side_by_side(sources), source, part, *given[:3], given[3][0], choice, W.numpy(), out.numpy())
-    return out
+    rows = _side_by_side(sources)
+    vector, constant = (torch.nn.functional.pad(x, (0, rows[2].shape[2] - width)) for x in (vector, constant))
+    source, part = np.array([_place(term, sources) for term in terms]).T
+    W = torch.cat([f.W_mlp.T, f.mlp_mean[0][None]]) if with_mean else f.W_mlp.T
+    W = torch.nn.functional.pad(W, (0, 0, 0, -len(W) % 3)).contiguous()
+    wanted = np.full(len(runs), n_actions + -n_actions % 3)
+    wanted[:with_mean] = len(W)
+    out = torch.empty(len(runs), len(W) + n_actions, n, dtype=f.dtype)
+    arrays = (x.contiguous().numpy() for x in (weight, scale, vector, constant))
+    sums.run_all(*rows, source, part, *arrays, choice, W.numpy(), wanted, out.numpy())
+    mlp_out = out[:, :n_actions] + f.b_mlp[:, None]
+    _, bias, on_logits = f.mlp_mean
+    mean = on_logits[:, None] * (out[:with_mean, n_actions, None] + bias)
+    return Outputs(mlp_out, mlp_out + out[:, len(W) :] + f.b_U[:, None], mean)
+
+
+def _terms(f: FoldedWeights, runs: Sequence[Writes]) -> tuple[list[Written], np.ndarray]:
+    """Return all that runs are sums of, once each, and which of them each run is the sum of, three at least.
+
+    What is the same constant in all runs is added to one that all of them have.
+    """
+    everywhere = set.intersection(*({id(one) for one in run.values()} for run in runs))
+    common = [one for one in runs[0].values() if id(one) in everywhere]
+    constants = {id(one): one for one in common if not one.varies}
+    each = {id(one): one for run in runs for one in run.values() if id(one) not in constants}
+    place = {key: k for k, key in enumerate(each)}
+    terms = [*each.values(), f.nothing]
+    host = next((one for one in common if one.varies), None)
+    constant = sum((one.constant for one in constants.values()), f.nothing.constant)
+    if host is not None:
+        terms[place[id(host)]] = host._replace(constant=host.constant + constant)
+    chosen = [[place[id(one)] for one in run.values() if id(one) in place] for run in runs]
+    if host is None:
+        terms.append(Written(constant))
+        chosen = [[*row, len(terms) - 1] for row in chosen]
+    most = max(3, *map(len, chosen))
+    return terms, np.array([row + [len(each)] * (most - len(row)) for row in chosen])
 
 
 def _place(term: Written, sources: Sequence[Embedded]) -> tuple[int, int]:
     """Return which observations a term is of, and which part; −1 for none."""
     if term.embedded is None:
-        return 0, -1
+        return 0, 0 if term.vector is not None else -1
     return next(k for k, one in enumerate(sources) if one.parts is term.embedded.parts), term.part
 
 
 def _side_by_side(sources: Sequence[Embedded]) -> tuple[np.ndarray, ...]:
     """Return view and obstacles of several sets of observations as rows of one table of each, and these tables."""
     tables = list({id(one.tables): one.tables for one in sources}.values())
-    lengths = [[len(table.view_pre), len(table.obstacle_pre)] for table in tables]
+    lengths = [[len(table.view_read), len(table.obstacle_read)] for table in tables]
     first = np.cumsum([[0, 0], *lengths], 0)
     most = max(one.parts.obstacle.shape[1] for one in sources)
     view = np.empty((len(sources), len(sources[0])), np.int32)

@@ -41,7 +41,7 @@ def weighted_quantile(
 
 
 def _bins(values: Float[np.ndarray, " n"]) -> np.ndarray:
-    """Return a bin for each value, larger for larger ones: its first 16 bits, sign, exponent and a few of its digits."""
+    """Return a bin for each value, larger for larger ones: its sign, exponent and seven digits."""
     first = values.astype(np.float32).view(np.uint32) >> 16
     return np.where(first < 0x8000, first + 0x8000, 0xFFFF - first).astype(np.int64)
 

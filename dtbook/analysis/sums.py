@@ -77,27 +77,29 @@ def add_weights(view, obstacle, weight, to_view, to_obstacle):
 
 @partial(compiled, fastmath=True)
 @no_type_check
-def mlp(view, obstacle, of_view, of_obstacle, source, part, weight, scale, vector, constant, choice, W, out):
-    """Write what the neurons of each variant write on the logits, (variant, action, n), into `out`.
+def run_all(
+    view, obstacle, of_view, of_obstacle, source, part, weight, scale, vector, constant, choice, W, rows, out
+):
+    """Write what runs give on the logits, (run, action, n): of their neurons, then after len(W) rows directly.
 
-    A term is weight · (the sum of the rows of one part of one source) + scale · vector, a number of each for every
-    observation; where `part` is −1 it is the second alone. The neurons' `pre` is the variant's constant + the terms
-    that `choice` names, filled up with terms of zero: an index of `len(part)`.
+    A term is constant + weight · (the sum of the rows of one part of one source) + scale · vector, with a weight and a
+    scale for every observation; where `part` is −1 it is its constant alone. What W_in and W_U read in a run is the sum
+    of the terms that `choice` names: a column for each neuron, then one for each action.
 
-    Shapes: view (source, n), obstacle (source, n, most), of_view and of_obstacle (row, part, neuron), source and part
-    (term), weight and scale (term, n), vector (term, neuron), constant (variant, neuron), choice
-    (variant, ≥ 3), W (actions filled up to a multiple of three, neuron).
+    Shapes: view (source, n), obstacle (source, n, most), of_view and of_obstacle (row, part, column), source and part
+    (term), weight and scale (term, n), vector and constant (term, column), choice (run, ≥ 3, filled up with a term of
+    zero), W (actions filled up to a multiple of three, neuron), rows (run: how many of W are wanted of it).
     """
     n_sources, n, most = obstacle.shape
-    n_terms, n_actions = len(part), out.shape[1]
-    n_parts, n_neurons = of_view.shape[1:]
-    rest = n_terms + 1
-    stack = np.zeros((n_sources, most + 1, n_parts, n_neurons), of_view.dtype)
+    n_parts, n_columns = of_view.shape[1:]
+    n_terms, n_neurons, n_actions = len(part), W.shape[1], out.shape[1] - len(W)
+    stack = np.zeros((n_sources, most + 1, n_parts, n_columns), of_view.dtype)
     held = np.full((n_sources, most + 1), -1)  # which rows the stack holds
     top = np.zeros(n_sources, np.int64)
-    terms = np.zeros((n_terms + 2, n_neurons), of_view.dtype)  # then nothing, and the sum of those beyond two
     used = np.zeros((n_sources, n_parts), np.bool_)
+    terms = np.zeros((n_terms + 1, n_columns), of_view.dtype)  # the last: the sum of those beyond two
     for t in range(n_terms):
+        terms[t] = constant[t]
         if part[t] >= 0:
             used[source[t], part[t]] = True
     zero = of_view.dtype.type(0)
@@ -115,48 +117,43 @@ def mlp(view, obstacle, of_view, of_obstacle, source, part, weight, scale, vecto
                 held[s, 0] = seen
                 for p in range(n_parts):
                     if used[s, p]:
-                        for j in range(n_neurons):
+                        for j in range(n_columns):
                             stack[s, 0, p, j] = of_view[seen, p, j]
             while depth < most and obstacle[s, i, depth] >= 0:
                 row = obstacle[s, i, depth]
                 held[s, depth + 1] = row
                 for p in range(n_parts):
                     if used[s, p]:
-                        for j in range(n_neurons):
+                        for j in range(n_columns):
                             stack[s, depth + 1, p, j] = stack[s, depth, p, j] + of_obstacle[row, p, j]
                 depth += 1
             if depth < most:
                 held[s, depth + 1] = -1
             top[s] = depth
         for t in range(n_terms):
-            w, b, s, p = weight[t, i], scale[t, i], source[t], part[t]
-            depth = top[s]
-            if p < 0:
-                for j in range(n_neurons):
-                    terms[t, j] = b * vector[t, j]
-            else:
-                for j in range(n_neurons):
-                    terms[t, j] = w * stack[s, depth, p, j] + b * vector[t, j]
-        for v in range(len(choice)):
-            first, second, third = choice[v, 0], choice[v, 1], choice[v, 2]
+            if part[t] >= 0:
+                w, b, s, p = weight[t, i], scale[t, i], source[t], part[t]
+                depth = top[s]
+                for j in range(n_columns):
+                    terms[t, j] = constant[t, j] + w * stack[s, depth, p, j] + b * vector[t, j]
+        for r in range(len(choice)):
+            first, second, third = choice[r, 0], choice[r, 1], choice[r, 2]
             if choice.shape[1] > 3:
-                for j in range(n_neurons):
-                    terms[rest, j] = terms[third, j]
+                for j in range(n_columns):
+                    terms[n_terms, j] = terms[third, j]
                 for c in range(3, choice.shape[1]):
-                    t = choice[v, c]
-                    for j in range(n_neurons):
-                        terms[rest, j] += terms[t, j]
-                third = rest
-            for a in range(0, len(W), 3):
+                    t = choice[r, c]
+                    for j in range(n_columns):
+                        terms[n_terms, j] += terms[t, j]
+                third = n_terms
+            for a in range(0, rows[r], 3):
                 x, y, z = zero, zero, zero
                 for j in range(n_neurons):
-                    pre = constant[v, j] + terms[first, j] + terms[second, j] + terms[third, j]
-                    post = max(pre, zero)
+                    post = max(terms[first, j] + terms[second, j] + terms[third, j], zero)
                     x += post * W[a, j]
                     y += post * W[a + 1, j]
                     z += post * W[a + 2, j]
-                out[v, a, i] = x
-                if a + 1 < n_actions:
-                    out[v, a + 1, i] = y
-                if a + 2 < n_actions:
-                    out[v, a + 2, i] = z
+                out[r, a, i], out[r, a + 1, i], out[r, a + 2, i] = x, y, z
+            for a in range(n_actions):
+                j = n_neurons + a
+                out[r, len(W) + a, i] = terms[first, j] + terms[second, j] + terms[third, j]
