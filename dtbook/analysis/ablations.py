@@ -145,7 +145,8 @@ class _Situations:
         f, run, donor = self.folded, self.embedded[rows].at(*condition), self.donors[rows].at(*condition)
         writes, share = run.writes(), f.cast(torch.from_numpy(self.weights[rows]))
         instead = [_instead(variant, run, donor, means) for variant in self.variants]
-        runs = [writes, donor.writes(), *(writes | written for written in instead if written)]
+        of_donor = {name: written for name, written in donor.writes().items() if written.varies}
+        runs = [writes, writes | of_donor, *(writes | written for written in instead if written)]
         out = run_all(f, runs, with_mean=1)
         direct = out.logits - out.mlp_out
         self.direct[:, rows], heads = direct[0], iter(range(2, len(runs)))

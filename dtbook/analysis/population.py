@@ -441,27 +441,21 @@ def run_all(f: FoldedWeights, runs: Sequence[Writes], with_mean: int = 0) -> Out
     )
     n, width, n_actions = len(sources[0]), f.n_read + 1, len(f.b_U)
     one, none, nothing = torch.ones(n), torch.zeros(n), f.nothing.constant
-    numbers = [
-        (
-            none if t.embedded is None else one if t.weight is None else t.weight,
-            none if t.scale is None else t.scale,
-        )
-        for t in terms
-    ]
-    vectors = [(nothing if t.vector is None else t.vector, t.constant) for t in terms]
-    weight, scale, vector, constant = (
-        f.cast(torch.stack(each)) for each in (*zip(*numbers, strict=True), *zip(*vectors, strict=True))
-    )
+    weight = [none if t.embedded is None else one if t.weight is None else t.weight for t in terms]
+    scale = [none if t.scale is None else t.scale for t in terms]
+    used = [x for t in terms for x in (nothing if t.vector is None else t.vector, t.constant)]
+    vectors = {x.data_ptr(): x for x in used}
+    vector, constant = np.array([list(vectors).index(x.data_ptr()) for x in used]).reshape(-1, 2).T
     rows = _side_by_side(sources)
-    vector, constant = (torch.nn.functional.pad(x, (0, rows[2].shape[2] - width)) for x in (vector, constant))
+    columns = torch.nn.functional.pad(torch.stack(list(vectors.values())), (0, rows[2].shape[2] - width))
     source, part = np.array([_place(term, sources) for term in terms]).T
     W = torch.cat([f.W_mlp.T, f.mlp_mean[0][None]]) if with_mean else f.W_mlp.T
     W = torch.nn.functional.pad(W, (0, 0, 0, -len(W) % 3)).contiguous()
     wanted = np.full(len(runs), n_actions + -n_actions % 3)
     wanted[:with_mean] = len(W)
     out = torch.empty(len(runs), len(W) + n_actions, n, dtype=f.dtype)
-    arrays = (x.contiguous().numpy() for x in (weight, scale, vector, constant))
-    sums.run_all(*rows, source, part, *arrays, choice, W.numpy(), wanted, out.numpy())
+    numbers = (f.cast(x).numpy() for x in (torch.stack(weight), torch.stack(scale), columns))
+    sums.run_all(*rows, source, part, *numbers, vector, constant, choice, W.numpy(), wanted, out.numpy())
     mlp_out = out[:, :n_actions] + f.b_mlp[:, None]
     _, bias, on_logits = f.mlp_mean
     mean = on_logits[:, None] * (out[:with_mean, n_actions, None] + bias)
@@ -471,24 +465,25 @@ def run_all(f: FoldedWeights, runs: Sequence[Writes], with_mean: int = 0) -> Out
 def _terms(f: FoldedWeights, runs: Sequence[Writes]) -> tuple[list[Written], np.ndarray]:
     """Return all that runs are sums of, once each, and which of them each run is the sum of, three at least.
 
-    What is the same constant in all runs is added to one that all of them have.
+    Constants that all runs have are added to what varies first in each.
     """
     everywhere = set.intersection(*({id(one) for one in run.values()} for run in runs))
-    common = [one for one in runs[0].values() if id(one) in everywhere]
-    constants = {id(one): one for one in common if not one.varies}
-    each = {id(one): one for run in runs for one in run.values() if id(one) not in constants}
-    place = {key: k for k, key in enumerate(each)}
-    terms = [*each.values(), f.nothing]
-    host = next((one for one in common if one.varies), None)
-    constant = sum((one.constant for one in constants.values()), f.nothing.constant)
-    if host is not None:
-        terms[place[id(host)]] = host._replace(constant=host.constant + constant)
-    chosen = [[place[id(one)] for one in run.values() if id(one) in place] for run in runs]
-    if host is None:
-        terms.append(Written(constant))
-        chosen = [[*row, len(terms) - 1] for row in chosen]
+    constants = {
+        id(one): one.constant for one in runs[0].values() if id(one) in everywhere and not one.varies
+    }
+    common = sum(constants.values(), f.nothing.constant)
+    places: dict[tuple[int, bool], int] = {}
+    terms, chosen = [f.nothing], []
+    for run in runs:
+        parts = [one for one in run.values() if id(one) not in constants]
+        first = next((one for one in parts if one.varies), None)
+        for one in parts:
+            if (id(one), one is first) not in places:
+                places[id(one), one is first] = len(terms)
+                terms.append(one._replace(constant=one.constant + common) if one is first else one)
+        chosen.append([places[id(one), one is first] for one in parts])
     most = max(3, *map(len, chosen))
-    return terms, np.array([row + [len(each)] * (most - len(row)) for row in chosen])
+    return terms, np.array([row + [0] * (most - len(row)) for row in chosen])
 
 
 def _place(term: Written, sources: Sequence[Embedded]) -> tuple[int, int]:

@@ -78,7 +78,21 @@ def add_weights(view, obstacle, weight, to_view, to_obstacle):
 @partial(compiled, fastmath=True)
 @no_type_check
 def run_all(
-    view, obstacle, of_view, of_obstacle, source, part, weight, scale, vector, constant, choice, W, rows, out
+    view,
+    obstacle,
+    of_view,
+    of_obstacle,
+    source,
+    part,
+    weight,
+    scale,
+    vectors,
+    vector,
+    constant,
+    choice,
+    W,
+    rows,
+    out,
 ):
     """Write what runs give on the logits, (run, action, n): of their neurons, then after len(W) rows directly.
 
@@ -87,8 +101,9 @@ def run_all(
     of the terms that `choice` names: a column for each neuron, then one for each action.
 
     Shapes: view (source, n), obstacle (source, n, most), of_view and of_obstacle (row, part, column), source and part
-    (term), weight and scale (term, n), vector and constant (term, column), choice (run, ≥ 3, filled up with a term of
-    zero), W (actions filled up to a multiple of three, neuron), rows (run: how many of W are wanted of it).
+    (term), weight and scale (term, n), vectors (any, column), whose rows `vector` and `constant` (term) are, choice
+    (run, ≥ 3, filled up with a term of zero), W (actions filled up to a multiple of three, neuron), rows (run: how many
+    of W are wanted of it).
     """
     n_sources, n, most = obstacle.shape
     n_parts, n_columns = of_view.shape[1:]
@@ -97,9 +112,9 @@ def run_all(
     held = np.full((n_sources, most + 1), -1)  # which rows the stack holds
     top = np.zeros(n_sources, np.int64)
     used = np.zeros((n_sources, n_parts), np.bool_)
-    terms = np.zeros((n_terms + 1, n_columns), of_view.dtype)  # the last: the sum of those beyond two
+    terms = np.zeros((n_terms + len(choice), n_columns), of_view.dtype)
     for t in range(n_terms):
-        terms[t] = constant[t]
+        terms[t] = vectors[constant[t]]
         if part[t] >= 0:
             used[source[t], part[t]] = True
     zero = of_view.dtype.type(0)
@@ -119,41 +134,70 @@ def run_all(
                     if used[s, p]:
                         for j in range(n_columns):
                             stack[s, 0, p, j] = of_view[seen, p, j]
+            shared = 0  # how far the next observation begins alike: partial sums beyond that are of no use
+            if i + 1 < n and view[s, i + 1] == seen:
+                while shared < most and obstacle[s, i, shared] == obstacle[s, i + 1, shared]:
+                    shared += 1
             while depth < most and obstacle[s, i, depth] >= 0:
                 row = obstacle[s, i, depth]
                 held[s, depth + 1] = row
-                for p in range(n_parts):
-                    if used[s, p]:
-                        for j in range(n_columns):
-                            stack[s, depth + 1, p, j] = stack[s, depth, p, j] + of_obstacle[row, p, j]
-                depth += 1
+                two = depth >= shared and depth + 1 < most and obstacle[s, i, depth + 1] >= 0
+                if two:
+                    another = obstacle[s, i, depth + 1]
+                    held[s, depth + 1], held[s, depth + 2] = -1, another
+                    for p in range(n_parts):
+                        if used[s, p]:
+                            for j in range(n_columns):
+                                both = of_obstacle[row, p, j] + of_obstacle[another, p, j]
+                                stack[s, depth + 2, p, j] = stack[s, depth, p, j] + both
+                    depth += 2
+                else:
+                    for p in range(n_parts):
+                        if used[s, p]:
+                            for j in range(n_columns):
+                                stack[s, depth + 1, p, j] = stack[s, depth, p, j] + of_obstacle[row, p, j]
+                    depth += 1
             if depth < most:
                 held[s, depth + 1] = -1
             top[s] = depth
         for t in range(n_terms):
             if part[t] >= 0:
                 w, b, s, p = weight[t, i], scale[t, i], source[t], part[t]
-                depth = top[s]
+                c, d, depth = constant[t], vector[t], top[s]
                 for j in range(n_columns):
-                    terms[t, j] = constant[t, j] + w * stack[s, depth, p, j] + b * vector[t, j]
-        for r in range(len(choice)):
+                    terms[t, j] = vectors[c, j] + w * stack[s, depth, p, j] + b * vectors[d, j]
+        for c in range(3, choice.shape[1]):
+            for r in range(len(choice)):  # more than three: the third place is their sum
+                for j in range(n_columns):
+                    first = terms[choice[r, 2], j] if c == 3 else terms[n_terms + r, j]
+                    terms[n_terms + r, j] = first + terms[choice[r, c], j]
+        for r in range(0, len(choice), 2):  # two at a time, as they share what is loaded of W
+            q = min(r + 1, len(choice) - 1)
             first, second, third = choice[r, 0], choice[r, 1], choice[r, 2]
+            other, another, last = choice[q, 0], choice[q, 1], choice[q, 2]
             if choice.shape[1] > 3:
-                for j in range(n_columns):
-                    terms[n_terms, j] = terms[third, j]
-                for c in range(3, choice.shape[1]):
-                    t = choice[r, c]
-                    for j in range(n_columns):
-                        terms[n_terms, j] += terms[t, j]
-                third = n_terms
+                third, last = n_terms + r, n_terms + q
             for a in range(0, rows[r], 3):
-                x, y, z = zero, zero, zero
-                for j in range(n_neurons):
-                    post = max(terms[first, j] + terms[second, j] + terms[third, j], zero)
-                    x += post * W[a, j]
-                    y += post * W[a + 1, j]
-                    z += post * W[a + 2, j]
+                x, y, z, u, v, w = zero, zero, zero, zero, zero, zero
+                if q > r:
+                    for j in range(n_neurons):
+                        also = max(terms[other, j] + terms[another, j] + terms[last, j], zero)
+                        post = max(terms[first, j] + terms[second, j] + terms[third, j], zero)
+                        u += also * W[a, j]
+                        v += also * W[a + 1, j]
+                        w += also * W[a + 2, j]
+                        x += post * W[a, j]
+                        y += post * W[a + 1, j]
+                        z += post * W[a + 2, j]
+                    out[q, a, i], out[q, a + 1, i], out[q, a + 2, i] = u, v, w
+                else:
+                    for j in range(n_neurons):
+                        post = max(terms[first, j] + terms[second, j] + terms[third, j], zero)
+                        x += post * W[a, j]
+                        y += post * W[a + 1, j]
+                        z += post * W[a + 2, j]
                 out[r, a, i], out[r, a + 1, i], out[r, a + 2, i] = x, y, z
             for a in range(n_actions):
                 j = n_neurons + a
+                out[q, len(W) + a, i] = terms[other, j] + terms[another, j] + terms[last, j]
                 out[r, len(W) + a, i] = terms[first, j] + terms[second, j] + terms[third, j]
