@@ -300,8 +300,8 @@ class _NeuronByNeuron:
         name = f"neurons, {self.situation}" if progress else None
         for rows, embedded in embedded_batches(self.folded, self.images, progress=name):
             self._add(rows, embedded, conditions, sums)
-        on_preference = self.folded.W_mlp @ contrast(preference, len(self.folded.b_U)).to(self.folded.W_mlp)
-        on_preference = on_preference.double().numpy()
+        weights_of = contrast(preference, len(self.folded.b_U)).to(self.folded.W_mlp)
+        on_preference = (self.folded.W_mlp @ weights_of).double().numpy()
         (active, fired), *ablated = sums / len(conditions)
         intact = {
             "neuron": np.arange(self.folded.d_mlp),
