@@ -195,6 +195,13 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(saved, number)
         DecisionTransformer.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("metadata", [{"score": float("nan")}, {"seeds": {1, 2}}])
+def test_metadata_that_json_does_not_hold_is_refused(tmp_path, metadata):
+    with pytest.raises(ValueError, match=r"^metadata is \{.*\}; it must hold plain JSON values \("):
+        DecisionTransformer(CFG, metadata=metadata).save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 # Checkpoints of the original
 
 ORIGINAL = DTConfig(

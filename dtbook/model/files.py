@@ -51,7 +51,8 @@ class FolderMixin(
         """Write weights (safetensors), config.json (shape, metadata, the weights' sha256) and a model card.
 
         The folder appears, or changes, as by `atomic_write`; other files in it stay. Further arguments are
-        huggingface_hub's (`push_to_hub`, …). Raises ValueError for weights that are not finite.
+        huggingface_hub's (`push_to_hub`, …). Raises ValueError for weights that are not finite and
+        metadata that JSON does not hold.
         """
         check_finite(f"the model for {save_directory}", cast(torch.nn.Module, self).state_dict())
         with atomic_write(save_directory, keep=True) as draft:
@@ -60,7 +61,13 @@ class FolderMixin(
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         config = self.description() | {"weights_sha256": describe(save_directory / WEIGHTS_FILE)["sha256"]}
-        (save_directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        try:
+            text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"metadata is {config['metadata']}; it must hold plain JSON values ({error})."
+            ) from error
+        (save_directory / CONFIG_FILE).write_text(text + "\n")
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
