@@ -292,9 +292,10 @@ def test_a_checkpoint_of_the_original_is_that_model_in_every_layout(tmp_path, la
             "a bag of words for the view",
         ),
         (lambda m: later(m, **{"time_embedding.bias": torch.ones(12)}), "a linear time embedding"),
+        (lambda m: later(m, **{"time_embedding.weight": torch.ones(12, 1)}), "a linear time embedding"),
         (
             lambda m: later(m, **{"transformer.pos_embed.W_pos": torch.ones(26, 12)}),
-            "a context of 26 tokens, where one timestep is 2",
+            "a context of 26 tokens, padded where an episode begins",
         ),
         (
             lambda m: wrapped(later(m)) | {"environment_config": '{"img_obs": true}'},

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from dtbook.analysis.attribution import FORWARD, check_actions, contrast
+from dtbook.analysis.attribution import check_has_action, contrast
 from dtbook.analysis.interventions import ablate
 from dtbook.analysis.population import Condition, Embedded, FoldedWeights, Run, embedded_batches
 from dtbook.analysis.stats import weighted_quantile
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.kernels import compiled
+from dtbook.gridworld.kernels import FORWARD, compiled
 from dtbook.gridworld.rules import ACTIONS, Task
 from dtbook.gridworld.situations import FACING, SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
@@ -74,7 +74,7 @@ def situation_table(
     every condition and ablation. Raises ValueError as `population.FoldedWeights`, `variants` and `contrast`.
     """
     direction = contrast(preference, model.cfg.n_actions).to(model.W_U)
-    check_actions(model.cfg.n_actions)
+    check_has_action(model.cfg.n_actions)
     donors = np.random.default_rng(seed).choice(len(observations), len(observations), p=weights(observations))
     conditions = [Condition(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
     sums = _Sums(FoldedWeights(model), observations, donors, conditions, variants(model, how), direction)
@@ -245,7 +245,7 @@ def neurons(
     """
     if unknown := [name for name in how if name not in NEURON_WAYS]:
         raise ValueError(f"how is {unknown[0]!r}; it must be one of {', '.join(map(repr, NEURON_WAYS))}.")
-    check_actions(model.cfg.n_actions)
+    check_has_action(model.cfg.n_actions)
     folded = FoldedWeights(model)
     conditions = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
     means = _neuron_means(folded, observations, conditions, progress) if "mean" in how else {}

@@ -20,7 +20,7 @@ from dtbook.model.config import ONE_HOT_SIZES, DTConfig
 
 LATER = {"state_embedding": "state_encoder", "action_predictor": "predict_actions"}
 """Parts that were renamed."""
-EMBEDDINGS = {
+OUTSIDE_BLOCKS = {
     "W_E_rtg": "reward_embedding.0.weight",
     "W_E_state": "state_encoder.weight",
     "W_E_action": "action_embedding.0.weight",
@@ -35,14 +35,14 @@ UNUSED = re.compile(
     r"(predict_(rewards|states)|(reward|state)_predictor)\..*|transformer\.blocks\.\d+\.attn\.(mask|IGNORE)"
 )
 """What no action logit reads."""
-LAYER_NORM, GATE = r"\bln(\d|_final)\.", "W_gate"
+LAYER_NORM, GATE, LINEAR_TIME = r"\bln(\d|_final)\.", "W_gate", r"time_embedding\.bias"
 OTHERS = {
     LAYER_NORM: "LayerNorm",
     GATE: "a gated MLP",
     r"(?i)lstm|rnn|gru": "an LSTM",
     r"\.conv": "a convolution of the view",
     r"state_encoder\.(embedding|linear)\.": "a bag of words for the view",
-    r"time_embedding\.bias": "a linear time embedding",
+    LINEAR_TIME: "a linear time embedding",
 }
 """What weights of these names belong to."""
 
@@ -58,15 +58,11 @@ def convert(checkpoint: Any) -> tuple[DTConfig, dict[str, Tensor]]:
     if unknown := [name for name in state if name not in names.values() and not UNUSED.fullmatch(name)]:
         raise ValueError(f"has weights that this architecture has not: {', '.join(unknown)}")
     weights = {ours: state[theirs] for ours, theirs in names.items()}
-    weights |= {
-        "W_E_rtg": weights["W_E_rtg"][:, 0],
-        "W_E_state": weights["W_E_state"].T,
-        "W_U": weights["W_U"].T,
-    }
+    weights["W_E_rtg"] = weights["W_E_rtg"][:, 0]
+    weights |= {name: weights[name].T for name in ("W_E_state", "W_U")}
     weights["W_E_action"] = weights["W_E_action"][:-1]  # without the row of its padding
-    weights["W_pos"] = pad(
-        weights["W_pos"], (0, 0, 0, 3 - len(weights["W_pos"]))
-    )  # of an action that is never given
+    # the third position is an action's, which is never given, and the later layouts have none
+    weights["W_pos"] = pad(weights["W_pos"], (0, 0, 0, 3 - len(weights["W_pos"])))
     return _shape(weights), weights
 
 
@@ -74,15 +70,11 @@ def _unwrap(checkpoint: Any) -> tuple[dict[str, Tensor], dict[str, Any], dict[st
     """Return the state dict, in the post's names, and what is said of the model and of the environment."""
     wrapped = checkpoint if isinstance(checkpoint, Mapping) else {}
     state = wrapped.get("model_state_dict", wrapped)
-    if (
-        not isinstance(state, Mapping)
-        or not state
-        or not all(isinstance(value, Tensor) for value in state.values())
-    ):
+    if not isinstance(state, Mapping) or not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError("is no checkpoint of the original: it holds no state dict")
-    parts = {name: str(name).split(".", 1) for name in state}
+    parts = {name: str(name).partition(".") for name in state}
     renamed = {
-        ".".join([LATER.get(part[0], part[0]), *part[1:]]): state[name] for name, part in parts.items()
+        LATER.get(first, first) + dot + rest: state[name] for name, (first, dot, rest) in parts.items()
     }
     return renamed, _said(wrapped, "model_config"), _said(wrapped, "environment_config")
 
@@ -97,12 +89,10 @@ def _said(wrapped: Mapping[Any, Any], name: str) -> dict[str, Any]:
 
 def _names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the original's name of each weight of ours."""
-    layers = {match[1] for name in state if (match := re.match(r"transformer\.blocks\.(\d+)\.", name))} or {
-        "0"
-    }
-    return EMBEDDINGS | {
-        f"blocks.{k}.{part}": f"transformer.blocks.{k}.{part}" for k in layers for part in BLOCK
-    }
+    found = (re.match(r"transformer\.blocks\.(\d+)\.", name) for name in state)
+    layers = {match[1] for match in found if match} or {"0"}
+    in_blocks = {f"blocks.{k}.{part}": f"transformer.blocks.{k}.{part}" for k in layers for part in BLOCK}
+    return OUTSIDE_BLOCKS | in_blocks
 
 
 def _differences(
@@ -118,9 +108,11 @@ def _differences(
         yield OTHERS[GATE]
     if (activation := model.get("activation_fn") or "relu") != "relu":
         yield f"the activation {activation}"
-    positions = state.get("transformer.pos_embed.W_pos", [None, None])
+    if (time := state.get("time_embedding.weight")) is not None and time.shape[-1] == 1:
+        yield OTHERS[LINEAR_TIME]
+    positions = state.get("transformer.pos_embed.W_pos", (0, 1))
     if len(positions) not in (2, 3):
-        yield f"a context of {len(positions)} tokens, where one timestep is 2"
+        yield f"a context of {len(positions)} tokens, padded where an episode begins (one timestep has 2)"
     if environment.get("fully_observed") or environment.get("img_obs"):
         yield "a picture or the whole grid in the place of the agent's view"
 
