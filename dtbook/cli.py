@@ -304,6 +304,7 @@ def causes(seeds: list[int], workers: int) -> None:
 def measure(folder: Path, out: Path | None, only: tuple[str, ...], workers: int) -> None:
     """Make every table of chapters 4 to 9 and 15 for a model of your own, in a FOLDER that `save_pretrained` wrote.
 
+    A checkpoint of the original may take its place, where the architecture is the post's.
     What is there already, of the same model, is not made again, so an interrupted call goes on where it stopped.
     """
     from dtbook.pipeline import measure as rooms

@@ -1,18 +1,20 @@
 """The evidence against hooked runs, the rules on the post's own weights, the verdicts at their bars."""
 
+import copy
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from planted import blank
 from scipy import stats
 
 from dtbook.analysis.attribution import contrast, decompose, forward_preference
 from dtbook.analysis.interventions import Site, ablate, patch
 from dtbook.claims import CLAIMS, RULES, measure
 from dtbook.claims.evidence import CircuitParts, Evidence
-from dtbook.claims.rules import meets
+from dtbook.claims.rules import A_SHARE_OF_NOTHING, meets
 from dtbook.claims.scorecard import decide, scorecard
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.situations import select, weights, without_front
@@ -228,6 +230,42 @@ def test_verdicts_follow_the_rule(passed, effects, verdict):
     decided = decide("C09", effects, np.arange(10) < passed)
     assert decided.verdict == verdict
     assert (decided.passed, decided.n) == (passed, 10)
+
+
+@pytest.mark.parametrize(("wrong", "passed"), [(np.inf, 0.0), (np.nan, 1.0), (-np.inf, 1.0)])
+def test_a_verdict_rests_on_finite_numbers(wrong, passed):
+    effects, all_passed = np.linspace(0.5, 1.5, 10), np.ones(10)
+    effects[3], all_passed[3] = wrong, passed
+    with pytest.raises(
+        ValueError, match=f"effects of C09 hold {wrong} where it is decided; that must be a finite"
+    ):
+        decide("C09", effects, all_passed)
+    all_passed[3] = np.nan  # undecided
+    assert decide("C09", effects[effects < np.inf], all_passed[effects < np.inf]).passed >= 8
+
+
+def test_a_share_of_nothing_passes_nowhere(observations):
+    e = Evidence(blank(max_steps=60), observations)
+    assert RULES["C15"](e) == A_SHARE_OF_NOTHING
+    with np.errstate(invalid="ignore", divide="ignore"):
+        assert not any(
+            finding.passed for rule in RULES.values() if (finding := rule(e)) and np.isnan(finding.effect)
+        )
+
+
+def test_evidence_is_made_of_finite_numbers(model, observations):
+    curve = pd.DataFrame({"acting": "greedy", "rtg": [0.0, 0.9], "mean": [0.1, np.nan]})
+    with pytest.raises(
+        ValueError, match="calibration holds nan in its column 'mean'; every number must be finite"
+    ):
+        Evidence(model, observations, calibration=curve)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.b_U[0] = np.inf
+    with pytest.raises(
+        ValueError, match="model has numbers in b_U that are not finite; every weight must be finite"
+    ):
+        Evidence(broken, observations)
 
 
 def test_scorecard_has_a_row_for_every_claim():

@@ -1,7 +1,9 @@
 """A model's folder: what goes in comes out, what was altered is refused by name. The post's checkpoint."""
 
+import dataclasses
 import hashlib
 import json
+import re
 import socketserver
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from dtbook.artifacts import describe, post_weights
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256, NoPostWeights, fetch_post_checkpoint
 from dtbook.model import DecisionTransformer, DTConfig
+from dtbook.model.subject import Subject
 
 CFG = DTConfig(
     d_model=12, n_heads=3, d_head=4, d_mlp=8, n_layers=2, n_timesteps=3, max_steps=20, encoding="one-hot"
@@ -174,6 +177,182 @@ def test_damage_is_named_in_one_sentence(saved, damage, error, message):
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(saved, number):
+    model, folder = saved
+    weights = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        model.blocks[1].mlp.b_in[3] = number
+    words = r" has numbers in blocks\.1\.mlp\.b_in that are not finite; every weight must be finite\."
+    before = sorted(path.read_bytes() for path in folder.iterdir())
+    for target in (folder, folder.parent / "new"):
+        with pytest.raises(ValueError, match=f"the model for {target}{words}"):
+            model.save_pretrained(target)
+    assert sorted(path.read_bytes() for path in folder.iterdir()) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    swap_weights(folder, weights | {"blocks.1.mlp.b_in": model.blocks[1].mlp.b_in.detach()})
+    with pytest.raises(ValueError, match=f"{folder}/model.safetensors{words}"):
+        DecisionTransformer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("metadata", [{"score": float("nan")}, {"seeds": {1, 2}}])
+def test_metadata_that_json_does_not_hold_is_refused(tmp_path, metadata):
+    with pytest.raises(ValueError, match=r"^metadata is \{.*\}; it must hold plain JSON values \("):
+        DecisionTransformer(CFG, metadata=metadata).save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Checkpoints of the original
+
+ORIGINAL = DTConfig(
+    d_model=12, n_heads=3, d_head=4, d_mlp=8, n_layers=2, max_steps=20, encoding="one-hot", n_actions=7
+)
+PLAIN = {"layer_norm": None, "gated_mlp": False, "activation_fn": "relu", "n_ctx": 2}
+SEEN = {"max_steps": 20, "one_hot_obs": True, "fully_observed": False, "img_obs": False}
+LATER = {"state_encoder.weight": "state_embedding.weight"}
+LATER |= {f"predict_actions.{kind}": f"action_predictor.{kind}" for kind in ("weight", "bias")}
+BLOCK = "transformer.blocks.0"
+
+
+def original(model):
+    """A model's state dict as the original's first layout has it."""
+    w, width = model.state_dict(), model.cfg.d_model
+    names = {name: f"transformer.{name}" for name in w if name.startswith("blocks.")}
+    state = {theirs: w[ours] for ours, theirs in names.items()} | {
+        "reward_embedding.0.weight": w["W_E_rtg"][:, None],
+        "state_encoder.weight": w["W_E_state"].T,
+        "action_embedding.0.weight": torch.cat([w["W_E_action"], torch.ones(1, width)]),
+        "time_embedding.weight": w["W_E_time"],
+        "transformer.pos_embed.W_pos": w["W_pos"],
+        "predict_actions.weight": w["W_U"].T,
+        "predict_actions.bias": w["b_U"],
+    }
+    state |= {f"{BLOCK}.attn.mask": torch.ones(3, 3), f"{BLOCK}.attn.IGNORE": torch.tensor(-1e5)}
+    return state | {
+        f"predict_{what}.{kind}": torch.ones(2)
+        for what in ("rewards", "states")
+        for kind in ("weight", "bias")
+    }
+
+
+def later(model, **others):
+    """The same as the later layouts have it: other names, one position less."""
+    state = {LATER.get(name, name): weight for name, weight in original(model).items()}
+    state = {
+        re.sub(r"predict_(reward|state)s", r"\1_predictor", name): weight for name, weight in state.items()
+    }
+    return state | {"transformer.pos_embed.W_pos": model.W_pos.detach()[:2]} | others
+
+
+def wrapped(state, **said):
+    return {"model_state_dict": state, "offline_config": "{}", "model_config": json.dumps(PLAIN | said)} | {
+        "environment_config": json.dumps(SEEN)
+    }
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [original, later, lambda model: wrapped(later(model)), lambda model: wrapped(original(model), n_ctx=3)],
+    ids=["the post's", "renamed", "wrapped", "wrapped, of the post's names"],
+)
+@pytest.mark.parametrize("encoding", ["index", "one-hot"])
+def test_a_checkpoint_of_the_original_is_that_model_in_every_layout(tmp_path, layout, encoding):
+    model = DecisionTransformer(dataclasses.replace(ORIGINAL, encoding=encoding), seed=4).eval()
+    torch.save(layout(model), tmp_path / "theirs.pt")
+    loaded = DecisionTransformer.from_post_checkpoint(tmp_path / "theirs.pt")
+    assert loaded.cfg == model.cfg
+    assert loaded.metadata == {
+        "source": "a checkpoint of the original, theirs.pt",
+        "sha256": hashlib.sha256((tmp_path / "theirs.pt").read_bytes()).hexdigest(),
+    }
+    x = torch.zeros(5, 1, 7, 7, 3, dtype=torch.uint8), torch.arange(5.0)[:, None], torch.arange(5)[:, None]
+    assert torch.equal(loaded(*x), model(*x))
+    subject = Subject.find(str(tmp_path / "theirs.pt"))
+    assert (subject.sha256, subject.model.cfg) == (loaded.metadata["sha256"], model.cfg)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda m: later(m, **{f"{BLOCK}.ln1.w": torch.ones(12)}),
+            "has what this architecture has not: LayerNorm",
+        ),
+        (lambda m: later(m, **{"transformer.ln_final.b": torch.ones(12)}), "LayerNorm"),
+        (lambda m: wrapped(later(m), layer_norm="LNPre"), "LayerNorm"),
+        (lambda m: later(m, **{f"{BLOCK}.mlp.W_gate": torch.ones(12, 8)}), "not: a gated MLP"),
+        (
+            lambda m: wrapped(later(m), gated_mlp=True, activation_fn="gelu"),
+            "a gated MLP, the activation gelu",
+        ),
+        (lambda m: {"model_state_dict": {"memory_rnn.weight_ih": torch.ones(3)}}, "not: an LSTM"),
+        (lambda m: later(m, **{"state_embedding.conv1.weight": torch.ones(3)}), "a convolution of the view"),
+        (
+            lambda m: later(m, **{"state_embedding.embedding.weight": torch.ones(3)}),
+            "a bag of words for the view",
+        ),
+        (lambda m: later(m, **{"time_embedding.bias": torch.ones(12)}), "a linear time embedding"),
+        (lambda m: later(m, **{"time_embedding.weight": torch.ones(12, 1)}), "a linear time embedding"),
+        (
+            lambda m: later(m, **{"transformer.pos_embed.W_pos": torch.ones(26, 12)}),
+            "a context of 26 tokens, padded where an episode begins",
+        ),
+        (
+            lambda m: wrapped(later(m)) | {"environment_config": '{"img_obs": true}'},
+            "a picture or the whole grid",
+        ),
+        (lambda m: later(m, strange=torch.ones(1)), "has weights that this architecture has not: strange"),
+        (
+            lambda m: {"W": torch.ones(2)},
+            r"is no Decision Transformer of the original: it has no reward_embedding\.0",
+        ),
+        (lambda m: torch.ones(2), "is no checkpoint of the original: it holds no state dict"),
+        (lambda m: wrapped(later(m)) | {"model_config": "{"}, "its model_config is not a JSON object"),
+        (
+            lambda m: later(m, **{"state_embedding.weight": torch.ones(12, 150)}),
+            "reads 150 numbers of a view",
+        ),
+        (
+            lambda m: later(m, **{f"{BLOCK}.attn.b_Q": torch.ones(3)}),
+            "does not hold a Decision Transformer: .*b_Q",
+        ),
+        (
+            lambda m: later(m, **{"action_predictor.bias": torch.full((7,), float("nan"))}),
+            "has numbers in b_U that",
+        ),
+    ],
+)
+def test_what_differs_from_this_architecture_is_said(tmp_path, change, words):
+    torch.save(change(DecisionTransformer(ORIGINAL)), tmp_path / "theirs.pt")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/theirs\.pt .*{words}") as caught:
+        DecisionTransformer.from_post_checkpoint(tmp_path / "theirs.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_might_run_code_is_refused_without_a_hint_to_let_it(tmp_path):
+    path = tmp_path / "theirs.pt"
+    for content in (
+        lambda: torch.save({"model": DecisionTransformer(ORIGINAL)}, path),
+        lambda: path.write_bytes(b"PK"),
+    ):
+        content()
+        with pytest.raises(
+            ValueError, match=r"theirs\.pt is not read: it is no file of torch\.save, or"
+        ) as caught:
+            DecisionTransformer.from_post_checkpoint(path)
+        assert not re.search(r"weights_only|allow_pickle|add_safe_globals|\n", str(caught.value))
+
+
+def test_each_reader_names_the_other(saved, tmp_path):
+    _, folder = saved
+    with pytest.raises(ValueError, match="is a folder, and no checkpoint; `from_pretrained` reads"):
+        DecisionTransformer.from_post_checkpoint(folder)
+    with pytest.raises(
+        ValueError, match="is a file, and no saved model's folder; `from_post_checkpoint` reads"
+    ):
+        DecisionTransformer.from_pretrained(folder / "config.json")
+
+
 # The post's checkpoint
 
 
@@ -185,17 +364,19 @@ def test_the_variable_names_the_posts_checkpoint():
     assert model.metadata["sha256"] == POST_MODEL_SHA256
     actions = torch.load(fetch_post_checkpoint(), weights_only=True)["action_embedding.0.weight"]
     assert torch.equal(model.W_E_action, actions[:3])  # the fourth row is the original's padding
+    named = DecisionTransformer.from_post_checkpoint(fetch_post_checkpoint())
+    assert named.metadata == model.metadata
+    assert "demo_model_overnight_training.pt" in named.metadata["source"]
 
 
 def test_another_file_is_not_the_posts_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
-    torch.save({"W": torch.zeros(2)}, path)
+    torch.save(original(DecisionTransformer(ORIGINAL)), path)
     monkeypatch.setenv("DTBOOK_POST_MODEL", str(path))
-    for argument in (None, path):
-        with pytest.raises(
-            ValueError, match=f"{path} has sha256 [0-9a-f]{{64}}; expected was {POST_MODEL_SHA256}"
-        ):
-            DecisionTransformer.from_post_checkpoint(argument)
+    with pytest.raises(
+        ValueError, match=f"{path} has sha256 [0-9a-f]{{64}}; expected was {POST_MODEL_SHA256}"
+    ):
+        DecisionTransformer.from_post_checkpoint()
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):

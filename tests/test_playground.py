@@ -552,7 +552,7 @@ def test_python_refuses_what_the_page_could_not_play():
         playground.scene(on_goal, rtg=0.9)
     with torch.no_grad():
         model.b_U[0] = float("nan")
-    with pytest.raises(ValueError, match="b_U of 'the model' holds a value that is not a finite number"):
+    with pytest.raises(ValueError, match="the model' has numbers in b_U that are not finite"):
         playground.show(model)
 
 

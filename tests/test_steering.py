@@ -63,6 +63,17 @@ def test_steering_adds_up_and_by_nothing_changes_nothing():
     assert torch.equal(add(v)(torch.zeros(2, ONE.d_model).double()), v.expand(2, -1))
 
 
+@pytest.mark.parametrize(("multiple", "number"), [(float("nan"), 1.0), (1.0, float("inf")), (1e200, 1e200)])
+def test_nothing_is_pushed_beyond_all_numbers(multiple, number):
+    model, v = loud(ONE), vector(ONE.d_model)
+    v[3] = number
+    with (
+        pytest.raises(ValueError, match=r"multiple · vector holds (nan|inf) \(multiple is .*must be finite"),
+        steer(model, v, multiple),
+    ):
+        raise AssertionError("entered")
+
+
 def test_a_site_says_its_own_tokens():
     model, batch, v = loud(ONE), inputs(ONE), vector(ONE.d_model)
     with steer(model, v, 1.0, Site("blocks.0.hook_resid_pre", positions=STATE_TOKENS)):

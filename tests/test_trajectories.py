@@ -85,7 +85,7 @@ def test_file_round_trip_and_same_bytes(data, tmp_path):
     assert same(Trajectories.load(tmp_path / "a.npz"), data)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "pickle"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "pickle", "pickled file"])
 def test_a_damaged_file_is_refused_by_name(data, tmp_path, damage):
     path = tmp_path / "damaged.npz"
     data.save(path)
@@ -97,10 +97,26 @@ def test_a_damaged_file_is_refused_by_name(data, tmp_path, damage):
         path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :])
     elif damage == "empty":
         path.write_bytes(b"")
+    elif damage == "pickled file":
+        path.write_bytes(b"\x80\x04K\x01.")
     else:
         np.savez(path, task=np.array([{"size": 5}], dtype=object))
-    with pytest.raises(ValueError, match=r"damaged\.npz is not a whole trajectory file"):
+    with pytest.raises(ValueError, match=r"damaged\.npz is not a whole trajectory file") as caught:
         Trajectories.load(path)
+    assert "allow_pickle" not in str(caught.value)
+
+
+def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(data, tmp_path):
+    broken = data.episodes(np.arange(2))
+    broken.save(tmp_path / "whole.npz")
+    broken.rewards[1] = np.nan
+    with pytest.raises(ValueError, match="rewards"):
+        broken.save(tmp_path / "broken.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.npz"]
+    columns = dict(np.load(tmp_path / "whole.npz")) | {"rewards": broken.rewards}
+    np.savez(tmp_path / "broken.npz", **columns)
+    with pytest.raises(ValueError, match=r"broken\.npz is not a whole trajectory file .*rewards"):
+        Trajectories.load(tmp_path / "broken.npz")
 
 
 def test_columns_that_do_not_fit_are_named(data):

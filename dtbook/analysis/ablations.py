@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dtbook.analysis.attribution import FORWARD, check_actions, contrast
+from dtbook.analysis.attribution import check_has_action, contrast
 from dtbook.analysis.interventions import ablate
 from dtbook.analysis.population import (
     BATCH_SIZE,
@@ -31,7 +31,7 @@ from dtbook.analysis.population import (
 )
 from dtbook.analysis.stats import weighted_quantile
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.kernels import compiled
+from dtbook.gridworld.kernels import FORWARD, compiled
 from dtbook.gridworld.rules import ACTIONS, Task
 from dtbook.gridworld.situations import FACING, SITUATIONS, row_batches, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
@@ -83,7 +83,7 @@ def situation_table(
     for every ablation at one condition. Raises ValueError as `population.FoldedWeights`, `variants` and `contrast`.
     """
     direction, ablations = contrast(preference, model.cfg.n_actions).to(model.W_U), variants(model, how)
-    check_actions(model.cfg.n_actions)
+    check_has_action(model.cfg.n_actions)
     donors = np.random.default_rng(seed).choice(len(observations), len(observations), p=weights(observations))
     situations = _Situations(FoldedWeights(model), observations, donors, ablations, direction)
     conditions = [Condition(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
@@ -255,7 +255,7 @@ def neurons(
     """
     if unknown := [name for name in how if name not in NEURON_WAYS]:
         raise ValueError(f"how is {unknown[0]!r}; it must be one of {', '.join(map(repr, NEURON_WAYS))}.")
-    check_actions(model.cfg.n_actions)
+    check_has_action(model.cfg.n_actions)
     folded = FoldedWeights(model)
     conditions = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
     means = _neuron_means(folded, observations, conditions, progress) if "mean" in how else {}
@@ -310,8 +310,8 @@ class _NeuronByNeuron:
         name = f"neurons, {self.situation}" if progress else None
         for rows, embedded in self.embedded.batches(BATCH_SIZE, name):
             self._add(rows, embedded, conditions, sums)
-        on_preference = self.folded.W_mlp @ contrast(preference, len(self.folded.b_U)).to(self.folded.W_mlp)
-        on_preference = on_preference.double().numpy()
+        weights_of = contrast(preference, len(self.folded.b_U)).to(self.folded.W_mlp)
+        on_preference = (self.folded.W_mlp @ weights_of).double().numpy()
         (active, fired), *ablated = sums / len(conditions)
         intact = {
             "neuron": np.arange(self.folded.d_mlp),

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from dtbook.gridworld.kernels import FORWARD
 from dtbook.gridworld.rules import ACTIONS
 from dtbook.model.config import ONE_HOT_SIZES, Actions, Rtgs, States, Timesteps, one_hot
 from dtbook.model.transformer import DecisionTransformer
 
 IMAGE_CHANNELS = ("object", "colour", "state")
-FORWARD = ACTIONS.index("forward")
 LETTERS = {name[0].upper(): index for index, name in enumerate(ACTIONS)}
 
 
@@ -31,13 +31,13 @@ def contrast(preference: str, n_actions: int = len(ACTIONS)) -> Float[Tensor, " 
     letters = preference.split("-")
     if len(letters) > 2 or len(set(letters)) < len(letters) or not set(letters) <= set(LETTERS):
         raise ValueError(f'preference is {preference!r}; it must be L, R, F or a pair of them such as "F-R".')
-    check_actions(n_actions, max(LETTERS[letter] for letter in letters))
+    check_has_action(n_actions, max(LETTERS[letter] for letter in letters))
     for letter, sign in zip(letters, (1.0, -1.0), strict=False):
         weights[LETTERS[letter]] = sign
     return weights
 
 
-def check_actions(n_actions: int, last: int = FORWARD) -> None:
+def check_has_action(n_actions: int, last: int = FORWARD) -> None:
     """Raise ValueError unless there is the action of that number, minigrid's."""
     if n_actions <= last:
         raise ValueError(
@@ -47,7 +47,7 @@ def check_actions(n_actions: int, last: int = FORWARD) -> None:
 
 def but_forward(logits: Float[Tensor, "*batch action"]) -> Float[Tensor, "*batch other"]:
     """Return the logits of all other actions: left and right, and what else a model has."""
-    check_actions(logits.shape[-1])
+    check_has_action(logits.shape[-1])
     turns = logits[..., :FORWARD]
     return turns if logits.shape[-1] == len(ACTIONS) else torch.cat([turns, logits[..., FORWARD + 1 :]], -1)
 

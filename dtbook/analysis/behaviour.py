@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dtbook.analysis.attribution import FORWARD, but_forward, check_actions, contrast, forward_preference
+from dtbook.analysis.attribution import but_forward, check_has_action, contrast, forward_preference
 from dtbook.analysis.population import Run, per_observation
 from dtbook.gridworld.env import ObservationSet
+from dtbook.gridworld.kernels import FORWARD
 from dtbook.gridworld.rules import ACTIONS
 from dtbook.gridworld.situations import FACING, SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
@@ -85,7 +86,7 @@ def turns(
     `rtg`, the weighted means `left`, `right` and of the products `left²`, `right²`, `left·right`. Rows of several RTGs
     may be averaged: `correlation` of that is the pooled r.
     """
-    check_actions(model.cfg.n_actions, last=1)
+    check_has_action(model.cfg.n_actions, last=1)
     conditions = [(float(rtg), timestep) for rtg in rtgs]
     values = per_observation(
         model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress
@@ -197,7 +198,7 @@ def scan(
     `P(forward)`, of the preference `logit_diff` and the contributions that sum to it, and of each head's attention to
     RTG. All observations count, so give `select(observations, situation)`, or a set of one.
     """
-    check_actions(model.cfg.n_actions)
+    check_has_action(model.cfg.n_actions)
     direction, share = contrast(preference, model.cfg.n_actions).to(model.W_U), weights(observations)
 
     def measure(run: Run) -> dict[str, torch.Tensor]:

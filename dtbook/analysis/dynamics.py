@@ -8,9 +8,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dtbook.analysis.attribution import FORWARD, check_actions
+from dtbook.analysis.attribution import check_has_action
 from dtbook.analysis.heads import obstacle_head_scores
 from dtbook.gridworld.env import ObservationSet, all_observations
+from dtbook.gridworld.kernels import FORWARD
 from dtbook.gridworld.rules import Task
 from dtbook.gridworld.situations import batches, sample, select
 from dtbook.model.transformer import DecisionTransformer
@@ -44,7 +45,7 @@ def make_probe(task: Task | None = None, n: int = 10_000, seed: int = 0) -> Prob
 @torch.inference_mode()
 def forward_probability(model: DecisionTransformer, observations: ObservationSet, rtg: float) -> float:
     """Return the weighted mean probability of forward at t = `TIMESTEP`; a longer context sees this one timestep."""
-    check_actions(model.cfg.n_actions)
+    check_has_action(model.cfg.n_actions)
     total = 0.0
     for batch in batches(observations, rtg, TIMESTEP):
         chance = model.fast_forward(*batch.inputs)[:, 0].softmax(-1)[:, FORWARD]

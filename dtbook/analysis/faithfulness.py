@@ -22,10 +22,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dtbook.analysis.attribution import FORWARD, forward_over_turns, forward_preference
+from dtbook.analysis.attribution import forward_over_turns, forward_preference
 from dtbook.analysis.counterfactuals import Case, pairs_of
 from dtbook.analysis.population import BATCH_SIZE, STATE, FoldedWeights, Run, Writes, Written
 from dtbook.gridworld.env import ObservationSet
+from dtbook.gridworld.kernels import FORWARD
 from dtbook.gridworld.situations import select, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, TIMESTEP

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.special
 from jaxtyping import Float
 
@@ -53,6 +54,15 @@ def weighted_correlation(
     share = weights / weights.sum()
     x, y = x - share @ x, y - share @ y
     return float((share * x) @ y / np.sqrt(((share * x) @ x) * ((share * y) @ y)))
+
+
+def check_table(name: str, table: pd.DataFrame) -> None:
+    """Raise ValueError naming the first column of a table that holds a number which is not finite."""
+    for column, values in table.select_dtypes("number").items():
+        if (wrong := values[~np.isfinite(values)]).size:
+            raise ValueError(
+                f"{name} holds {wrong.iloc[0]} in its column {column!r}; every number must be finite."
+            )
 
 
 class Interval(NamedTuple):

@@ -41,9 +41,15 @@ def steer(
     `where` is a hook name, a `Site` or a component ("L0H1": its z, "L0 MLP": its output); `positions` are the tokens,
     unless a `Site` says them. Steering by 0 changes nothing, and by a sum is steering by its parts one after the other.
     Added to "blocks.0.hook_resid_post", a vector changes the logits by multiple · vector @ W_U, exactly; added earlier
-    it also moves what reads it. Raises ValueError for a site the model does not have and a vector of another width,
-    before anything runs.
+    it also moves what reads it. Raises ValueError for a site the model does not have, a vector of another width and
+    numbers that are not finite, before anything runs.
     """
+    pushed = multiple * vector
+    if not pushed.isfinite().all():
+        wrong = pushed[~pushed.isfinite()][0]
+        raise ValueError(
+            f"multiple · vector holds {wrong} (multiple is {multiple}); every number must be finite."
+        )
     if isinstance(where, str):
         where = replace(site(model, where), positions=positions)
     width = _width(model, site(model, where))

@@ -16,11 +16,12 @@ from dtbook.analysis.attribution import IMAGE_CHANNELS, contrast, preference_dir
 from dtbook.analysis.counterfactuals import Case, HeadPatching, pairs
 from dtbook.analysis.heads import THRESHOLD, obstacle_head_scores
 from dtbook.analysis.population import FoldedWeights, Run, per_observation
-from dtbook.analysis.stats import Line, least_squares, weighted_correlation
+from dtbook.analysis.stats import Line, check_table, least_squares, weighted_correlation
 from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import select, showing, weights
+from dtbook.model.files import check_finite
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
 from dtbook.trajectories.recording import Trajectories
@@ -43,7 +44,7 @@ class Evidence:
     """A model with two heads in one layer, and all measures that the claims are about.
 
     `calibration` is a table of `pipeline.calibrate`; `history` PPO's own episodes. Where one is absent, the claims that
-    need it are not decided. Raises ValueError for a model of another shape.
+    need it are not decided. Raises ValueError for a model of another shape, and for numbers that are not finite.
     """
 
     def __init__(
@@ -55,6 +56,9 @@ class Evidence:
         timesteps: tuple[int, ...] = TIMESTEPS,
     ) -> None:
         check_shape(model)
+        check_finite("model", model.state_dict())
+        if calibration is not None:
+            check_table("calibration", calibration)
         self.model, self.observations, self.timesteps = model, observations, timesteps
         self.calibration, self.history = calibration, history
 

@@ -19,8 +19,11 @@ class Finding(NamedTuple):
     """A claim's effect in a model, and whether it passes."""
 
     effect: float
-    """In the claim's unit."""
+    """In the claim's unit; NaN where it is a share of nothing, which passes nowhere."""
     passed: bool
+
+
+A_SHARE_OF_NOTHING = Finding(np.nan, False)
 
 
 Rule = Callable[[Evidence], Finding | None]
@@ -81,10 +84,16 @@ def claim(
 
     def add(effect: Effect) -> Effect:
         def decide_one(evidence: Evidence) -> Finding | None:
-            result = effect(evidence)
-            if result is None or isinstance(result, Finding):
-                return result
-            return Finding(result, meets(id, result))
+            try:
+                result = effect(evidence)
+            except ZeroDivisionError:
+                return A_SHARE_OF_NOTHING
+            found = (
+                result
+                if result is None or isinstance(result, Finding)
+                else Finding(result, meets(id, result))
+            )
+            return found if found is None or np.isfinite(found.effect) else A_SHARE_OF_NOTHING
 
         RULES[id] = decide_one
         return effect

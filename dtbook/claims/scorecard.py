@@ -27,9 +27,14 @@ def decide(id: str, effects: np.ndarray, passed: np.ndarray, seed: int = 0) -> V
 
     *Replicated* if at least 8 of 10 pass and the 95 % bootstrap interval of the mean effect excludes `Claim.none`; *not
     replicated* if at most 2 of 10 do; else *mixed*. Replications that do not decide the claim (NaN) do not count.
-    Raises KeyError for an unknown claim, ValueError where no replication decides it.
+    Raises KeyError for an unknown claim, ValueError where no replication decides it, or by a number that is not finite.
     """
     against, decided = CLAIMS[id].none, ~np.isnan(passed)
+    wrong = decided & ~np.isfinite(effects) & (np.isinf(effects) | (passed > 0))
+    if wrong.any():
+        raise ValueError(
+            f"effects of {id} hold {effects[wrong][0]} where it is decided; that must be a finite number."
+        )
     n, count = int(decided.sum()), int(np.nansum(passed))
     interval = bootstrap_interval(effects[decided], seed)
     if count <= 0.2 * n:

@@ -25,10 +25,12 @@ class Subject:
 
     @classmethod
     def find(cls, name: str, store: ArtifactStore | None = None) -> "Subject":
-        """Return the subject of that name: "post", a folder of a store, like "seed_3", or the path of a model's folder.
+        """Return the subject of that name: "post", a folder of a store, like "seed_3", or a path.
+
+        A path is that of a model's folder, or of a checkpoint of the original.
 
         The store is `data/` if none is given. The post's weights are fetched, or found where DTBOOK_POST_MODEL says.
-        Raises ValueError for a name that is none of these, or for a folder that is damaged.
+        Raises ValueError for a name that is none of these, and for what is damaged or of another architecture.
         """
         if name == POST:
             return cls(name, DecisionTransformer.from_post_checkpoint(), POST_MODEL_SHA256)
@@ -40,8 +42,11 @@ class Subject:
                 episodes = f"{name}/trajectories.npz"
                 data = Trajectories.load(store.path(episodes)) if episodes in entries else None
                 return cls(name, model, entries[artifact]["sha256"], data)
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
+        path = Path(name).expanduser()
+        if not path.exists():
             known = [POST, *(entry.removesuffix("/model") for entry in entries if entry.endswith("/model"))]
             raise ValueError(f"there is no subject {name!r}: give {', '.join(known)}, or a model's folder")
-        return cls(name, DecisionTransformer.from_pretrained(folder), describe(folder)["sha256"])
+        read = (
+            DecisionTransformer.from_pretrained if path.is_dir() else DecisionTransformer.from_post_checkpoint
+        )
+        return cls(name, read(path), describe(path)["sha256"])

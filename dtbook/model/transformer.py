@@ -35,8 +35,9 @@ from transformer_lens.hook_points import HookPoint
 
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256, POST_MODEL_URL
 from dtbook.model.config import Actions, DTConfig, Rtgs, States, Timesteps, check_inputs, one_hot
-from dtbook.model.files import FolderMixin, read_folder, read_post_checkpoint
+from dtbook.model.files import FolderMixin, check_finite, read_folder, read_post_checkpoint
 from dtbook.model.fused import Weights, one_timestep
+from dtbook.model.original import convert
 
 # The weights of a block, and where in it they are.
 STACKED = {f"{kind}_{part}": "attn" for kind in "Wb" for part in "QKVO"}
@@ -319,23 +320,24 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
 
     @classmethod
     def from_post_checkpoint(cls, path: str | Path | None = None) -> "DecisionTransformer":
-        """Return the post's own model, read from `path` or else from `fetch_post_checkpoint()`.
+        """Return the post's own model from `fetch_post_checkpoint()`, or that of any checkpoint of the original.
 
-        Its unused heads (`predict_rewards`, `predict_states`), its mask and the padding row of its action
-        embedding are left out: nothing of them reaches an action logit. Raises as `read_post_checkpoint`.
+        Of a `path` any hash and layout will do: `metadata` says which file it is, and where it comes from where that is
+        known. Parts that no action logit reads (`predict_rewards`, `predict_states`, masks, the padding row of the
+        action embedding) are left out. Raises as `read_post_checkpoint`, and ValueError saying what in the file this
+        architecture has not.
         """
-        post = read_post_checkpoint(path)
-        weights = {
-            "W_E_rtg": post["reward_embedding.0.weight"][:, 0],
-            "W_E_state": post["state_encoder.weight"].T,
-            "W_E_action": post["action_embedding.0.weight"][:-1],
-            "W_E_time": post["time_embedding.weight"],
-            "W_pos": post["transformer.pos_embed.W_pos"],
-            "W_U": post["predict_actions.weight"].T,
-            "b_U": post["predict_actions.bias"],
-        }
-        for name, part in STACKED.items():
-            weights[f"blocks.0.{part}.{name}"] = post[f"transformer.blocks.0.{part}.{name}"]
-        model = cls(DTConfig(), metadata={"source": POST_MODEL_URL, "sha256": POST_MODEL_SHA256})
-        model.load_state_dict(weights)
+        checkpoint, sha256 = read_post_checkpoint(path)
+        known = {POST_MODEL_SHA256: POST_MODEL_URL}
+        source = known.get(sha256, f"a checkpoint of the original, {Path(path or '').name}")
+        try:
+            cfg, weights = convert(checkpoint)
+            model = cls(cfg, metadata={"source": source, "sha256": sha256})
+            model.load_state_dict(weights)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}.") from error
+        except (IndexError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} does not hold a Decision Transformer: {reason}") from error
+        check_finite(str(path or source), weights)
         return model.eval()

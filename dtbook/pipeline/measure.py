@@ -137,7 +137,7 @@ def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
 
 def _own_model(job: Job) -> list[Writer]:
     """Take a reader's model over, its heads in order."""
-    model = DecisionTransformer.from_pretrained(job.given)
+    model = Subject.find(str(job.given)).model
     return [with_heads_in_order(model, job.recipe.task)[0].save_pretrained]
 
 

@@ -26,6 +26,7 @@ from dtbook.analysis.interventions import STATE_TOKENS, Site, mean_output
 from dtbook.gridworld.env import ObservationSet, to_minigrid
 from dtbook.gridworld.rules import GridState, Task, check_state, observe, reset
 from dtbook.model.config import DTConfig
+from dtbook.model.files import check_finite
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.playground.scenes import COMPASS, check_scene
 
@@ -126,9 +127,7 @@ def _check_model(name: str, model: DecisionTransformer, task: Task) -> None:
         raise ValueError(
             f"task.max_steps is {task.max_steps}; {name!r} embeds timesteps up to {cfg.max_steps}."
         )
-    for tensor, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise ValueError(f"{tensor} of {name!r} holds a value that is not a finite number.")
+    check_finite(repr(name), model.state_dict())
 
 
 def _entry(name: str, model: DecisionTransformer, task: Task) -> dict[str, Any]:

@@ -122,6 +122,7 @@ class Trajectories:
 
     def save(self, path: str | Path) -> None:
         """Write one compressed .npz, without pickle, atomically; the same episodes give the same bytes."""
+        self.__post_init__()  # columns can be written to
         columns = {name: getattr(self, name) for name in (*STEP_COLUMNS, *EPISODE_COLUMNS, "episode_starts")}
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, task=np.array(json.dumps(asdict(self.task))), **columns)
@@ -137,7 +138,9 @@ class Trajectories:
         except FileNotFoundError:
             raise
         except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole trajectory file ({error}); make it again") from error
+            why = str(error).split(". ")[0]  # what NumPy says next is how to let a file run code
+            why = "it holds pickled objects" if "pickle" in why else why
+            raise ValueError(f"{path} is not a whole trajectory file ({why}); `save` writes one") from error
 
     def to_minari(self, dataset_id: str, **metadata: Any) -> "MinariDataset":
         """Write the episodes as a Minari dataset (observations are images; the states travel in `infos`).
