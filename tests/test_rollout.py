@@ -159,5 +159,5 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="episodes must be at least 1, not -1"):
         calibration_curve(model_of(), [0.5], episodes=-1)
     elsewhere = DynamicObstaclesVectorEnv(2, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    with pytest.raises(ValueError, match="same step"):
+    with pytest.raises(ValueError, match="must be SAME_STEP"):
         rollout_in(elsewhere, model_of(), [0.5])
