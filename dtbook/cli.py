@@ -17,7 +17,7 @@ from filelock import FileLock
 from dtbook.artifacts.kernels import choose_portable
 from dtbook.artifacts.post_weights import named_copy
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
-from dtbook.pages.copies import copies_of, make_copies
+from dtbook.pages.copies import check_pages, copies_of, make_copies
 from dtbook.pages.notebooks import (
     NotebookError,
     check_parameters,
@@ -124,6 +124,7 @@ def build(pdf: bool) -> None:
     book = CHECKOUT / "book"
     if not book.is_dir():
         raise NotebookError(f"{CHECKOUT} has no book/: `dtbook build` needs a checkout of the repository")
+    check_pages(CHECKOUT / "notebooks", book / "_executed")
     lock = book / "_executed" / ".build.lock"
     lock.parent.mkdir(exist_ok=True)
     with FileLock(lock):  # of two builds at once the second waits

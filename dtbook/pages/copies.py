@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dtbook.artifacts.post_weights import weights_at_hand
 from dtbook.artifacts.processes import in_order
 from dtbook.artifacts.store import ArtifactStore
-from dtbook.pages.notebooks import inputs_digest, is_current, run_notebook
+from dtbook.pages.notebooks import inputs_digest, is_current, read_notebook, run_notebook
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,11 @@ def _make(job: Copy, bar: bool) -> str:
         start = time.perf_counter()
         run_notebook(job.path, job.target, job.parameters, job.inputs, progress=job.line if bar else "")
     return f"done in {time.perf_counter() - start:.1f} s"
+
+
+def check_pages(notebooks: Path, folder: Path) -> None:
+    """Raise NotebookError for a notebook that cannot be read, or whose executed copy in `folder` cannot."""
+    for path in sorted(notebooks.glob("*.ipynb")):
+        read_notebook(path)
+        if (copy := folder / path.name).exists():
+            read_notebook(copy)
