@@ -17,7 +17,7 @@ from filelock import FileLock
 from dtbook.artifacts.kernels import choose_portable
 from dtbook.artifacts.post_weights import named_copy
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
-from dtbook.pages.copies import check_pages, copies_of, make_copies
+from dtbook.pages.copies import check_book, copies_of, make_copies
 from dtbook.pages.notebooks import (
     NotebookError,
     check_parameters,
@@ -122,9 +122,7 @@ def build(pdf: bool) -> None:
     The former book stays until the new one is whole; after warnings the new one is there to be looked at.
     """
     book = CHECKOUT / "book"
-    if not book.is_dir():
-        raise NotebookError(f"{CHECKOUT} has no book/: `dtbook build` needs a checkout of the repository")
-    check_pages(CHECKOUT / "notebooks", book / "_executed")
+    check_book(CHECKOUT)
     lock = book / "_executed" / ".build.lock"
     lock.parent.mkdir(exist_ok=True)
     with FileLock(lock):  # of two builds at once the second waits
@@ -227,8 +225,10 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
     Leaves an artifact for each point, a manifest, and table.parquet with one row a point. The same command goes on
     with a sweep that was interrupted, or whose points failed: what is there is not run again.
     """
+    from dtbook.pipeline.engine import check_scheduler
     from dtbook.pipeline.sweep import read_sweep, run_sweep  # imports torch and TransformerLens
 
+    check_scheduler(scheduler)
     points = read_sweep(file, CHECKOUT / "notebooks")
     folder = (folder or CHECKOUT / "runs" / "sweeps" / file.stem).absolute()
     if dry_run:

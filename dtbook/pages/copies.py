@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dtbook.artifacts.post_weights import weights_at_hand
 from dtbook.artifacts.processes import in_order
 from dtbook.artifacts.store import ArtifactStore
-from dtbook.pages.notebooks import inputs_digest, is_current, read_notebook, run_notebook
+from dtbook.pages.notebooks import NotebookError, inputs_digest, is_current, read_notebook, run_notebook
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,11 @@ def _make(job: Copy, bar: bool) -> str:
     return f"done in {time.perf_counter() - start:.1f} s"
 
 
-def check_pages(notebooks: Path, folder: Path) -> None:
-    """Raise NotebookError for a notebook that cannot be read, or whose executed copy in `folder` cannot."""
-    for path in sorted(notebooks.glob("*.ipynb")):
+def check_book(checkout: Path) -> None:
+    """Raise NotebookError where there is no book, or one of its notebooks or executed copies cannot be read."""
+    if not (checkout / "book").is_dir():
+        raise NotebookError(f"{checkout} has no book/: `dtbook build` needs a checkout of the repository")
+    for path in sorted((checkout / "notebooks").glob("*.ipynb")):
         read_notebook(path)
-        if (copy := folder / path.name).exists():
+        if (copy := checkout / "book" / "_executed" / path.name).exists():
             read_notebook(copy)

@@ -250,8 +250,12 @@ def _with_weights(inputs: str, read: str | None) -> str:
 
 def code_of(path: Path) -> list[str]:
     """Return the dotted names that a notebook imports."""
-    code = [_python(cell) for cell in read_notebook(path).cells if cell.cell_type == "code"]
-    return sorted(imported_names("\n".join(code)))
+    return sorted(imported_names(python_of(path)))
+
+
+def python_of(path: Path) -> str:
+    """Return the code of a notebook, its magics as calls."""
+    return "\n".join(_python(cell) for cell in read_notebook(path).cells if cell.cell_type == "code")
 
 
 def is_current(target: Path, inputs: str) -> bool:

@@ -6,13 +6,15 @@ whole or not there. A job is run once what it needs is there, and not at all whe
 there and current: neither by the next call, nor by a scheduler that lost a worker and hands its jobs out anew.
 """
 
+import asyncio
 import os
+import re
 import shutil
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -261,7 +263,8 @@ def run_graph(
     """Run each job when what it needs is made, the first ones first; return their outcomes.
 
     They run in `workers` local processes, or on the Dask cluster of a `scheduler`. A job that fails leaves out those
-    that need what it was to make; the others go on. `say` hears of each job as it ends, in a line.
+    that need what it was to make; the others go on. `say` hears of each job as it ends, in a line. Raises ArtifactError
+    for a scheduler that is none.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
@@ -328,6 +331,16 @@ def _settled(job: Job) -> Outcome | None:
 
 
 # ------------------------------------------------------------------------------------------- who runs them
+def check_scheduler(address: str | None) -> None:
+    """Raise ArtifactError for what cannot be the address of a Dask scheduler; nothing is asked there."""
+    match = None if address is None else _ADDRESS.fullmatch(address)
+    if address is not None and not (match and 0 < int(match[1] or 1) < 2**16):
+        raise ArtifactError(f"--scheduler must be an address like tcp://host:8786, not {address!r}")
+
+
+_ADDRESS = re.compile(r"(?:(?:tcp|tls|ucx|wss?)://)?(?:\[[\da-fA-F:.%]+\]|[^\s/:]+):(\d{1,5})|inproc://\S+")
+
+
 @contextmanager
 def _executor(scheduler: str | None) -> Iterator[Executor]:
     """Yield local processes, or Dask's own executor over the workers of a cluster."""
@@ -335,10 +348,23 @@ def _executor(scheduler: str | None) -> Iterator[Executor]:
         with Processes() as processes:
             yield processes
         return
+    check_scheduler(scheduler)
     try:
         from distributed import Client
+        from distributed.comm import connect
     except ImportError as error:
         sentence = "a --scheduler needs dask.distributed: python -m pip install 'dtbook[sweep]'"
         raise ArtifactError(sentence) from error
+
+    async def greet() -> None:  # a client itself waits for ever where something else answers
+        await (await asyncio.wait_for(connect(scheduler, timeout=CONNECT_SECONDS), CONNECT_SECONDS)).close()
+
+    try:
+        with ThreadPoolExecutor(1) as thread:  # Jupyter's has a loop that runs
+            thread.submit(asyncio.run, greet()).result()
+    except Exception as error:
+        raise ArtifactError(
+            f"--scheduler must be that of a Dask cluster, but at {scheduler} none answers"
+        ) from error
     with Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False) as client:
         yield client.get_executor(pure=False)
