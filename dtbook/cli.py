@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from dtbook.artifacts.kernels import choose_portable
 from dtbook.artifacts.post_weights import named_copy
+from dtbook.artifacts.processes import check_scheduler
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
 from dtbook.pages.copies import check_book, copies_of, make_copies
 from dtbook.pages.notebooks import (
@@ -143,10 +144,8 @@ def _build(book: Path, pdf: bool) -> int:
             print_book(CHECKOUT, printed)
     program = Path(sys.executable).with_name("jupyter-book")
     options = ["--config", "book/_config.yml", "--toc", "book/_toc.yml", "-W", "--keep-going"]
-    with (
-        suppress(_Unfinished),
-        atomic_write(book / "_build") as draft,
-    ):  # empty: an old build repeats no warning
+    # an empty folder: an old build repeats no warning
+    with suppress(_Unfinished), atomic_write(book / "_build") as draft:
         command = [str(program), "build", ".", *options, "--path-output", str(draft.parent)]
         code = subprocess.run(command, cwd=CHECKOUT).returncode
         if not (draft / "html" / "searchindex.js").exists():  # what Sphinx writes last
@@ -191,7 +190,10 @@ _workers = click.option(
     help="Processes  [default: one a core].",
 )
 _scheduler = click.option(
-    "--scheduler", metavar="ADDRESS", help="A Dask scheduler (tcp://…) in place of local processes."
+    "--scheduler",
+    metavar="ADDRESS",
+    callback=lambda context, option, address: check_scheduler(address),
+    help="A Dask scheduler (tcp://…) in place of local processes.",
 )
 
 
@@ -225,10 +227,8 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
     Leaves an artifact for each point, a manifest, and table.parquet with one row a point. The same command goes on
     with a sweep that was interrupted, or whose points failed: what is there is not run again.
     """
-    from dtbook.pipeline.engine import check_scheduler
     from dtbook.pipeline.sweep import read_sweep, run_sweep  # imports torch and TransformerLens
 
-    check_scheduler(scheduler)
     points = read_sweep(file, CHECKOUT / "notebooks")
     folder = (folder or CHECKOUT / "runs" / "sweeps" / file.stem).absolute()
     if dry_run:

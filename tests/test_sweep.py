@@ -22,6 +22,7 @@ from distributed import LocalCluster
 
 from dtbook import cli
 from dtbook.artifacts import ArtifactError, ArtifactStore
+from dtbook.artifacts.processes import check_scheduler
 from dtbook.artifacts.provenance import code_behind
 from dtbook.figures.display import GLUE_MIME
 from dtbook.gridworld import Task
@@ -189,6 +190,11 @@ def test_what_cannot_be_a_scheduler_is_refused_at_once(notebooks, tmp_path, monk
     (tmp_path / "sweep.yml").write_text("notebook: 1")
     said = refused(notebooks, monkeypatch, str(tmp_path / "sweep.yml"), "--scheduler", address)
     assert said == f"Error: --scheduler must be an address like tcp://host:8786, not {address!r}\n"
+    again = CliRunner().invoke(
+        cli.main, ["reproduce", "--scheduler", address, "--folder", str(tmp_path / "made")]
+    )
+    assert (again.exit_code, again.output) == (1, said)
+    assert not (tmp_path / "made").exists()
 
 
 def test_schedulers_have_these_addresses():
@@ -200,7 +206,7 @@ def test_schedulers_have_these_addresses():
         "wss://a.b-c:443",
         "inproc://1/2/3",
     ):
-        engine.check_scheduler(address)
+        assert check_scheduler(address) == address
 
 
 def test_a_name_that_the_table_has_is_refused_at_once(notebooks, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ there and current: neither by the next call, nor by a scheduler that lost a work
 
 import asyncio
 import os
-import re
 import shutil
 import time
 import traceback
@@ -26,7 +25,7 @@ import pandas as pd
 from filelock import FileLock
 
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256
-from dtbook.artifacts.processes import Processes
+from dtbook.artifacts.processes import Processes, check_scheduler
 from dtbook.artifacts.provenance import Code, digest
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
 from dtbook.model.subject import Subject
@@ -331,16 +330,6 @@ def _settled(job: Job) -> Outcome | None:
 
 
 # ------------------------------------------------------------------------------------------- who runs them
-def check_scheduler(address: str | None) -> None:
-    """Raise ArtifactError for what cannot be the address of a Dask scheduler; nothing is asked there."""
-    match = None if address is None else _ADDRESS.fullmatch(address)
-    if address is not None and not (match and 0 < int(match[1] or 1) < 2**16):
-        raise ArtifactError(f"--scheduler must be an address like tcp://host:8786, not {address!r}")
-
-
-_ADDRESS = re.compile(r"(?:(?:tcp|tls|ucx|wss?)://)?(?:\[[\da-fA-F:.%]+\]|[^\s/:]+):(\d{1,5})|inproc://\S+")
-
-
 @contextmanager
 def _executor(scheduler: str | None) -> Iterator[Executor]:
     """Yield local processes, or Dask's own executor over the workers of a cluster."""
