@@ -346,6 +346,22 @@ def test_a_dataset_of_another_hand_or_of_two_tasks_is_one_sentence(data, minari)
             Trajectories.from_minari(foreign)
 
 
+def test_a_dataset_that_fails_on_its_way_is_taken_away_and_one_that_was_there_stays(data, minari, tmp_path):
+    some = data.episodes(np.arange(3))
+    for name, metadata in (
+        ("a-v0", {"description": object()}),
+        ("a-v0", {"auhtor": "dtbook"}),
+        ("No Name", {}),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            some.to_minari(name, **metadata)
+        assert not os.listdir(tmp_path)
+    some.to_minari("a-v0")
+    with pytest.raises(ValueError, match="a-v0 already exists"):
+        data.to_minari("a-v0")
+    assert same(Trajectories.from_minari(minari.load_dataset("a-v0")), some)
+
+
 def test_datasets_whose_description_alone_says_the_task_are_read_and_others_refused(
     data, minari, monkeypatch
 ):

@@ -5,6 +5,7 @@ twenty times smaller, and the observation follows exactly from the state (`gridw
 """
 
 import json
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -143,19 +144,25 @@ class Trajectories:
         """Write the episodes as a Minari dataset (observations are images; the states travel in `infos`).
 
         `metadata` goes to `minari.create_dataset_from_buffers` (author, algorithm_name …). Each step's `infos` say of
-        which task it is, so parts of the dataset and several combined can be read back.
+        which task it is, so parts of the dataset and several combined can be read back. A dataset that fails on its way
+        is taken away.
         """
         import minari  # an optional dependency, slow to import
         from minari.data_collector import EpisodeBuffer
+        from minari.storage.datasets_root_dir import get_dataset_path
 
         buffers = [EpisodeBuffer(id=e, **self._minari_episode(e)) for e in range(len(self.episode_starts))]
-        return minari.create_dataset_from_buffers(
-            dataset_id,
-            buffers,
-            observation_space=gym.spaces.Box(0, 255, (7, 7, 3), np.uint8),
-            action_space=gym.spaces.Discrete(3),
-            **{"description": json.dumps(asdict(self.task)), **metadata},
-        )
+        metadata = {"description": json.dumps(asdict(self.task)), **metadata}
+        images, actions = gym.spaces.Box(0, 255, (7, 7, 3), np.uint8), gym.spaces.Discrete(3)
+        was_there = (folder := get_dataset_path(dataset_id)).exists()
+        try:
+            return minari.create_dataset_from_buffers(
+                dataset_id, buffers, observation_space=images, action_space=actions, **metadata
+            )
+        except BaseException:
+            if not was_there:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _minari_episode(self, e: int) -> dict[str, Any]:
         rows = self.episode_starts[e] + np.arange(self.lengths[e])
