@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from dtbook.artifacts.kernels import choose_portable
 from dtbook.artifacts.post_weights import named_copy
+from dtbook.artifacts.processes import check_scheduler
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore, atomic_write
-from dtbook.pages.copies import copies_of, make_copies
+from dtbook.pages.copies import check_book, copies_of, make_copies
 from dtbook.pages.notebooks import (
     NotebookError,
     check_parameters,
@@ -122,8 +123,7 @@ def build(pdf: bool) -> None:
     The former book stays until the new one is whole; after warnings the new one is there to be looked at.
     """
     book = CHECKOUT / "book"
-    if not book.is_dir():
-        raise NotebookError(f"{CHECKOUT} has no book/: `dtbook build` needs a checkout of the repository")
+    check_book(CHECKOUT)
     lock = book / "_executed" / ".build.lock"
     lock.parent.mkdir(exist_ok=True)
     with FileLock(lock):  # of two builds at once the second waits
@@ -144,10 +144,8 @@ def _build(book: Path, pdf: bool) -> int:
             print_book(CHECKOUT, printed)
     program = Path(sys.executable).with_name("jupyter-book")
     options = ["--config", "book/_config.yml", "--toc", "book/_toc.yml", "-W", "--keep-going"]
-    with (
-        suppress(_Unfinished),
-        atomic_write(book / "_build") as draft,
-    ):  # empty: an old build repeats no warning
+    # an empty folder: an old build repeats no warning
+    with suppress(_Unfinished), atomic_write(book / "_build") as draft:
         command = [str(program), "build", ".", *options, "--path-output", str(draft.parent)]
         code = subprocess.run(command, cwd=CHECKOUT).returncode
         if not (draft / "html" / "searchindex.js").exists():  # what Sphinx writes last
@@ -192,7 +190,10 @@ _workers = click.option(
     help="Processes  [default: one a core].",
 )
 _scheduler = click.option(
-    "--scheduler", metavar="ADDRESS", help="A Dask scheduler (tcp://…) in place of local processes."
+    "--scheduler",
+    metavar="ADDRESS",
+    callback=lambda context, option, address: check_scheduler(address),
+    help="A Dask scheduler (tcp://…) in place of local processes.",
 )
 
 

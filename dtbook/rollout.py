@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dtbook.gridworld.kernels import WALL
 from dtbook.gridworld.rules import FRONT, Task
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.trajectories.ppo import check_envs
 from dtbook.trajectories.recording import Trajectories, play
 
 CALIBRATION_RTGS = tuple(round(float(rtg), 1) for rtg in np.linspace(-1, 1, 21))
@@ -114,8 +115,7 @@ def rollout_in(
     have finished one. Columns: `rtg`, `return`, `length`, `truncated`.
     """
     targets = _check_rtgs(rtgs)
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.SAME_STEP:
-        raise ValueError(f"envs must reset in the same step, not {envs.metadata.get('autoreset_mode')}")
+    check_envs(envs)
     policy = ModelPolicy(model, targets, greedy, np.random.default_rng(seed))
     rows = np.zeros((len(targets), 3))  # return, length, truncated
     queue = iter(range(envs.num_envs, len(targets)))

@@ -66,9 +66,31 @@ def test_returns_are_the_sums_of_rewards_and_make_the_classes():
     assert data.classes.tolist() == [0, 1, 2]
 
 
-def test_other_ways_of_resetting_are_refused():
-    with pytest.raises(ValueError, match=r"envs must reset in the same step, not AutoresetMode\.NEXT_STEP"):
+def test_what_cannot_be_recorded_is_refused():
+    with pytest.raises(
+        ValueError, match=r"envs\.metadata\['autoreset_mode'\] must be SAME_STEP, not .*NEXT_STEP"
+    ):
         record(vector(1, AutoresetMode.NEXT_STEP), turning, 1, seed=0)
+    dicts = SyncVectorEnv([lambda: gymnasium.make(ENV_ID)], autoreset_mode=AutoresetMode.SAME_STEP)
+    with pytest.raises(ValueError, match=r"envs\.single_observation_space must be square uint8 images"):
+        record(dicts, turning, 1, seed=0)
+    with pytest.raises(ValueError, match="episodes must be at least 1, not 0"):
+        record(vector(1), turning, 0, seed=0)
+
+
+def test_buffers_that_are_written_anew_are_copied():
+    """With `copy=False` every step writes into the images of the step before; a policy may do so with its actions."""
+    buffer = np.zeros(3, int)
+
+    def reusing(images):
+        buffer[:] = turning(images)
+        return buffer
+
+    envs = SyncVectorEnv([make] * 3, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+    data, expected = record(envs, reusing, 6, seed=4), record(vector(3), turning, 6, seed=4)
+    for name in ("images", "actions", "episode_starts", "returns"):
+        np.testing.assert_array_equal(getattr(data, name), getattr(expected, name))
+    np.testing.assert_array_equal(data.actions, turning(data.images))
 
 
 def test_no_episode_is_refused():

@@ -15,7 +15,14 @@ from click.testing import CliRunner
 
 from dtbook import cli
 from dtbook.artifacts import ArtifactStore, describe, post_weights, provenance
-from dtbook.pages.notebooks import KERNEL_ENVIRONMENT, Parameter, inputs_digest, notebook_digest, run_notebook
+from dtbook.pages.notebooks import (
+    KERNEL_ENVIRONMENT,
+    Parameter,
+    inputs_digest,
+    notebook_digest,
+    read_notebook,
+    run_notebook,
+)
 
 PARAMETERS = """episodes = 3  # episodes, at least 1
 temperature = 1.0  # of the softmax
@@ -34,6 +41,11 @@ def write_notebook(path, *cells, parameters=None):
     notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
     path.parent.mkdir(exist_ok=True)
     nbformat.write(notebook, path)
+
+
+def changed(**parts):
+    """A change of a notebook's text that puts these in the place of its parts."""
+    return lambda good: json.dumps(json.loads(good) | parts)
 
 
 @pytest.fixture
@@ -414,6 +426,88 @@ def test_params_lists_name_type_default_and_meaning(checkout):
 def test_a_derived_default_is_refused(checkout):
     write_notebook(checkout / "notebooks/01_task.ipynb", "1", parameters="steps = 2 * 300")
     assert "01_task: the default of steps must be a plain value, not 2 * 300" in dtbook("params").output
+
+
+# What is no notebook
+
+NOT_NOTEBOOKS = {
+    "empty": (lambda good: "", "01_task.ipynb is not a notebook: it is empty"),
+    "markers in the file": (
+        lambda good: good.replace("  {\n", "<<<<<<< HEAD\n  {\n", 1),
+        "01_task.ipynb is not a notebook: line 3 is the marker of a merge conflict",
+    ),
+    "a byte order mark": (lambda good: "\ufeff" + good, "it begins with a byte order mark: save it as UTF-8"),
+    "cut off": (lambda good: good[:200], "01_task.ipynb is not a notebook: Notebook does not appear to be JSON"),
+    "no object": (lambda good: "null", "01_task.ipynb is not a notebook: its JSON holds no cells"),
+    "no cells": (changed(cells=[]), "01_task.ipynb is not a notebook: it has no cells"),
+    "half a cell": (changed(cells=[{"cell_type": "code"}]), "01_task.ipynb is not a notebook: "),
+    "no kernelspec": (changed(metadata={}), "01_task.ipynb must name a Python kernel in its kernelspec, not {}"),
+    "another language": (
+        changed(metadata={"kernelspec": {"name": "ir", "display_name": "R", "language": "R"}}),
+        "must name a Python kernel in its kernelspec, not {'name': 'ir'",
+    ),
+    "an unclosed bracket": (
+        lambda good: good.replace("0.5]", "0.5"),
+        "01_task: cell 1, `episodes = 3  # episodes, at least 1`, is not Python: '[' was never closed",
+    ),
+    "a typing error in another cell": (
+        lambda good: good.replace("print(", "print(("),
+        "01_task: cell 2, `print((episodes * temperature)`, is not Python: '(' was never closed",
+    ),
+    "markers in a cell": (
+        lambda good: good.replace("print(", "<<<<<<< HEAD\\nprint("),
+        "01_task: cell 2, `<<<<<<< HEAD`, holds the markers of a merge conflict",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOT_NOTEBOOKS)
+def test_what_is_no_notebook_is_one_sentence_in_every_command(checkout, what):
+    spoil, sentence = NOT_NOTEBOOKS[what]
+    path, sweep = checkout / "notebooks/01_task.ipynb", checkout / "sweep.yml"
+    write_notebook(checkout / "notebooks/00_before.ipynb", "1")
+    path.write_text(spoil(path.read_text()))
+    sweep.write_text("notebook: 01_task\ngrid: {episodes: [1]}")
+    for command in (["run"], ["params", "1"], ["sweep", "--dry-run", str(sweep)], ["build"], ["stages"]):
+        result = dtbook(*command)
+        *_, said = result.output.splitlines()
+        assert result.exit_code == 1, command
+        assert said.startswith("Error: "), command
+        assert sentence in said, command
+    assert not (checkout / "book/_executed").exists() or copies(checkout) == []
+
+
+def test_magics_texts_and_a_kernel_of_another_name_are_a_notebooks(checkout):
+    path = checkout / "notebooks/01_task.ipynb"
+    write_notebook(path, "%time 1 +\\\n 1", "%%bash\nif true; then", "!ls\nfiles = !ls")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_markdown_cell("Title [\n=======", id="text"))
+    notebook.metadata = {
+        "kernelspec": {"name": "mine", "display_name": "Mine"},
+        "language_info": {"name": "python"},
+    }
+    nbformat.write(notebook, path)
+    assert read_notebook(path) == notebook
+
+
+def test_a_damaged_copy_stops_the_build_in_one_sentence(checkout):
+    (checkout / "book/_executed").mkdir()
+    copy = checkout / "book/_executed/01_task.ipynb"
+    copy.write_text((checkout / "notebooks/01_task.ipynb").read_text()[:100])
+    result = dtbook("build")
+    assert (result.exit_code, len(result.output.splitlines())) == (1, 1)
+    assert f"{copy} is not a notebook: " in result.output
+
+
+def test_two_notebooks_of_one_number_are_told_apart_by_name(checkout):
+    """Jupyter's copy stands before the notebook in the folder."""
+    write_notebook(checkout / "notebooks/01_task-Copy1.ipynb", "1")
+    (checkout / "sweep.yml").write_text("notebook: 1")
+    sentence = "notebook '1' is 01_task-Copy1 and 01_task: name one, or take the other away"
+    for command in (["run", "1"], ["params", "1"], ["sweep", "--dry-run", str(checkout / "sweep.yml")]):
+        assert dtbook(*command).output == f"Error: {sentence}\n"
+    assert dtbook("params", "01_task").output.splitlines()[0] == "01_task"
+    assert dtbook("params", "01_task-Copy1").output == "01_task-Copy1\n"
 
 
 def test_an_unknown_notebook_is_answered_with_the_known_ones(checkout):

@@ -47,6 +47,8 @@ def pages(tmp_path_factory, models):
     (folder / "_static" / f"playground-{re.search('[0-9a-f]{16}', weights)[0]}.js").write_text(weights)
     for theme, paper in (("light", "#ffffff"), ("dark", "#14181e")):
         (folder / f"{theme}.html").write_text(PAGE.format(theme=theme, paper=paper, html=inside))
+    twice = PAGE.format(theme="light", paper="#ffffff", html=inside + inside + '<div id="other"></div>')
+    (folder / "twice.html").write_text(twice)
     light = (folder / "light.html").read_text()
     (folder / "lost.html").write_text(light.replace('data-content_root="./"', 'data-content_root="gone/"'))
     (folder / "short.html").write_text(re.sub(r'"weights": "[^"]{400}', '"weights": "', light, count=1))
@@ -458,6 +460,51 @@ def test_presets_models_and_links(page, browser, address, models):
     with visit(browser, address, link.removeprefix(address).replace("?scene=e", "?scene=f")) as changed:
         changed.page.wait_for_selector(".dtp-room svg")
         assert message(changed.page).startswith("This link's scene cannot be read")
+
+
+ALONE = """async () => { // a third, of a module of its own, as a widget's host loads it
+  const data = JSON.parse(document.querySelector("script[type='application/json']").textContent);
+  const address = URL.createObjectURL(new Blob([atob(data.module)], { type: "text/javascript" }));
+  const { render } = await import(address), model = { get: (name) => data[name], on() {} };
+  await render({ model, el: document.querySelector("#other") });
+}"""
+IDS = """[...document.querySelectorAll("[id]")].map((e) => e.id)"""
+GROUPS = """[...document.querySelectorAll(".dtp")].map((e) =>
+  [...new Set([...e.querySelectorAll("input[type=radio]")].map((radio) => radio.name))])"""
+ALL_LOGITS = "[...document.querySelectorAll('.dtp-stage')].map((e) => [...e.playground.result.logits])"
+
+
+def test_several_in_one_page_keep_apart(browser, address, models):
+    with visit(browser, address, "twice.html") as opened:
+        page = opened.page
+        page.wait_for_function("document.querySelectorAll('.dtp-stage .dtp-room svg').length === 2")
+        page.evaluate(ALONE)
+        assert page.locator(".dtp-room svg").count() == 3
+        assert re.findall(r"<[^>]*\bid=", playground.show(models)._repr_html_().partition("<script")[0]) == []
+        ids, groups = page.evaluate(IDS), page.evaluate(GROUPS)
+        assert len(ids) == len(set(ids)), sorted(ids)
+        assert {"playground", "playground-2"} < set(ids)
+        assert [len(names) for names in groups] == [3, 3, 3]
+        assert len({name for names in groups for name in names}) == 9
+        assert page.evaluate(UNNAMED) == []
+        second = page.locator("#playground-2")
+        second.get_by_label("L0H1", exact=True).select_option("zero")
+        second.get_by_text("a sampled action").click()
+        checked = page.locator(".dtp").get_by_label("the likeliest action")
+        assert [radio.is_checked() for radio in checked.all()] == [True, False, True]
+        first, changed = page.evaluate(ALL_LOGITS)
+        close(first, logits(models["seed 0"]))
+        with ablate(models["seed 0"], "L0H1"):
+            close(changed, logits(models["seed 0"]))
+        second.get_by_role("button", name="Copy link").click()
+        page.wait_for_function("document.querySelectorAll('.dtp-stage')[1].playground.copied")
+        link = page.evaluate("document.querySelectorAll('.dtp-stage')[1].playground.copied")
+        assert opened.problems() == []
+    with visit(browser, address, link.removeprefix(address)) as again:
+        again.page.wait_for_function("document.querySelectorAll('.dtp-stage .dtp-room svg').length === 2")
+        first, linked = again.page.evaluate(ALL_LOGITS)
+        close(first, logits(models["seed 0"]))
+        close(linked, changed)
 
 
 def test_faults_are_sentences(browser, address):

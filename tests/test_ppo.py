@@ -367,6 +367,19 @@ def minigrid_5x5():
     return ImgObsWrapper(gymnasium.make("MiniGrid-Dynamic-Obstacles-5x5-v0"))
 
 
+def test_observations_in_one_buffer_are_learnt_from_as_they_were():
+    """With `copy=False` every step writes into the images of the step before."""
+    config = PPOConfig(total_steps=4 * 32, num_steps=16, minibatches=2)
+    learnt, played = [], []
+    for copy in (True, False):
+        envs = SyncVectorEnv([minigrid_5x5] * 4, copy=copy, autoreset_mode=AutoresetMode.SAME_STEP)
+        result = train(envs, config, progress=False)
+        learnt.append(result.diagnostics)
+        played.append(evaluate(result.agent, envs, 9, greedy=False, seed=1))
+    pd.testing.assert_frame_equal(*learnt)
+    pd.testing.assert_frame_equal(*played)
+
+
 def test_progress_shows_the_running_mean_return(capsys):
     train(constant_reward(N), replace(CRITIC, total_steps=10 * N), progress=True)
     assert "mean_return=1.000" in capsys.readouterr().err

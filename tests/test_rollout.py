@@ -112,10 +112,17 @@ def test_rolling_out_is_deterministic():
     pd.testing.assert_frame_equal(a, b)
 
 
-def minigrid_envs(n, max_steps, size=8):
+def minigrid_envs(n, max_steps, size=8, **how):
     env_id = f"MiniGrid-Dynamic-Obstacles-{size}x{size}-v0"
     make = lambda: ImgObsWrapper(gym.make(env_id, max_steps=max_steps))  # noqa: E731
-    return gym.vector.SyncVectorEnv([make] * n, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    return gym.vector.SyncVectorEnv([make] * n, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, **how)
+
+
+def test_observations_in_one_buffer_are_what_the_model_sees():
+    """With `copy=False` every step writes into the images of the step before, of which the model sees two."""
+    model, asked = model_of(d_model=32, d_head=16, d_mlp=32, n_timesteps=2), np.full(12, 0.9)
+    tables = [rollout_in(minigrid_envs(4, 20, copy=copy), model, asked, seed=2) for copy in (True, False)]
+    pd.testing.assert_frame_equal(*tables)
 
 
 def test_lockstep_and_minigrid_itself_agree():
@@ -159,5 +166,5 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="episodes must be at least 1, not -1"):
         calibration_curve(model_of(), [0.5], episodes=-1)
     elsewhere = DynamicObstaclesVectorEnv(2, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    with pytest.raises(ValueError, match="same step"):
+    with pytest.raises(ValueError, match="must be SAME_STEP"):
         rollout_in(elsewhere, model_of(), [0.5])

@@ -3,6 +3,7 @@
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,12 +16,15 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
+from browser import served
 from click.testing import CliRunner
 from distributed import LocalCluster
 
 from dtbook import cli
-from dtbook.artifacts import ArtifactStore
+from dtbook.artifacts import ArtifactError, ArtifactStore
+from dtbook.artifacts.processes import check_scheduler
 from dtbook.artifacts.provenance import code_behind
+from dtbook.figures.display import GLUE_MIME
 from dtbook.gridworld import Task
 from dtbook.model import DecisionTransformer
 from dtbook.pages.notebooks import code_of
@@ -32,6 +36,7 @@ PARAMETERS = """k = 1  # which point
 gate = ""  # file without which point 1 does not end
 log = ""  # file to which each run writes a line as it starts and as it ends
 fail_at = -1  # the k that fails
+any = None  # of whatever kind
 """
 CELLS = (
     """import os, time
@@ -114,6 +119,9 @@ def test_a_point_keeps_its_name_when_the_sweep_grows(notebooks):
     assert len({point.id for point in more}) == 3
 
 
+MUST = "must have values of one kind, and whole numbers of at most 64 bits,"
+
+
 @pytest.mark.parametrize(
     ("described", "sentence"),
     [
@@ -129,31 +137,140 @@ def test_a_point_keeps_its_name_when_the_sweep_grows(notebooks):
         ("notebook: 1\npoints: {k: 1}", "points must be a list, not {'k': 1}"),
         ("notebook: 1\ngrid: {k: [1]}\npoints: [{k: 2}]", "'k' must stand in grid or in points, not in both"),
         ("notebook: 7", "there is no notebook '7': 01_square"),
-        ("notebook: 1\ngrid: {kk: [1]}", "01_square has no parameter 'kk': it declares k, gate, log, fail_at"),
+        ("notebook: 1\ngrid: {kk: [1]}", "01_square has no parameter 'kk': it declares k, gate, log, fail_at, any"),
         ("notebook: 1\ngrid: {k: [1, 1.5]}", "01_square: k must be of type int, like 1, not 1.5"),
         ("stage: training\nparameters: {train.lrr: 1}", "training has no parameter 'train.lrr': it declares seed"),
         ("stage: training\nparameters: {train.lr: -1}", "lr must be a positive number, not -1.0"),
         ("stage: training\nparameters: {model.n_heads: 2.5}", "model.n_heads must be of type int, like 2, not 2.5"),
         ("stage: ppo\nparameters: {task.size: 2}", "size must be a whole number from 5 to 16"),
         ("stage: training\nparameters: {data: mine.npz}", "there is no artifact 'mine.npz': give an absolute path"),
+        ("stage: ppo\ngrid: {seed: [0]}\ngrid: {seed: [1]}", "is not YAML: the key 'grid' stands twice in \""),
+        ("notebook: 1\ngrid:\n  k: [1]\n  k: [2]", "the key 'k' stands twice in \"<unicode string>\", line 4"),
+        ("notebook: 1\npoints: [{k: 1, 'k': 2}]", "the key 'k' stands twice"),
+        ("notebook: 1\ngrid: {any: [1, some]}", f"any {MUST} not 1 and 'some'"),
+        ("notebook: 1\ngrid: {any: [1, true]}", f"any {MUST} not 1 and True"),
+        ("notebook: 1\ngrid: {k: [1, 36893488147419103232]}", f"k {MUST} not 36893488147419103232"),
+        ("stage: ppo\ngrid: {seed: [1, 36893488147419103232]}", f"seed {MUST} not 36893488147419103232"),
     ],
 )  # fmt: skip
 def test_a_wrong_description_is_one_sentence_and_nothing_runs(
     notebooks, tmp_path, monkeypatch, described, sentence
 ):
-    monkeypatch.setattr(cli, "CHECKOUT", notebooks.parent)
-    notebooks.rename(notebooks.with_name("notebooks"))
     file = tmp_path / "wrong.yml"
     file.write_text(described)
-    result = CliRunner().invoke(cli.main, ["sweep", str(file), "--folder", str(tmp_path / "out")])
-    assert result.exit_code == 1
-    assert len(result.output.splitlines()) == 1, result.output
-    assert result.output.startswith(f"Error: {file}") or "there is no notebook" in result.output
-    assert sentence in result.output
+    said = refused(notebooks, monkeypatch, str(file), "--folder", str(tmp_path / "out"))
+    assert said.startswith(f"Error: {file}") or "there is no notebook" in said
+    assert sentence in said
     assert not (tmp_path / "out").exists()
 
 
+def refused(notebooks, monkeypatch, *arguments):
+    """The one line in which `dtbook sweep` refuses, with and without --dry-run."""
+    monkeypatch.setattr(cli, "CHECKOUT", notebooks.parent)
+    notebooks.rename(notebooks.with_name("notebooks"))
+    results = [CliRunner().invoke(cli.main, ["sweep", *more, *arguments]) for more in (["--dry-run"], [])]
+    assert [(result.exit_code, len(result.output.splitlines())) for result in results] == [(1, 1)] * 2, (
+        results
+    )
+    assert results[0].output == results[1].output
+    return results[0].output
+
+
+def test_merged_keys_of_yaml_are_no_repetition(notebooks, tmp_path):
+    (tmp_path / "sweep.yml").write_text("notebook: 1\npoints:\n- &a {k: 1, log: x}\n- {<<: *a, k: 2}")
+    assert [p.parameters["k"] for p in sweep.read_sweep(tmp_path / "sweep.yml", notebooks)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://cluster:8787", "tcp://cluster", "cluster", "tcp://cluster:port", "tcp://cluster:0", "tcp://cluster:65536",
+     "tcp://", "", "tcp:/cluster:8786", "tcp://cluster:8786/status"],
+)  # fmt: skip
+def test_what_cannot_be_a_scheduler_is_refused_at_once(notebooks, tmp_path, monkeypatch, address):
+    (tmp_path / "sweep.yml").write_text("notebook: 1")
+    said = refused(notebooks, monkeypatch, str(tmp_path / "sweep.yml"), "--scheduler", address)
+    assert said == f"Error: --scheduler must be an address like tcp://host:8786, not {address!r}\n"
+    again = CliRunner().invoke(
+        cli.main, ["reproduce", "--scheduler", address, "--folder", str(tmp_path / "made")]
+    )
+    assert (again.exit_code, again.output) == (1, said)
+    assert not (tmp_path / "made").exists()
+
+
+def test_schedulers_have_these_addresses():
+    for address in (
+        None,
+        "tcp://10.0.0.1:8786",
+        "cluster:1",
+        "tls://[::1]:8786",
+        "wss://a.b-c:443",
+        "inproc://1/2/3",
+    ):
+        assert check_scheduler(address) == address
+
+
+def test_a_name_that_the_table_has_is_refused_at_once(notebooks, tmp_path, monkeypatch):
+    path = notebooks / "01_square.ipynb"
+    (tmp_path / "sweep.yml").write_text("notebook: 1\ngrid: {point: [1]}")
+    path.write_text(path.read_text().replace("k = 1  #", "point = 1\\nk = 1  #"))
+    with pytest.raises(
+        sweep.SweepError, match=r"sweep.yml: a parameter is called 'point', which is a column of"
+    ):
+        sweep.read_sweep(tmp_path / "sweep.yml", notebooks)
+    (tmp_path / "sweep.yml").write_text("notebook: 1")
+    path.write_text(path.read_text().replace("glue(square", "glue(error=1, square"))
+    said = refused(notebooks, monkeypatch, str(tmp_path / "sweep.yml"))
+    assert "sweep.yml: 01_square glues 'error', which is a column of the sweep's table: choose" in said
+
+
 # The table
+
+
+def glue_at(todo, folder, *values):
+    """Put executed notebooks that glued these values where a sweep's points have theirs."""
+    store = ArtifactStore(folder)
+    for point, glued in zip(todo, values, strict=True):
+        cell = nbformat.v4.new_code_cell("", id="glues")
+        for name, value in glued.items():
+            data = {f"{GLUE_MIME}text/plain": repr(value)}
+            cell.outputs.append(
+                nbformat.v4.new_output("display_data", data, metadata={"scrapbook": {"name": name}})
+            )
+        notebook = nbformat.read(todo[0].target.notebook, as_version=4)
+        notebook.cells.append(cell)
+        with store.write(point.artifact, stage="test", code=[]) as draft:
+            nbformat.write(notebook, draft)
+
+
+def test_whatever_was_glued_the_table_is_written_and_says_what_it_changed(notebooks, tmp_path):
+    todo, said = points(notebooks, [1, 2, 3, 4]), []
+    odd = {"mixed": 1, "big": 2**70, "text": "\ud800", "flag": True, "point": 7, "k": 1, "whole": 2**62}
+    values = [odd, {"mixed": "many", "big": -1, "flag": 0.5, "k": 5}, {"mixed": float("nan"), "whole": 1}]
+    glue_at(todo[:3], tmp_path, *values)
+    table = sweep.tabulate(todo, tmp_path, {todo[3].id: "failed"}, said.append)
+    table.to_parquet(tmp_path / "table.parquet", index=False)
+    back = pd.read_parquet(tmp_path / "table.parquet")
+    expected = {
+        "point": [point.id for point in todo],
+        "k": [1, 2, 3, 4],
+        "mixed": ["1", "many", None, None],
+        "big": [str(2**70), "-1", None, None],
+        "text": ["\\ud800", None, None, None],
+        "flag": ["True", "0.5", None, None],
+        "glued point": [7, None, None, None],
+        "whole": [2**62, None, 1, None],
+        "glued k": [None, 5, None, None],
+        "error": [None, None, None, "failed"],
+    }
+    assert {name: [None if pd.isna(x) else x for x in column] for name, column in back.items()} == expected
+    text = "is text in the table: its values are of several kinds, or beyond 64 bits"
+    new = "is a column already: what was glued is"
+    assert said == [
+        *(f"{name!r} {text}" for name in ("big", "flag")),
+        f"'k' {new} 'glued k'",
+        f"'mixed' {text}",
+        f"'point' {new} 'glued point'",
+    ]
 
 
 @pytest.mark.slow
@@ -350,3 +467,16 @@ def test_a_scheduler_that_is_not_there_is_one_sentence(notebooks, tmp_path, monk
     result = CliRunner().invoke(cli.main, command)
     assert (result.exit_code, len(result.output.splitlines())) == (1, 1), result.output
     assert "127.0.0.1:9" in result.output
+
+
+def test_what_answers_but_is_no_scheduler_is_one_sentence(notebooks, tmp_path, monkeypatch):
+    """As the page of a scheduler does, or a socket that says nothing."""
+    monkeypatch.setattr(engine, "CONNECT_SECONDS", 1)
+    with served(tmp_path) as page, socket.create_server(("127.0.0.1", 0)) as mute:
+        for port in (page.rpartition(":")[2].strip("/"), mute.getsockname()[1]):
+            address = f"tcp://127.0.0.1:{port}"
+            with pytest.raises(
+                ArtifactError, match=f"must be that of a Dask cluster, but at {address} none answers"
+            ):
+                sweep.run_sweep(points(notebooks, [1]), tmp_path / "out", scheduler=address)
+    assert not (tmp_path / "out/table.parquet").exists()

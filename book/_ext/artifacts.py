@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -11,7 +10,7 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
 from dtbook.artifacts.store import ArtifactStore
-from dtbook.pages.notebooks import find_notebooks
+from dtbook.pages.notebooks import find_notebooks, read_notebook
 from dtbook.pipeline.listing import listing
 
 
@@ -52,7 +51,7 @@ def figures(notebooks: Path, rows: pd.DataFrame) -> pd.DataFrame:
 
 def figure_names(path: Path) -> list[str]:
     """Return the labels of a notebook's figures, in order."""
-    cells = nbformat.read(path, as_version=4).cells
+    cells = read_notebook(path).cells
     found = [cell.metadata.get("mystnb", {}).get("figure", {}).get("name") for cell in cells]
     return [name for name in found if name]
 

@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-import nbformat
 from sphinx.application import Sphinx
+
+from dtbook.pages.notebooks import read_notebook
 
 # As dtbook.playground writes them; in the pages these scripts are left out (running_book.strip_for_pages).
 WEIGHTS = re.compile(
@@ -20,7 +21,7 @@ def copy_weights(app: Sphinx, exception: Exception | None) -> None:
     for copy in sorted((Path(app.srcdir) / "book" / "_executed").glob("*.ipynb")):
         if "dtbookPlayground" not in copy.read_text(encoding="utf-8"):
             continue
-        for cell in nbformat.read(copy, as_version=4).cells:
+        for cell in read_notebook(copy).cells:
             for output in cell.get("outputs", []):
                 for script, name in WEIGHTS.findall("".join(output.get("data", {}).get("text/html", ""))):
                     (Path(app.outdir) / "_static" / f"playground-{name}.js").write_text(

@@ -10,7 +10,7 @@ from front import executed_folder
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
-from dtbook.pages.notebooks import notebook_digest
+from dtbook.pages.notebooks import notebook_digest, read_notebook
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 OUTSIDE_SCRIPT = "<script data-outside-the-book>"  # as dtbook.figures writes it
@@ -27,7 +27,7 @@ def use_executed_copy(app: Sphinx, docname: str, source: list[str]) -> None:
         return
     copy = executed_folder(app) / path.name
     app.env.note_dependency(str(copy))
-    executed = nbformat.read(copy, as_version=4) if copy.exists() else None
+    executed = read_notebook(copy) if copy.exists() else None
     if problem := fault(nbformat.reads(source[0], as_version=4), executed):
         LOGGER.warning("%s %s; `dtbook run` makes it anew", copy, problem, location=docname)
     if executed is not None:

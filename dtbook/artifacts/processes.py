@@ -1,7 +1,8 @@
-"""Local processes, of one thread each, that end with the one that started them."""
+"""Local processes, of one thread each, that end with the one that started them, and what to call a cluster's."""
 
 import itertools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -10,6 +11,8 @@ from multiprocessing import connection, get_context
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from dtbook.artifacts.store import ArtifactError
 
 T = TypeVar("T")
 
@@ -90,3 +93,14 @@ def in_order(task: Callable[..., T], jobs: Sequence[tuple[Any, ...]], workers: i
 
 def _any_failed(futures: Sequence[Future[T]]) -> bool:
     return any(future.done() and future.exception() for future in futures)
+
+
+_ADDRESS = re.compile(r"(?:(?:tcp|tls|ucx|wss?)://)?(?:\[[\da-fA-F:.%]+\]|[^\s/:]+):(\d{1,5})|inproc://\S+")
+
+
+def check_scheduler(address: str | None) -> str | None:
+    """Return the address of a Dask scheduler, if there is one; raise ArtifactError where it cannot be that of any."""
+    match = None if address is None else _ADDRESS.fullmatch(address)
+    if address is not None and not (match and 0 < int(match[1] or 1) < 2**16):
+        raise ArtifactError(f"--scheduler must be an address like tcp://host:8786, not {address!r}")
+    return address

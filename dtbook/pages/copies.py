@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dtbook.artifacts.post_weights import weights_at_hand
 from dtbook.artifacts.processes import in_order
 from dtbook.artifacts.store import ArtifactStore
-from dtbook.pages.notebooks import inputs_digest, is_current, run_notebook
+from dtbook.pages.notebooks import NotebookError, inputs_digest, is_current, read_notebook, run_notebook
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,13 @@ def _make(job: Copy, bar: bool) -> str:
         start = time.perf_counter()
         run_notebook(job.path, job.target, job.parameters, job.inputs, progress=job.line if bar else "")
     return f"done in {time.perf_counter() - start:.1f} s"
+
+
+def check_book(checkout: Path) -> None:
+    """Raise NotebookError where there is no book, or one of its notebooks or executed copies cannot be read."""
+    if not (checkout / "book").is_dir():
+        raise NotebookError(f"{checkout} has no book/: `dtbook build` needs a checkout of the repository")
+    for path in sorted((checkout / "notebooks").glob("*.ipynb")):
+        read_notebook(path)
+        if (copy := checkout / "book" / "_executed" / path.name).exists():
+            read_notebook(copy)

@@ -88,6 +88,7 @@ _KEPT: dict[str, Callable[[float, float, float], bool]] = {
 _NUMBER = r"[-−]?\d[\d_]*(?:\.\d+)?(?:e-?\d+)?"
 _LIMIT = re.compile(rf"\b(at least|at most|above|below|from(?= \S+ to)) ({_NUMBER})(?: to ({_NUMBER}))?")
 _PATH = re.compile(r"(folder|file)\b")
+_CONFLICT = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
 _CHOICE = re.compile(r"\bone of ([^;]+?)\s*(?:;|$)")
 
 
@@ -99,8 +100,65 @@ def _literal(text: str) -> object:
     return text
 
 
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """Return a notebook for a Python kernel, whose code cells are Python; raise NotebookError for any other file."""
+    errors: dict[str, Exception] = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        notebook = nbformat.reads(text, as_version=4, capture_validation_error=errors)
+    except (ValueError, AttributeError, TypeError, nbformat.ValidationError) as error:
+        raise NotebookError(f"{path} is not a notebook: {_fault(path, error)}") from error
+    if errors or not notebook.cells:
+        raise NotebookError(f"{path} is not a notebook: {_first_line(*errors.values()) or 'it has no cells'}")
+    kernel = notebook.metadata.get("kernelspec", {})
+    language = notebook.metadata.get("language_info", {}).get("name") or kernel.get("language")
+    if not kernel.get("name") or language != "python":
+        raise NotebookError(
+            f"{path} must name a Python kernel in its kernelspec, not {dict(kernel)}: save it in Jupyter with one"
+        )
+    for number, cell in enumerate(notebook.cells, start=1):
+        if problem := _problem(cell):
+            raise NotebookError(f"{path.stem}: cell {number}, `{_first_line(cell.source)}`, {problem}")
+    return notebook
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """Return why a file cannot be read as a notebook."""
+    content = path.read_text(encoding="utf-8", errors="replace")
+    if marker := _CONFLICT.search(content):
+        return f"line {len(content[: marker.end()].splitlines())} is the marker of a merge conflict"
+    if content.startswith("\ufeff"):
+        return "it begins with a byte order mark: save it as UTF-8 without one"
+    if isinstance(error, AttributeError | TypeError):
+        return "its JSON holds no cells"
+    return _first_line(error) if content.strip() else "it is empty"
+
+
+def _first_line(*texts: object) -> str:
+    return next(iter("".join(map(str, texts)).strip().splitlines()), "")
+
+
+def _problem(cell: nbformat.NotebookNode) -> str:
+    """Return what is wrong with a cell's source, as the rest of a sentence; nothing if it can be run, or be a text."""
+    if _CONFLICT.search(cell.source):
+        return "holds the markers of a merge conflict"
+    try:
+        ast.parse(_python(cell) if cell.cell_type == "code" else "")
+    except SyntaxError as error:
+        return f"is not Python: {error.msg}"
+    return ""
+
+
+def _python(cell: nbformat.NotebookNode) -> str:
+    """Return a code cell's source with its magics as calls."""
+    return TransformerManager().transform_cell(cell.source)
+
+
 def find_notebooks(folder: Path, names: Sequence[str] = ()) -> list[Path]:
-    """Return the notebooks of `folder` in reading order: all, or those with one of these numbers or names."""
+    """Return the notebooks of `folder` in reading order: all, or those with one of these numbers or names.
+
+    Raises NotebookError for a number or a name that none has, and for a number that two have.
+    """
     found = sorted(folder.glob("[0-9]*_*.ipynb"))
     if not found:
         raise NotebookError(f"{folder} has no notebooks NN_topic.ipynb")
@@ -109,6 +167,9 @@ def find_notebooks(folder: Path, names: Sequence[str] = ()) -> list[Path]:
         matches = [path for path in found if name in (path.stem, path.name) or _same_number(name, path)]
         if not matches:
             raise NotebookError(f"there is no notebook {name!r}: {', '.join(path.stem for path in found)}")
+        if len(matches) > 1:
+            both = " and ".join(path.stem for path in matches)
+            raise NotebookError(f"notebook {name!r} is {both}: name one, or take the other away")
         chosen.update(matches)
     return [path for path in found if path in chosen or not names]
 
@@ -119,7 +180,7 @@ def _same_number(name: str, path: Path) -> bool:
 
 def declared_parameters(path: Path) -> dict[str, Parameter]:
     """Return the parameters that a notebook declares, in order; raise NotebookError for a derived default."""
-    parameters = {}
+    parameters, _ = {}, read_notebook(path)
     for name, found in papermill.inspect_notebook(path).items():
         try:
             default = ast.literal_eval(found["default"])
@@ -132,8 +193,7 @@ def declared_parameters(path: Path) -> dict[str, Parameter]:
 
 def small_parameters(path: Path) -> dict[str, Any]:
     """Return the parameters under which a notebook is tested: what nbmake puts in their place, if anything."""
-    cells = nbformat.read(path, as_version=4).cells
-    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [cell for cell in read_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])]
     return {
         name: value
         for cell in tagged
@@ -178,7 +238,7 @@ def inputs_digest(path: Path, parameters: Mapping[str, object], store: ArtifactS
     Those are its cells, its parameters, the code of dtbook and the libraries behind it, and the manifest. Whether it
     reads the post's weights shows when it runs: `run_notebook` puts them into the digest that a copy carries.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read_notebook(path)
     manifest = describe(store.manifest) if store.manifest.exists() else None
     return digest([notebook_digest(notebook), parameters, code_behind(code_of(path)), manifest])
 
@@ -190,9 +250,12 @@ def _with_weights(inputs: str, read: str | None) -> str:
 
 def code_of(path: Path) -> list[str]:
     """Return the dotted names that a notebook imports."""
-    notebook = nbformat.read(path, as_version=4)
-    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    return sorted(imported_names("\n".join(TransformerManager().transform_cell(cell) for cell in cells)))
+    return sorted(imported_names(python_of(path)))
+
+
+def python_of(path: Path) -> str:
+    """Return the code of a notebook, its magics as calls."""
+    return "\n".join(_python(cell) for cell in read_notebook(path).cells if cell.cell_type == "code")
 
 
 def is_current(target: Path, inputs: str) -> bool:
@@ -202,8 +265,8 @@ def is_current(target: Path, inputs: str) -> bool:
     """
     if not target.exists():
         return False
-    with suppress(nbformat.reader.NotJSONError):
-        made_from = nbformat.read(target, as_version=4).metadata.get("dtbook", {})
+    with suppress(NotebookError):
+        made_from = read_notebook(target).metadata.get("dtbook", {})
         read = made_from.get("post_weights")
         if made_from.get("inputs") == _with_weights(inputs, read):
             return read is None or bool(read == weights_at_hand())
@@ -225,7 +288,7 @@ def run_notebook(
     for former in (target, failed, seconds):
         former.unlink(missing_ok=True)
     start = time.perf_counter()
-    source_digest = notebook_digest(nbformat.read(path, as_version=4))
+    source_digest = notebook_digest(read_notebook(path))
     with atomic_write(target) as draft, _asking(note := draft.with_suffix(".weights")):
         try:
             executed = papermill.execute_notebook(

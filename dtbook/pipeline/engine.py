@@ -6,13 +6,14 @@ whole or not there. A job is run once what it needs is there, and not at all whe
 there and current: neither by the next call, nor by a scheduler that lost a worker and hands its jobs out anew.
 """
 
+import asyncio
 import os
 import shutil
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,7 @@ import pandas as pd
 from filelock import FileLock
 
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256
-from dtbook.artifacts.processes import Processes
+from dtbook.artifacts.processes import Processes, check_scheduler
 from dtbook.artifacts.provenance import Code, digest
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
 from dtbook.model.subject import Subject
@@ -261,7 +262,8 @@ def run_graph(
     """Run each job when what it needs is made, the first ones first; return their outcomes.
 
     They run in `workers` local processes, or on the Dask cluster of a `scheduler`. A job that fails leaves out those
-    that need what it was to make; the others go on. `say` hears of each job as it ends, in a line.
+    that need what it was to make; the others go on. `say` hears of each job as it ends, in a line. Raises ArtifactError
+    for a scheduler that is none.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
@@ -335,10 +337,23 @@ def _executor(scheduler: str | None) -> Iterator[Executor]:
         with Processes() as processes:
             yield processes
         return
+    check_scheduler(scheduler)
     try:
         from distributed import Client
+        from distributed.comm import connect
     except ImportError as error:
         sentence = "a --scheduler needs dask.distributed: python -m pip install 'dtbook[sweep]'"
         raise ArtifactError(sentence) from error
+
+    async def greet() -> None:  # a client itself waits for ever where something else answers
+        await (await asyncio.wait_for(connect(scheduler, timeout=CONNECT_SECONDS), CONNECT_SECONDS)).close()
+
+    try:
+        with ThreadPoolExecutor(1) as thread:  # Jupyter's has a loop that runs
+            thread.submit(asyncio.run, greet()).result()
+    except Exception as error:
+        raise ArtifactError(
+            f"--scheduler must be that of a Dask cluster, but at {scheduler} none answers"
+        ) from error
     with Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False) as client:
         yield client.get_executor(pure=False)

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pandas as pd
 
 from dtbook.artifacts.store import ArtifactStore
-from dtbook.pages.notebooks import find_notebooks
+from dtbook.pages.notebooks import find_notebooks, read_notebook
 from dtbook.pipeline import experiments, measure
 from dtbook.pipeline.engine import Stage
 from dtbook.pipeline.reproduce import STAGES
@@ -71,7 +70,7 @@ def _used(notebooks: Path) -> Iterator[tuple[str, set[str]]]:
     """Yield the number of each chapter, and the names in the table of stages of what its code reads."""
     names = sorted({name for stage in STAGES for name in stage.makes}, key=lambda name: "{of}" in name)
     for path in find_notebooks(notebooks):
-        cells = nbformat.read(path, as_version=4).cells
+        cells = read_notebook(path).cells
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
         found = set()
         for (

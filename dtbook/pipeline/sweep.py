@@ -8,7 +8,7 @@ import ast
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any
 import jsonschema
 import nbformat
 import pandas as pd
+import pyarrow
 import yaml
 
 from dtbook.artifacts.provenance import digest
@@ -30,6 +31,8 @@ from dtbook.pages.notebooks import (
     find_notebooks,
     inputs_digest,
     is_current,
+    python_of,
+    read_notebook,
     run_notebook,
 )
 from dtbook.pipeline.engine import Job, Say, Stage, Writer, run_graph
@@ -129,10 +132,23 @@ def _saw_the_same(job: Job) -> bool:
 
 
 # ---------------------------------------------------------------------------------------- what is to be run
+class _OnceOnly(yaml.SafeLoader):
+    """YAML in which a key that stands twice in a mapping is an error, as the standard has it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: list[Any] = []
+        for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+            keys.append(self.construct_object(key, deep=True))
+            if keys[-1] in keys[:-1]:
+                problem = f"the key {keys[-1]!r} stands twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_sweep(path: Path, notebooks: Path) -> list[Point]:
     """Return the points that the file describes, each checked; raise SweepError in one sentence if one is wrong."""
     try:
-        described = yaml.safe_load(path.read_text(encoding="utf-8"))
+        described = yaml.load(path.read_text(encoding="utf-8"), _OnceOnly)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SweepError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     return points_of(described, notebooks, str(path))
@@ -142,7 +158,9 @@ def points_of(described: Any, notebooks: Path, source: str = "the sweep") -> lis
     """Return the points of a sweep as `sweep.schema.json` has it, in order, each once."""
     _check_schema(described, source)
     if "notebook" in described:
-        target = Target(find_notebooks(notebooks, [str(described["notebook"])])[0])
+        (path,) = find_notebooks(notebooks, [str(described["notebook"])])
+        _check_names(_names_glued(python_of(path)), f"{source}: {path.stem} glues")
+        target = Target(path)
     else:
         target = Target(stage=described["stage"])
     points: dict[str, Point] = {}
@@ -152,7 +170,27 @@ def points_of(described: Any, notebooks: Path, source: str = "the sweep") -> lis
         except ValueError as error:
             raise SweepError(f"{source}: {error}") from error
         points.setdefault(point.id, point)
+    table = pd.DataFrame([dict(point.parameters) for point in points.values()], dtype=object)
+    _check_names(table, f"{source}: a parameter is called")
+    for name, column in table.items():
+        if not _fits(column):
+            allowed = "values of one kind, and whole numbers of at most 64 bits"
+            raise SweepError(f"{source}: {name} must have {allowed}, not {_misfits(column.dropna())}")
     return list(points.values())
+
+
+def _check_names(names: Iterable[Any], what: str) -> None:
+    if reserved := sorted({"point", "error"} & set(names)):
+        raise SweepError(
+            f"{what} {reserved[0]!r}, which is a column of the sweep's table: choose another name"
+        )
+
+
+def _names_glued(code: str) -> Iterator[str | None]:
+    """Yield the names under which a notebook's code glues, as far as they stand there."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "glue":
+            yield from (keyword.arg for keyword in node.keywords)
 
 
 def _check_schema(described: Any, source: str) -> None:
@@ -203,10 +241,11 @@ def run_sweep(
 ) -> pd.DataFrame:
     """Run the points that are not there yet, in `workers` local processes or on a Dask cluster; return the table.
 
-    `say` hears of every point as it ends, in a line. The table is written to `table.parquet`, also where points failed.
+    `say` hears of every point as it ends, in a line, and of what `tabulate` changes. The table is written to
+    `table.parquet`, also where points failed.
     """
     outcomes = run_graph([point.job(folder) for point in points], workers, scheduler, say)
-    table = tabulate(points, folder, {job.of: end.error for job, end in outcomes.items() if end.error})
+    table = tabulate(points, folder, {job.of: end.error for job, end in outcomes.items() if end.error}, say)
     store = ArtifactStore(folder)
     entries = store.entries()
     seconds = {point.id: entries[point.artifact]["seconds"] for point in points if point.artifact in entries}
@@ -219,24 +258,53 @@ def run_sweep(
 
 
 # ---------------------------------------------------------------------------------------- the sweep's table
-def tabulate(points: Sequence[Point], folder: Path, errors: Mapping[str, str]) -> pd.DataFrame:
+def tabulate(
+    points: Sequence[Point], folder: Path, errors: Mapping[str, str], say: Say = lambda line: None
+) -> pd.DataFrame:
     """Return one row a point, in the sweep's order: id, parameters, the figures it gave, its error if it failed.
 
-    A notebook's figures are the numbers, texts and truth values that it glued; those of a stage are its row.
+    A notebook's figures are the numbers, texts and truth values that it glued; those of a stage are its row. One that
+    differs from another column of its name is called "glued NAME". A column of several kinds of values, or of whole
+    numbers beyond 64 bits, becomes text. `say` hears of both.
     """
     store = ArtifactStore(folder)
-    rows = []
+    rows, said = [], set[str]()
     for point in points:
         if point.id in errors:
             figures: dict[str, Any] = {}
         elif point.target.notebook:
-            figures = glued(nbformat.read(store.path(point.artifact), as_version=4))
+            figures = glued(read_notebook(store.path(point.artifact)))
         else:
             figures = json.loads((store.path(point.artifact) / "row.json").read_text(encoding="utf-8"))
-        rows.append({"point": point.id, **figures, **point.parameters, "error": errors.get(point.id)})
+        known = {"point": point.id, **point.parameters, "error": errors.get(point.id)}
+        renamed = {
+            name: f"glued {name}" for name in figures if name in known and figures[name] != known[name]
+        }
+        rows.append({renamed.get(name, name): value for name, value in figures.items()} | known)
+        said |= {f"{name!r} is a column already: what was glued is {new!r}" for name, new in renamed.items()}
     first = ["point", *{name: None for point in points for name in point.parameters}]
     table = pd.DataFrame(rows).convert_dtypes()  # whole numbers stay whole where a point gave none
+    for name in [name for name in table.columns if not _fits(table[name])]:
+        table[name] = table[name].map(str, na_action="ignore").astype("string")
+        said.add(f"{name!r} is text in the table: its values are of several kinds, or beyond 64 bits")
+    for line in sorted(said):
+        say(line)
     return table[[*first, *(name for name in table.columns if name not in first)]]
+
+
+def _fits(column: pd.Series) -> bool:
+    """Return whether a Parquet file can hold a column."""
+    try:
+        pyarrow.array(column, from_pandas=True)
+    except (pyarrow.ArrowException, OverflowError):
+        return False
+    return True
+
+
+def _misfits(column: pd.Series) -> str:
+    """Return what keeps a column out of a file: the value, or one of each kind."""
+    alone = [value for value in column if not _fits(pd.Series([value], dtype=object))]
+    return " and ".join(map(repr, alone[:1] or {type(value): value for value in column}.values()))
 
 
 def glued(notebook: nbformat.NotebookNode) -> dict[str, Any]:
@@ -253,7 +321,8 @@ def glued(notebook: nbformat.NotebookNode) -> dict[str, Any]:
 
 def _plain(text: str) -> Any:
     with suppress(ValueError, SyntaxError):
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)  # half a character, which no file can hold, is written out
+        return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
     with suppress(ValueError):
         return float(text)  # nan and inf
     return None

@@ -240,7 +240,7 @@ def _still(task: Task) -> tuple[str, str]:
 
 
 # The box has its height before anything is in it, so that nothing moves when the module fills it.
-_PAGE = """<div class="dtp-host" id="playground">
+_PAGE = """<div class="dtp-host">
 <style>
 .dtp-host {{ container-type: inline-size; }}
 .dtp-stage {{ display: flow-root; min-height: {wide}px; }}

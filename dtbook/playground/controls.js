@@ -6,12 +6,13 @@ import { h, roomPicture, setAttribute, setText, signed } from "./draw.js";
 import { PREFERENCES } from "./scene.js";
 
 export const ACTS = { greedy: "the likeliest action", sampled: "a sampled action" };
-let made = 0; // ids of labels, unique in a page
+// An id of a label, or a name of radio buttons: unique in a page, whose playgrounds may have a copy of this module each.
+const fresh = () => `dtp-${(globalThis.dtbookIds = (globalThis.dtbookIds ?? 0) + 1)}`;
 
 export const button = (text, onclick, more = {}) => h("button", { type: "button", onclick, ...more }, text);
 
 export function select(title, options, onchange, more = {}) {
-  const id = `dtp-${++made}`, input = h("select", { id, onchange: () => onchange(input.value), ...more });
+  const id = fresh(), input = h("select", { id, onchange: () => onchange(input.value), ...more });
   fillSelect(input, options);
   return { element: h("div", { class: "dtp-field" }, h("label", { for: id }, title), alone(input)), input };
 }
@@ -25,7 +26,7 @@ export function fillSelect(input, options) {
 }
 
 export function slider(title, { min, max, step }, show, oninput) {
-  const id = `dtp-${++made}`, shown = h("span");
+  const id = fresh(), shown = h("span");
   const input = h("input", { id, type: "range", min, max, step, oninput: () => oninput(Number(input.value)) });
   const element = h("div", { class: "dtp-field dtp-slider" }, h("label", { for: id }, title), alone(input), h("output", { for: id }, shown));
   return {
@@ -39,7 +40,7 @@ export function slider(title, { min, max, step }, show, oninput) {
 }
 
 function radios(title, options, onchange) {
-  const name = `dtp-${++made}`;
+  const name = fresh();
   const inputs = Object.entries(options).map(([value, text]) => {
     const input = h("input", { type: "radio", name, value, onchange: () => onchange(value) });
     return { value, input, element: h("label", {}, input, " ", text) };
@@ -85,7 +86,7 @@ export function playControls(task, on) {
   const act = [button("↶ Left", () => on.act(0), { "aria-label": "Turn left" }), button("↑ Forward", () => on.act(2)), button("↷ Right", () => on.act(1), { "aria-label": "Turn right" })];
   const step = button("Model step", on.step), run = button("Run model", on.run, { "aria-pressed": "false" });
   const undo = button("Undo", on.undo), reset = button("New game", on.reset), edit = button("Edit with keys", on.edit, { "aria-pressed": "false" });
-  const seed = h("input", { type: "number", min: 0, max: 2 ** 32 - 1, step: 1, value: 0, id: `dtp-${++made}`, inputmode: "numeric" });
+  const seed = h("input", { type: "number", min: 0, max: 2 ** 32 - 1, step: 1, value: 0, id: fresh(), inputmode: "numeric" });
   const seedField = h("div", { class: "dtp-field dtp-seed" }, h("label", { for: seed.id }, "Seed"), seed);
   const tool = radios("A click on a free cell", { obstacle: "places an obstacle", agent: "moves the agent" }, on.tool);
   tool.set("obstacle");
@@ -137,7 +138,7 @@ export function interventionPanel(cfg, task, mean, on) {
   const amount = slider("times", { min: -4, max: 4, step: 0.1 }, (value) => signed(value, 1), (value) => on.steer({ amount: value }));
   const name = () => neuron.value.trim().toUpperCase(), neurons = h("p", { class: "dtp-note" });
   const becomes = select("becomes", WAYS, (way) => (isNeuron(cfg, name()) ? on.part(name(), way) : on.noNeuron(neuron.value)));
-  const neuron = h("input", { type: "text", id: `dtp-${++made}`, value: "L0N0", autocomplete: "off", spellcheck: "false" });
+  const neuron = h("input", { type: "text", id: fresh(), value: "L0N0", autocomplete: "off", spellcheck: "false" });
   neuron.addEventListener("change", () => (isNeuron(cfg, name()) ? on.show() : on.noNeuron(neuron.value)));
   return {
     element: panel("interventions", "Intervene",

@@ -34,8 +34,9 @@ class Widget {
     this.loaded = new Map();
     this.ui = { editing: false, cursor: null, running: null, history: [], tool: "obstacle" };
     this.message = h("p", { class: "dtp-message", role: "status" });
-    this.root = h("div", { class: "dtp", id: "dtp-root" });
+    this.root = h("div", { class: "dtp" });
     el.append(h("style", {}, CSS), this.root);
+    this.anchor = el.closest(".dtp-host")?.id || "playground"; // what a link to it ends with
   }
 
   async start() {
@@ -43,7 +44,8 @@ class Widget {
     let complaint = "", scene = null;
     const check = (raw) => checkScene(raw, this.task, this.configs, first);
     try {
-      const given = new URLSearchParams(location.search).get("scene") ?? this.host.get("scene");
+      const linked = (location.hash.slice(1) || "playground") === this.anchor;
+      const given = (linked ? new URLSearchParams(location.search).get("scene") : null) ?? this.host.get("scene");
       if (given != null) scene = check(typeof given === "string" ? decodeScene(given) : given);
       if (scene && scene.model !== first) await this.load(scene.model);
     } catch (error) {
@@ -246,7 +248,7 @@ class Widget {
     if (this.onGoal()) return;
     const code = encodeScene(describeScene(this.task, this.scene));
     const inBook = document.documentElement.dataset.content_root != null;
-    const text = inBook ? `${location.href.split(/[?#]/)[0]}?scene=${code}#playground` : code;
+    const text = inBook ? `${location.href.split(/[?#]/)[0]}?scene=${code}#${this.anchor}` : code;
     try {
       await navigator.clipboard.writeText(text);
       this.redraw(inBook ? "The link to this scene is copied." : `This scene is copied as text: show(model, scene="…") begins with it.`);

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode
 from jaxtyping import Float32, Int, Int64, UInt8
+
+from dtbook.trajectories.agent import require
+from dtbook.trajectories.ppo import check_envs
 
 ImagePolicy = Callable[[np.ndarray], np.ndarray]
 """Images (batch, 7, 7, 3) → actions (batch)."""
@@ -58,24 +60,23 @@ def record(
     """Play at least `episodes` episodes to their end, all that were begun with them included, and return them.
 
     Episodes that begin later are not taken, so short ones are not over-represented. Raises ValueError for
-    environments that do not reset in the same step.
+    environments that `ppo.check_envs` refuses, and for fewer than one episode.
     """
-    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
-        raise ValueError(f"envs must reset in the same step, not {envs.metadata.get('autoreset_mode')}")
+    check_envs(envs)
+    require(episodes >= 1, "episodes", episodes, "at least 1")
     images, _ = envs.reset(seed=seed)
     steps: list[list[_Step]] = [[] for _ in range(envs.num_envs)]
     ended: list[list[_Step]] = []
     begun, playing = envs.num_envs, np.ones(envs.num_envs, dtype=bool)
     while playing.any():
-        actions = policy(images)
-        after, rewards, terminated, truncated, _ = envs.step(actions)
+        seen, actions = np.array(images), np.array(policy(images))  # copies: both may be buffers
+        images, rewards, terminated, truncated, _ = envs.step(actions)
         for lane in np.flatnonzero(playing):
-            steps[lane].append((images[lane].copy(), int(actions[lane]), float(rewards[lane])))
+            steps[lane].append((seen[lane], int(actions[lane]), float(rewards[lane])))
             if terminated[lane] or truncated[lane]:
                 ended.append(steps[lane])
                 steps[lane], playing[lane] = [], begun < episodes
                 begun += begun < episodes
-        images = after
     lengths = np.array([len(episode) for episode in ended])
     rows = [row for episode in ended for row in episode]
     return ImageEpisodes(

@@ -280,7 +280,7 @@ def train(
     step, for environments that the agent cannot read and for a batch that does not split into minibatches.
     """
     config = PPOConfig() if config is None else config
-    n_actions, view_size = _check_envs(envs)
+    n_actions, view_size = check_envs(envs)
     n_updates = _count_updates(config, envs.num_envs)
     env_seed, generator = _seeds(seed)
     agent = ActorCritic(n_actions, view_size, config.hidden, config.encoding, generator)
@@ -327,7 +327,7 @@ def evaluate(agent: ActorCritic, envs: VectorEnv, episodes: int, greedy: bool, s
     short ones. Raises ValueError for fewer than one episode.
     """
     require(episodes >= 1, "episodes", episodes, "at least 1")
-    _check_envs(envs)
+    check_envs(envs)
     env_seed, generator = _seeds(seed)
     images, _ = envs.reset(seed=env_seed)
     share = np.arange(envs.num_envs) < episodes % envs.num_envs
@@ -368,8 +368,12 @@ def _count_updates(config: PPOConfig, num_envs: int) -> int:
     return config.total_steps // batch
 
 
-def _check_envs(envs: VectorEnv) -> tuple[int, int]:
-    """Return the number of actions and the size of the view (cells a side)."""
+def check_envs(envs: VectorEnv) -> tuple[int, int]:
+    """Return the number of actions and the size of the view (cells a side).
+
+    Raises ValueError for environments that do not reset in the step that ends an episode (SAME_STEP), or whose
+    observations or actions are others than an agent's.
+    """
     mode = envs.metadata.get("autoreset_mode")
     require(mode == AutoresetMode.SAME_STEP, "envs.metadata['autoreset_mode']", mode, "SAME_STEP")
     images, actions = envs.single_observation_space, envs.single_action_space

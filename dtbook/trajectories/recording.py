@@ -5,6 +5,7 @@ twenty times smaller, and the observation follows exactly from the state (`gridw
 """
 
 import json
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -99,8 +100,8 @@ class Trajectories:
     def episodes(
         self, selection: Int[np.ndarray, " selected"] | Bool[np.ndarray, " episodes"]
     ) -> "Trajectories":
-        """Return some of the episodes (indices or a mask), as new Trajectories."""
-        index = np.flatnonzero(selection) if selection.dtype == bool else selection
+        """Return some of the episodes (indices or a mask of all), as new Trajectories; raise ValueError for others."""
+        index = _indices(selection, len(self.episode_starts))
         lengths = self.lengths[index]
         starts = np.cumsum(lengths) - lengths
         rows = np.repeat(self.episode_starts[index] - starts, lengths) + np.arange(lengths.sum())
@@ -145,20 +146,26 @@ class Trajectories:
     def to_minari(self, dataset_id: str, **metadata: Any) -> "MinariDataset":
         """Write the episodes as a Minari dataset (observations are images; the states travel in `infos`).
 
-        `metadata` goes to `minari.create_dataset_from_buffers` (author, algorithm_name …).
+        `metadata` goes to `minari.create_dataset_from_buffers` (author, algorithm_name …). Each step's `infos` say of
+        which task it is, so parts of the dataset and several combined can be read back. A dataset that fails on its way
+        is taken away.
         """
         import minari  # an optional dependency, slow to import
         from minari.data_collector import EpisodeBuffer
+        from minari.storage.datasets_root_dir import get_dataset_path
 
         buffers = [EpisodeBuffer(id=e, **self._minari_episode(e)) for e in range(len(self.episode_starts))]
-        return minari.create_dataset_from_buffers(
-            dataset_id,
-            buffers,
-            observation_space=gym.spaces.Box(0, 255, (7, 7, 3), np.uint8),
-            action_space=gym.spaces.Discrete(3),
-            description=json.dumps(asdict(self.task)),
-            **metadata,
-        )
+        metadata = {"description": json.dumps(asdict(self.task)), **metadata}
+        images, actions = gym.spaces.Box(0, 255, (7, 7, 3), np.uint8), gym.spaces.Discrete(3)
+        was_there = (folder := get_dataset_path(dataset_id)).exists()
+        try:
+            return minari.create_dataset_from_buffers(
+                dataset_id, buffers, observation_space=images, action_space=actions, **metadata
+            )
+        except BaseException:
+            if not was_there:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _minari_episode(self, e: int) -> dict[str, Any]:
         rows = self.episode_starts[e] + np.arange(self.lengths[e])
@@ -170,22 +177,27 @@ class Trajectories:
             np.concatenate([self.obstacles[rows], self.final_obstacles[[e]]]),
             np.arange(len(rows) + 1, dtype=np.int32),
         )
-        who = {"checkpoint": self.checkpoint[e], "temperature": self.temperature[e]}
+        whose = {"checkpoint": self.checkpoint[e], "temperature": self.temperature[e]}
+        whose["task"] = np.array([*asdict(self.task).values()], dtype=np.int32)
         return {
             "observations": gridworld.observe(states, self.task.size),
             "actions": self.actions[rows].astype(np.int64),
             "rewards": self.rewards[rows],
             "terminations": last & ~self.truncated[e],
             "truncations": last & self.truncated[e],
-            "infos": states._asdict() | {name: np.full(len(rows) + 1, value) for name, value in who.items()},
+            "infos": states._asdict()
+            | {n: np.stack([value] * (len(rows) + 1)) for n, value in whose.items()},
         }
 
     @classmethod
     def from_minari(cls, dataset: "MinariDataset") -> "Trajectories":
-        """Read back what `to_minari` wrote, from a dataset opened with Minari's own loader."""
-        task = Task(**json.loads(dataset.storage.metadata["description"]))
+        """Read back what `to_minari` wrote, from a dataset opened with Minari's own loader, filtered or combined too.
+
+        Raises ValueError for a dataset that `to_minari` did not write, one without episodes, and one of several tasks.
+        """
         episodes = list(dataset.iterate_episodes())
-        infos: list[dict[str, np.ndarray]] = [episode.infos for episode in episodes]
+        infos: list[dict[str, np.ndarray]] = [episode.infos or {} for episode in episodes]
+        task = _task_of(dataset, infos)
         lengths = np.array([len(episode.actions) for episode in episodes])
         columns = {name: np.concatenate([i[name][:-1] for i in infos]) for name in GridState._fields[:3]}
         columns |= {f"final_{name}": np.stack([i[name][-1] for i in infos]) for name in GridState._fields[:3]}
@@ -207,6 +219,40 @@ EPISODE_COLUMNS = tuple(
     for field in fields(Trajectories)
     if field.name not in (*STEP_COLUMNS, "task", "episode_starts")
 )
+
+
+def _task_of(dataset: "MinariDataset", infos: list[dict[str, np.ndarray]]) -> Task:
+    """Return the one task that all episodes of a dataset are of, as infos say it, or for older ones the description."""
+
+    def task_in(info: dict[str, np.ndarray]) -> Task:
+        if missing := {*GridState._fields[:3], "checkpoint", "temperature"} - info.keys():
+            raise KeyError(missing)
+        if "task" not in info:
+            return Task(**json.loads(dataset.storage.metadata["description"]))
+        size, n_obstacles, max_steps, random_start = info["task"][0].tolist()
+        return Task(size, n_obstacles, max_steps, bool(random_start))
+
+    name = dataset.spec.dataset_id
+    try:
+        tasks = {task_in(info) for info in infos}
+    except (KeyError, TypeError, ValueError) as error:
+        allowed = "hold states and their task, as to_minari writes them"
+        raise ValueError(f"dataset must {allowed}, but {name!r} does not") from error
+    if len(tasks) != 1:
+        raise ValueError(f"dataset must have episodes of one task, but {name!r} has those of {len(tasks)}")
+    return tasks.pop()
+
+
+def _indices(selection: np.ndarray, episodes: int) -> np.ndarray:
+    """Return which of so many episodes are selected by indices or by a mask."""
+    if selection.dtype == bool and selection.shape == (episodes,):
+        return np.flatnonzero(selection)
+    if selection.dtype.kind not in "iu" or selection.ndim != 1:
+        given = f"{selection.dtype} of shape {selection.shape}"
+        raise ValueError(f"selection must be indices or a mask of all {episodes} episodes, not {given}")
+    if (outside := selection[(selection < -episodes) | (selection >= episodes)]).size:
+        raise ValueError(f"selection must name episodes below {episodes}, not {outside[0]}")
+    return selection
 
 
 def _check_rows(name: str, column: np.ndarray, rows: int, unit: str) -> None:
@@ -243,7 +289,10 @@ def play(
 
 
 class _Recorder:
-    """Steps of many episodes, as they come in from the lockstep, packed episode after episode at the end."""
+    """Steps of many episodes, as they come in from the lockstep, packed episode after episode at the end.
+
+    Rows of episode −1 belong to none and are left out.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -269,8 +318,9 @@ class _Recorder:
 
     def trajectories(self, checkpoint: np.ndarray | int, temperature: np.ndarray | float) -> Trajectories:
         episode = np.concatenate(self.episode)
-        order = np.argsort(episode, kind="stable")
-        lengths = np.bincount(episode)
+        whole = episode >= 0
+        order = np.argsort(episode, kind="stable")[(~whole).sum() :]
+        lengths = np.bincount(episode[whole])
         last = order[np.cumsum(lengths) - 1]
         columns = {name: np.concatenate(parts) for name, parts in self.columns.items()}
         return Trajectories(
@@ -285,37 +335,55 @@ class _Recorder:
 
 
 class RecordEpisodes(gym.vector.VectorWrapper):
-    """Records every step of a `DynamicObstaclesVectorEnv`: wrap the environment that PPO learns in, read
+    """Records the whole episodes of a `DynamicObstaclesVectorEnv`: wrap the environment that PPO learns in, read
     `trajectories()` afterwards. This is the post's way of collecting: PPO's own history.
+
+    Left out is what is no whole episode: one that a reset or an assignment of states breaks off, or that had begun
+    before; and the step that does nothing but reset, in NEXT_STEP mode. Raises ValueError for another environment.
     """
 
     env: gridworld.DynamicObstaclesVectorEnv
 
-    def __init__(self, env: gridworld.DynamicObstaclesVectorEnv) -> None:
+    def __init__(self, env: gym.vector.VectorEnv) -> None:
+        if not isinstance(env, gridworld.DynamicObstaclesVectorEnv):
+            itself = f"a DynamicObstaclesVectorEnv itself, not {type(env).__name__}"
+            raise ValueError(f"env must be {itself}: put other wrappers around the recorder")
         super().__init__(env)
         self.recorder = _Recorder(env.task)
-        self.playing = np.arange(env.num_envs)  # the episode that each sub-environment is in
-        self.begun_at = [0] * env.num_envs  # environment steps taken when each episode began
-        self.ended: list[np.ndarray] = []
+        self.playing = np.full(env.num_envs, -1)  # the episode that each is in; −1: none that is whole
+        self.led_to = np.zeros((env.num_envs, 1))  # the states after the last step, as columns
+        self.begun_at: list[int] = []  # environment steps taken when each episode began
+        self.ended: list[int] = []
         self.steps = 0
 
     def step(self, actions: Any) -> tuple[Any, ...]:
         """Step the environment, keeping the states before and after."""
-        before, taken = self.env.state, np.asarray(actions, dtype=np.uint8)
+        before = self.env.state
         images, rewards, terminated, truncated, infos = self.env.step(actions)
-        # where no episode has ended the state after stands in, and is never used
-        final = infos.get("final_info", self.env.state._asdict())
+        self._begin(before)
+        led_to, done = self.env.state, terminated | truncated
+        final = infos.get("final_info") or led_to._asdict()
         after = GridState(*(final[name] for name in GridState._fields))
+        taken = np.asarray(actions, dtype=np.uint8)
         self.recorder.add(self.playing, before, taken, rewards, truncated & ~terminated, after)
         self.steps += self.num_envs
-        done = terminated | truncated
-        self.ended.append(self.playing[done])
-        self.playing[done] = len(self.begun_at) + np.arange(done.sum())
-        self.begun_at += [self.steps] * int(done.sum())
+        self.ended += self.playing[done & (self.playing >= 0)].tolist()
+        self.playing[done], self.led_to = -1, np.column_stack(led_to)
         return images, rewards, terminated, truncated, infos
 
+    def _begin(self, before: GridState) -> None:
+        """Say which episode each sub-environment was in before a step: one goes on where its last step has led."""
+        self.playing[(np.column_stack(before) != self.led_to).any(1)] = -1
+        first = before.step_count == 0
+        self.playing[first] = len(self.begun_at) + np.arange(first.sum())
+        self.begun_at += [self.steps] * int(first.sum())
+
     def trajectories(self) -> Trajectories:
-        """Return all episodes that have ended, in the order in which they did; `checkpoint` is when they began."""
-        episodes = int(max(rows.max() for rows in self.recorder.episode)) + 1
-        recorded = self.recorder.trajectories(np.array(self.begun_at[:episodes]), 1.0)
-        return recorded.episodes(np.concatenate(self.ended))
+        """Return all episodes that have ended, in the order in which they did; `checkpoint` is when they began.
+
+        That counts all environment steps of the recorder, those of an earlier training too. Raises ValueError
+        where none has ended.
+        """
+        if not self.ended:
+            raise ValueError("no episode has ended yet: step the recorder until one has")
+        return self.recorder.trajectories(np.array(self.begun_at), 1.0).episodes(np.array(self.ended))
