@@ -581,13 +581,13 @@ def abs_difference(a, b):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"size": 4}, "size must be a whole number from 5 to 16, not 4."),
-        ({"size": 17}, "size must be a whole number from 5 to 16, not 17."),
-        ({"n_obstacles": -1}, "n_obstacles must be a whole number from 0 to 5, not -1."),
-        ({"n_obstacles": 6}, "n_obstacles must be a whole number from 0 to 5, not 6."),
-        ({"size": 5, "n_obstacles": 4}, "n_obstacles must be a whole number from 0 to 3, not 4."),
-        ({"max_steps": 0}, "max_steps must be a whole number from 1 to 2147483647, not 0."),
-        ({"max_steps": True}, "max_steps must be a whole number from 1 to 2147483647, not True."),
+        ({"size": 4}, "Task.size is 4; it must be an integer from 5 to 16."),
+        ({"size": 17}, "Task.size is 17; it must be an integer from 5 to 16."),
+        ({"n_obstacles": -1}, "Task.n_obstacles is -1; it must be an integer ≥ 0."),
+        ({"n_obstacles": 6}, "Task.n_obstacles is 6; it must be an integer from 0 to 5."),
+        ({"size": 5, "n_obstacles": 4}, "Task.n_obstacles is 4; it must be an integer from 0 to 3."),
+        ({"max_steps": 0}, "Task.max_steps is 0; it must be an integer from 1 to 2147483647."),
+        ({"max_steps": True}, "Task.max_steps is True; it must be an integer from 1 to 2147483647."),
     ],
 )
 def test_wrong_tasks(wrong, sentence):
@@ -679,7 +679,7 @@ def test_wrong_actions_change_nothing(actions, error, sentence):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"num_envs": 0}, "num_envs must be a whole number from 1 to 2147483647, not 0."),
+        ({"num_envs": 0}, "num_envs is 0; it must be an integer ≥ 1."),
         (
             {"autoreset_mode": "Never"},
             "autoreset_mode must be one of 'NextStep', 'SameStep', 'Disabled', not 'Never'.",

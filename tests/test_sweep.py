@@ -132,9 +132,9 @@ def test_a_point_keeps_its_name_when_the_sweep_grows(notebooks):
         ("notebook: 1\ngrid: {kk: [1]}", "01_square has no parameter 'kk': it declares k, gate, log, fail_at"),
         ("notebook: 1\ngrid: {k: [1, 1.5]}", "01_square: k must be of type int, like 1, not 1.5"),
         ("stage: training\nparameters: {train.lrr: 1}", "training has no parameter 'train.lrr': it declares seed"),
-        ("stage: training\nparameters: {train.lr: -1}", "lr must be a positive number, not -1.0"),
+        ("stage: training\nparameters: {train.lr: -1}", "TrainConfig.lr is -1.0; it must be a finite number > 0"),
         ("stage: training\nparameters: {model.n_heads: 2.5}", "model.n_heads must be of type int, like 2, not 2.5"),
-        ("stage: ppo\nparameters: {task.size: 2}", "size must be a whole number from 5 to 16"),
+        ("stage: ppo\nparameters: {task.size: 2}", "Task.size is 2; it must be an integer from 5 to 16"),
         ("stage: training\nparameters: {data: mine.npz}", "there is no artifact 'mine.npz': give an absolute path"),
     ],
 )  # fmt: skip

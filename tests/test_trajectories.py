@@ -108,11 +108,11 @@ def test_columns_that_do_not_fit_are_named(data):
     # the type checker that runs with the tests may be the first to notice
     with pytest.raises((ValueError, TypeError), match="rewards"):
         Trajectories(TASK, **(columns | {"rewards": data.rewards[:3]}))
-    with pytest.raises(ValueError, match="episode_starts must rise"):
+    with pytest.raises(ValueError, match=r"episode_starts is .*, rising from 0 and below the"):
         Trajectories(TASK, **(columns | {"episode_starts": data.episode_starts + 1}))
-    with pytest.raises(ValueError, match="actions must be"):
+    with pytest.raises(ValueError, match="actions is 5; it must be from 0 to 2"):
         Trajectories(TASK, **(columns | {"actions": data.actions + 3}))
-    with pytest.raises(ValueError, match="episodes must be at least 1, not -4"):
+    with pytest.raises(ValueError, match="episodes is -4; it must be an integer ≥ 1"):
         play(TASK, wander(np.random.default_rng(0)), -4, np.random.default_rng(0))
 
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
+from dtbook.artifacts.parameters import Whole, check
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256, POST_MODEL_URL
 from dtbook.model.config import Actions, DTConfig, Rtgs, States, Timesteps, check_inputs, one_hot
 from dtbook.model.files import FolderMixin, read_folder, read_post_checkpoint
@@ -151,7 +152,10 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         """
         super().__init__()
         self.cfg, self.metadata = cfg, dict(metadata or {})
-        generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        if isinstance(seed, torch.Generator):
+            generator = seed
+        else:
+            generator = torch.Generator().manual_seed(check("seed", seed, Whole))
         m, std, n_inputs = cfg.d_model, 0.02, cfg.n_channels * cfg.view_size**2
         self.W_E_rtg = _linear(1, m, generator=generator)
         self.W_E_state = _linear(n_inputs, n_inputs, m, generator=generator)
@@ -186,7 +190,7 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         self, states: States, rtgs: Rtgs, timesteps: Timesteps, actions: Actions | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return the residual stream that enters the first block: tokens, time and position."""
-        check_inputs(self.cfg, states, rtgs, timesteps, actions)
+        timesteps, actions = check_inputs(self.cfg, states, rtgs, timesteps, actions)
         time = self.hook_time_embed(self.W_E_time[timesteps])
         rtg = self.hook_rtg_embed(rtgs.to(self.W_E_rtg.dtype).unsqueeze(-1) * self.W_E_rtg)
         tokens = [rtg + time, self.hook_state_embed(self.embed_states(states)) + time]
@@ -234,7 +238,7 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         hooked = any(hook.has_hooks() for hook in self.hook_dict.values())
         if hooked or self.cfg.n_layers != 1 or states.ndim != 5 or states.shape[1] != 1:
             return self(states, rtgs, timesteps, actions)
-        check_inputs(self.cfg, states, rtgs, timesteps, actions)
+        timesteps, _ = check_inputs(self.cfg, states, rtgs, timesteps, actions)
         return self._fused_logits(states[:, 0], rtgs[:, 0], timesteps[:, 0]).unsqueeze(1)
 
     def _fused_logits(

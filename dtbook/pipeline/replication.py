@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dtbook import training
 from dtbook.analysis import heads
+from dtbook.artifacts.parameters import Checked, Count, Whole
 from dtbook.artifacts.store import ArtifactStore
 from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
 from dtbook.gridworld.rules import Task
@@ -47,7 +48,7 @@ BARS = {
 
 
 @dataclass(frozen=True)
-class LongContext:
+class LongContext(Checked):
     """How the model of nine timesteps is made."""
 
     model: DTConfig = DTConfig(d_model=64, d_head=32, d_mlp=128, n_timesteps=9)
@@ -58,19 +59,19 @@ class LongContext:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """All settings of what is made, but the seeds."""
 
     task: Task = Task()
     ppo: PPOConfig = PPOConfig(
         checkpoint_every=1
     )  # survivors, which return 0, are there for a few updates only
-    envs: int = 64
+    envs: Count = 64
     """Environments that PPO learns in at once."""
     quota: QuotaConfig = QuotaConfig()
     model: DTConfig = DTConfig()
     train: TrainConfig = TrainConfig()
-    snapshots: tuple[int, ...] = (0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800, 9000)
+    snapshots: tuple[Whole, ...] = (0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800, 9000)
     """Training steps after which the weights are kept."""
     calibration: Mapping[str, Any] = field(
         default_factory=lambda: {"rtgs": list(CALIBRATION_RTGS), "episodes": 500, "max_steps": 300}
