@@ -24,12 +24,14 @@ Chen et al. 2021, https://arxiv.org/abs/2106.01345; Elhage et al. 2021 (the circ
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
@@ -37,7 +39,7 @@ from dtbook.artifacts.parameters import Whole, check
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256, POST_MODEL_URL
 from dtbook.model.config import Actions, DTConfig, Rtgs, States, Timesteps, check_inputs, one_hot
 from dtbook.model.files import FolderMixin, read_folder, read_post_checkpoint
-from dtbook.model.fused import Weights, one_timestep
+from dtbook.model.fused import Weights, is_plain, one_timestep
 
 # The weights of a block, and where in it they are.
 STACKED = {f"{kind}_{part}": "attn" for kind in "Wb" for part in "QKVO"}
@@ -233,13 +235,24 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
     ) -> Float[Tensor, "batch time action"]:
         """Return `forward`'s logits, up to rounding, faster where one layer sees one timestep.
 
-        That path has no hook points, so where a hook is attached `forward` itself runs. Raises as `forward`.
+        That path knows nothing but this class as it stands here, so wherever a model is anything else, by hooks, parts
+        or weights of another kind, `forward` itself runs. Raises as `forward`.
         """
-        hooked = any(hook.has_hooks() for hook in self.hook_dict.values())
-        if hooked or self.cfg.n_layers != 1 or states.ndim != 5 or states.shape[1] != 1:
+        if states.ndim != 5 or states.shape[1] != 1 or not self._is_plain():
             return self(states, rtgs, timesteps, actions)
         timesteps, _ = check_inputs(self.cfg, states, rtgs, timesteps, actions)
         return self._fused_logits(states[:, 0], rtgs[:, 0], timesteps[:, 0]).unsqueeze(1)
+
+    def _is_plain(self) -> bool:
+        """Return whether the fast path computes what `forward` does: one layer, and nothing that was exchanged."""
+        if (
+            self.cfg.n_layers != 1
+            or _has_any_global_hook()
+            or torch.is_autocast_enabled(self.W_U.device.type)
+        ):
+            return False
+        floats = self.W_U.dtype in (torch.float32, torch.float64)
+        return floats and is_plain(self, _fresh(self.cfg), self.W_U.dtype, self.W_U.device)
 
     def _fused_logits(
         self,
@@ -249,8 +262,7 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
     ) -> Float[Tensor, "batch action"]:
         """Return the logits of one timestep through one layer, by `fused.one_timestep`."""
         attn, mlp, state = self.blocks[0].attn, self.blocks[0].mlp, self.embed_states(states)
-        parts = dict(self.named_parameters(recurse=False)) | dict(attn.named_parameters())
-        parts |= dict(mlp.named_parameters())
+        parts: dict[str, Any] = self._parameters | attn._parameters | mlp._parameters
         weights = Weights(*(parts[name] for name in Weights._fields))
         time = nn.functional.embedding(timesteps, self.W_E_time)
         return one_timestep(state, time, rtgs.to(state.dtype), weights)
@@ -343,3 +355,9 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         model = cls(DTConfig(), metadata={"source": POST_MODEL_URL, "sha256": POST_MODEL_SHA256})
         model.load_state_dict(weights)
         return model.eval()
+
+
+@lru_cache(maxsize=8)
+def _fresh(cfg: DTConfig) -> DecisionTransformer:
+    """Return a new model of a shape, which nobody can have changed."""
+    return DecisionTransformer(cfg)
