@@ -1,14 +1,17 @@
 """Parameters: NumPy's numbers are Python's, 1e3 is 1000, True is no number, and a refusal is one sentence."""
 
+import ast
 import json
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
+import dtbook
 from dtbook.artifacts.parameters import Count, Share, Whole, cast, check, checked
 from dtbook.gridworld import DynamicObstaclesVectorEnv, Task
 from dtbook.model import DecisionTransformer, DTConfig
@@ -219,3 +222,18 @@ def test_arrays_are_cast_where_nothing_is_lost():
 
 def test_what_is_shown_of_a_long_value_is_short():
     refused("x is [0, 1, 2, 3, 4", check, "x", list(range(1000)), Count)
+
+
+ROOMS = ("model", "trajectories", "gridworld", "analysis")
+
+
+def test_no_public_function_takes_an_integer_unchecked():
+    """What a reader calls with a seed, a number of episodes … says of what kind it must be, and is `@checked`."""
+    names = {"seed", "episodes", "max_steps", "timestep", "batch_size", "resamples", "workers", "n_timesteps"}
+    root, missing = Path(dtbook.__file__).parent, []
+    for path in (*root.glob("[rt]*.py"), *(p for room in ROOMS for p in sorted((root / room).glob("*.py")))):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                plain = {a.arg for a in node.args.args if a.annotation and ast.unparse(a.annotation) == "int"}
+                missing += [f"{path.stem}.{node.name}({name})" for name in sorted(plain & names)]
+    assert missing == []

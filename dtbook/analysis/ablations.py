@@ -19,6 +19,7 @@ from dtbook.analysis.attribution import contrast
 from dtbook.analysis.interventions import ablate
 from dtbook.analysis.population import Condition, Embedded, FoldedWeights, Run, embedded_batches
 from dtbook.analysis.stats import weighted_quantile
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
 from dtbook.gridworld.rules import Task
@@ -52,6 +53,7 @@ def variants(model: DecisionTransformer, how: Sequence[str] = HOW) -> list[Varia
 
 
 @torch.inference_mode()
+@checked
 def situation_table(
     model: DecisionTransformer,
     observations: ObservationSet,
@@ -59,7 +61,7 @@ def situation_table(
     timesteps: Sequence[int] = TIMESTEPS,
     how: Sequence[str] = HOW,
     preference: str = "F-R",
-    seed: int = 0,
+    seed: Whole = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return one row for each situation, RTG, timestep and ablation.
@@ -223,6 +225,7 @@ timestep; that on another observation, drawn as often as states show it. The pos
 neuron: it averages the entries of a vector, and a neuron has one."""
 
 
+@checked
 def neurons(
     model: DecisionTransformer,
     observations: ObservationSet,
@@ -231,7 +234,7 @@ def neurons(
     situations: Sequence[str] = FACING,
     how: Sequence[str] = NEURON_WAYS,
     preference: str = "F-R",
-    seed: int = 0,
+    seed: Whole = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return what each neuron does in each situation: a row for each situation, RTG, neuron and way to ablate it.
@@ -361,12 +364,13 @@ def _replace_each(
 # Play
 
 
+@checked
 def ablated_play(
     model: DecisionTransformer,
     rtgs: Sequence[float] = CALIBRATION_RTGS,
-    episodes: int = 100,
-    max_steps: int = 300,
-    seed: int = 0,
+    episodes: Count = 100,
+    max_steps: Count = 300,
+    seed: Whole = 0,
     ways: Sequence[str] = ACTING,
     progress: bool = False,
     task: Task | None = None,

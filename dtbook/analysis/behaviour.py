@@ -14,6 +14,7 @@ import torch
 
 from dtbook.analysis.attribution import contrast, forward_preference
 from dtbook.analysis.population import Run, per_observation
+from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import FACING, SITUATIONS, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
@@ -71,11 +72,12 @@ def _preference(run: Run) -> dict[str, torch.Tensor]:
     return {"preference": forward_preference(run.logits())}
 
 
+@checked
 def turns(
     model: DecisionTransformer,
     observations: ObservationSet,
     rtgs: Sequence[float] = RTGS,
-    timestep: int = TIMESTEP,
+    timestep: Whole = TIMESTEP,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return what Pearson's r of left and right is made of: a row for each pair of columns compared and RTG.

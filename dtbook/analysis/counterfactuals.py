@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from dtbook.analysis.attribution import forward_preference
 from dtbook.analysis.population import BATCH_SIZE, FoldedWeights, Run, embedded_batches
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import FACING, select, weights, without_front
 from dtbook.model.transformer import DecisionTransformer
@@ -72,25 +73,27 @@ class Pair(NamedTuple):
         return Pair(self.source, self.base, self.weights)
 
 
+@checked
 def pairs(
     folded: FoldedWeights,
     observations: ObservationSet,
     case: Case,
-    timestep: int = TIMESTEP,
-    batch_size: int = BATCH_SIZE,
+    timestep: Whole = TIMESTEP,
+    batch_size: Count = BATCH_SIZE,
 ) -> Iterator[Pair]:
     """Yield a case's observations batch by batch, with float64 weights; raises ValueError where there are none."""
     seen = select(observations, case.situation)
     return pairs_of(folded, seen.images, weights(seen), case, timestep, batch_size)
 
 
+@checked
 def pairs_of(
     folded: FoldedWeights,
     images: UInt8[np.ndarray, "n 7 7 3"],
     share: Float[np.ndarray, " n"],
     case: Case,
-    timestep: int,
-    batch_size: int = BATCH_SIZE,
+    timestep: Whole,
+    batch_size: Count = BATCH_SIZE,
 ) -> Iterator[Pair]:
     """Yield the pairs of these observations, the clean run as base, batch by batch."""
     for rows, embedded in embedded_batches(folded, images, batch_size):
@@ -167,8 +170,9 @@ def scores(run: Run) -> Scores:
     return Scores(query, f.key(f.rtg_token(rtg))[:, None], run.embedded.k)
 
 
+@checked
 def head_result(
-    run: Run, head: int, pattern: Tensor | None = None, state_result: Tensor | None = None
+    run: Run, head: Whole, pattern: Tensor | None = None, state_result: Tensor | None = None
 ) -> Float[Tensor, "n read"]:
     """Return one head's result as it is read, with its own attention to RTG (n) and values or with others."""
     pattern = run.pattern[head] if pattern is None else pattern
@@ -252,8 +256,9 @@ def attributions(pair: Pair) -> Iterator[tuple[str, Float[Tensor, " n"]]]:
 
 
 @torch.inference_mode()
+@checked
 def case_effects(
-    folded: FoldedWeights, observations: ObservationSet, case: Case, timestep: int = TIMESTEP
+    folded: FoldedWeights, observations: ObservationSet, case: Case, timestep: Whole = TIMESTEP
 ) -> pd.DataFrame:
     """Return the mean effects of one case, a row an intervention; see `causal_table` for the columns."""
     sums: dict[tuple[str, str, str, str], np.ndarray] = {}
@@ -306,11 +311,12 @@ def _change(now: Tensor, before: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     return sign * (now - before), sign * (now.sigmoid() - before.sigmoid())
 
 
+@checked
 def causal_table(
     model: DecisionTransformer,
     observations: ObservationSet,
     cases: Iterable[Case] = CASES,
-    timestep: int = TIMESTEP,
+    timestep: Whole = TIMESTEP,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return the weighted mean effect of every intervention in every case, one row each.

@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from dtbook.artifacts.parameters import Count, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import compiled
 from dtbook.gridworld.situations import row_batches
@@ -246,10 +247,11 @@ Measure = Callable[[Run], Mapping[str, Tensor]]
 """From a run to named values, each with a row for every observation of the batch."""
 
 
+@checked
 def embedded_batches(
     folded: FoldedWeights,
     images: UInt8[np.ndarray, "n 7 7 3"],
-    batch_size: int = BATCH_SIZE,
+    batch_size: Count = BATCH_SIZE,
     progress: str | None = None,
 ) -> Iterator[tuple[slice, Embedded]]:
     """Yield the rows of each batch of observations, and the batch embedded; `progress` names the bar that is shown."""
@@ -260,12 +262,13 @@ def embedded_batches(
 
 
 @torch.inference_mode()
+@checked
 def per_observation(
     model: DecisionTransformer,
     observations: ObservationSet,
     conditions: Iterable[tuple[float, int]],
     measure: Measure,
-    batch_size: int = BATCH_SIZE,
+    batch_size: Count = BATCH_SIZE,
     progress: bool = False,
 ) -> dict[str, Float[np.ndarray, "condition n *rest"]]:
     """Return what `measure` says of every observation at every (rtg, timestep), in their order.

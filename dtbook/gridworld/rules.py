@@ -146,7 +146,10 @@ def free_cells(size: int) -> UInt8[np.ndarray, " cells"]:
 
 
 def step(
-    task: Task, state: GridState, actions: Integer[np.ndarray, " batch"], rng: np.random.Generator
+    task: Task,
+    state: GridState,
+    actions: Integer[np.ndarray, " batch"] | Bool[np.ndarray, " batch"],
+    rng: np.random.Generator,
 ) -> Transition:
     """Return the transition each action (0 left, 1 right, 2 forward) makes; the inputs are left as they are.
 

@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
+from dtbook.artifacts.parameters import Count, checked
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256
 from dtbook.artifacts.processes import Processes
 from dtbook.artifacts.provenance import Code, digest
@@ -252,9 +253,10 @@ def run_job(job: Job) -> Outcome:
 Say = Callable[[str], object]
 
 
+@checked
 def run_graph(
     jobs: Sequence[Job],
-    workers: int = 1,
+    workers: Count = 1,
     scheduler: str | None = None,
     say: Say = lambda line: None,
 ) -> dict[Job, Outcome]:
@@ -263,8 +265,6 @@ def run_graph(
     They run in `workers` local processes, or on the Dask cluster of a `scheduler`. A job that fails leaves out those
     that need what it was to make; the others go on. `say` hears of each job as it ends, in a line.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
     left, running, outcomes = list(jobs), dict[Future[Outcome], Job](), dict[Job, Outcome]()
     deaths, graph = Counter[Job](), _Graph(jobs)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dtbook import training
 from dtbook.analysis import heads
-from dtbook.artifacts.parameters import Checked, Count, Whole
+from dtbook.artifacts.parameters import Checked, Count, Whole, checked
 from dtbook.artifacts.store import ArtifactStore
 from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
 from dtbook.gridworld.rules import Task
@@ -115,13 +115,15 @@ def is_shipped(name: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- the stages' functions
-def train_ppo(recipe: Recipe, seed: int, progress: bool = False) -> tuple[ppo.PPOResult, Trajectories]:
+@checked
+def train_ppo(recipe: Recipe, seed: Whole, progress: bool = False) -> tuple[ppo.PPOResult, Trajectories]:
     """Train one PPO agent; return what came of it, and all that it played on its way."""
     recorder = RecordEpisodes(environments(recipe.task, recipe.envs))
     return ppo.train(recorder, recipe.ppo, seed, progress), recorder.trajectories()
 
 
-def environments(task: Task, number: int) -> DynamicObstaclesVectorEnv:
+@checked
+def environments(task: Task, number: Count) -> DynamicObstaclesVectorEnv:
     """Return so many environments of a task."""
     return DynamicObstaclesVectorEnv(number, task.size, task.n_obstacles, task.max_steps, task.random_start)
 
@@ -257,7 +259,8 @@ REPLICATION = ("ppo", "collection", "training", "heads", "calibration")
 """The stages of one replication, in order."""
 
 
-def replication(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool = False) -> list[Job]:
+@checked
+def replication(store: ArtifactStore, seed: Whole, recipe: Recipe, progress: bool = False) -> list[Job]:
     """Return the jobs of one replication, in order."""
     of = folder_of(seed)
     return [
@@ -273,13 +276,15 @@ def around(store: ArtifactStore, recipe: Recipe) -> list[Job]:
     return [*controls, Job(REPLICATION_ROWS["long context"], store, recipe=recipe.long_context)]
 
 
-def replicate(store: ArtifactStore, seed: int, recipe: Recipe | None = None, progress: bool = True) -> None:
+@checked
+def replicate(store: ArtifactStore, seed: Whole, recipe: Recipe | None = None, progress: bool = True) -> None:
     """Make every artifact of one replication, in this process, going on where an interrupted call stopped."""
     for job in replication(store, seed, recipe or Recipe(), progress):
         job.ensure()
 
 
-def load_snapshots(store: ArtifactStore, seed: int = 0) -> dict[int, DecisionTransformer]:
+@checked
+def load_snapshots(store: ArtifactStore, seed: Whole = 0) -> dict[int, DecisionTransformer]:
     """Return training steps → the model as it was then (float16 on disk), heads numbered as the final model's."""
     final = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
     models = {}

@@ -63,7 +63,8 @@ class ImageEpisodes:
         return self.images[rows]
 
 
-def first_images(envs: Envs, seed: int) -> UInt8[np.ndarray, "batch view view 3"]:
+@checked
+def first_images(envs: Envs, seed: Whole) -> UInt8[np.ndarray, "batch view view 3"]:
     """Return the first images of environments that `check_envs` lets pass; raise ValueError if they are pictures."""
     images, _ = envs.reset(seed=seed)
     check_indices("envs's observations", images)
