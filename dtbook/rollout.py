@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from tqdm import tqdm
 
-from dtbook.artifacts.parameters import Count, Whole, cast, checked, not_finite, require
+from dtbook.artifacts.parameters import Count, Whole, cast, check_finite, checked, require
 from dtbook.gridworld.env import DynamicObstaclesVectorEnv
 from dtbook.gridworld.kernels import VIEW_SIZE, WALL
 from dtbook.gridworld.rules import ACTIONS, FRONT, Task
@@ -41,8 +41,7 @@ class ModelPolicy:
         greedy: bool,
         rng: np.random.Generator,
     ) -> None:
-        if wrong := not_finite(dict(model.named_parameters())):
-            raise ValueError(f"model has diverged: its {wrong} holds numbers that are not finite.")
+        check_finite("model", dict(model.named_parameters()))
         context, view = model.cfg.n_timesteps, model.cfg.view_size
         self.model, self.greedy, self.rng = model, greedy, rng
         self.rtgs = torch.as_tensor(rtgs, dtype=torch.float32)

@@ -104,6 +104,13 @@ def test_truth_values_and_lists():
     refused("QuotaConfig.epsilon is 1.0; it must be a finite number ≥ 0 and < 1.", QuotaConfig, epsilon=1.0)
     assert Recipe(snapshots=np.arange(2)).snapshots == (0, 1)
     refused("Recipe.task is 8; it must be a Task.", Recipe, task=8)
+    refused(
+        "Recipe.calibration['episodes'] is 0; it must be an integer ≥ 1.", Recipe, calibration={"episodes": 0}
+    )
+    assert Recipe(calibration={"rtgs": np.zeros(1), "episodes": 5e2}).calibration == {
+        "rtgs": [0.0],
+        "episodes": 500,
+    }
 
 
 def test_configurations_are_dataclasses_as_before():

@@ -26,6 +26,7 @@ from probe_envs import (
 
 from dtbook.gridworld import DynamicObstaclesVectorEnv
 from dtbook.trajectories.agent import OBJECTS, ActorCritic
+from dtbook.trajectories.collection import Crew
 from dtbook.trajectories.ppo import (
     PPOConfig,
     PreparedBatch,
@@ -466,3 +467,14 @@ def test_training_that_diverges_stops_and_says_where():
     config = replace(CRITIC, learning_rate=1e38, max_grad_norm=1e38)
     with pytest.raises(ValueError, match=r"PPO has diverged at step \d+: its \S+ is no longer finite\."):
         train(reward_by_observation(N, [1e30, -1e30]), config, progress=False)
+
+
+def test_an_agent_that_has_diverged_does_not_play():
+    agent = ActorCritic(1)
+    agent.actor[0].weight.data[3, 4] = math.nan
+    with pytest.raises(
+        ValueError, match=r"agent has diverged: its actor\.0\.weight holds numbers that are not finite"
+    ):
+        evaluate(agent, constant_reward(N), 1, greedy=True, seed=0)
+    with pytest.raises(ValueError, match=r"checkpoint 64 has diverged: its actor\.0\.weight holds"):
+        Crew({64: agent.state_dict()}, (1.0,))

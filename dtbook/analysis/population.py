@@ -43,12 +43,16 @@ class FoldedWeights:
     """The weights of a one-layer model, multiplied out to what W_in and W_U read (in float64, then the model's dtype).
 
     A model with a longer context is taken as it is with a single timestep. Raises ValueError for another number of
-    layers.
+    layers, and for a model with hooks or parts that were exchanged, which would be overlooked.
     """
 
     def __init__(self, model: DecisionTransformer) -> None:
         if model.cfg.n_layers != 1:
             raise ValueError(f"model has {model.cfg.n_layers} layers; only one can be folded.")
+        if not model.is_plain():
+            raise ValueError(
+                "model has hooks or exchanged parts; only a plain DecisionTransformer can be folded."
+            )
         self.model = model
         self.head_names = [f"L0H{head}" for head in range(model.cfg.n_heads)]
         with torch.no_grad():

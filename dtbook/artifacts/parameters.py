@@ -105,6 +105,12 @@ def cast(name: str, values: Any, dtype: Any) -> np.ndarray:
     return result
 
 
+def check_finite(name: str, weights: Mapping[str, Any]) -> None:
+    """Raise ValueError for the weights of a network that is to act and has diverged."""
+    if wrong := not_finite(weights):
+        raise ValueError(f"{name} has diverged: its {wrong} holds numbers that are not finite.")
+
+
 def not_finite(weights: Mapping[str, Any]) -> str:
     """Return the name of the first tensor that holds a number which is not finite; an empty text if none does."""
     return next((name for name, weight in weights.items() if not weight.isfinite().all()), "")

@@ -238,21 +238,17 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         That path knows nothing but this class as it stands here, so wherever a model is anything else, by hooks, parts
         or weights of another kind, `forward` itself runs. Raises as `forward`.
         """
-        if states.ndim != 5 or states.shape[1] != 1 or not self._is_plain():
+        if states.ndim != 5 or states.shape[1] != 1 or not self.is_plain():
             return self(states, rtgs, timesteps, actions)
         timesteps, _ = check_inputs(self.cfg, states, rtgs, timesteps, actions)
         return self._fused_logits(states[:, 0], rtgs[:, 0], timesteps[:, 0]).unsqueeze(1)
 
-    def _is_plain(self) -> bool:
-        """Return whether the fast path computes what `forward` does: one layer, and nothing that was exchanged."""
-        if (
-            self.cfg.n_layers != 1
-            or _has_any_global_hook()
-            or torch.is_autocast_enabled(self.W_U.device.type)
-        ):
+    def is_plain(self) -> bool:
+        """Return whether the fast path computes what `forward` does: one layer, and nothing attached or exchanged."""
+        dtype, device = self.W_U.dtype, self.W_U.device
+        if _has_any_global_hook() or torch.is_autocast_enabled(device.type) or self.cfg.n_layers != 1:
             return False
-        floats = self.W_U.dtype in (torch.float32, torch.float64)
-        return floats and is_plain(self, _fresh(self.cfg), self.W_U.dtype, self.W_U.device)
+        return dtype in (torch.float32, torch.float64) and is_plain(self, _fresh(self.cfg), dtype, device)
 
     def _fused_logits(
         self,

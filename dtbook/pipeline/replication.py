@@ -4,16 +4,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from dtbook import training
 from dtbook.analysis import heads
-from dtbook.artifacts.parameters import Checked, Count, Whole, checked
+from dtbook.artifacts.parameters import Checked, Count, Number, Whole, check, checked
 from dtbook.artifacts.store import ArtifactStore
 from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
 from dtbook.gridworld.rules import Task
@@ -79,6 +80,15 @@ class Recipe(Checked):
     long_context: LongContext = LongContext()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Stage → those of its settings that are others than in the table of stages."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = {"rtgs": Annotated[list[Number], Field(min_length=1)], "episodes": Count, "max_steps": Count}
+        settings = {
+            name: check(f"Recipe.calibration[{name!r}]", value, kinds.get(name, Any))
+            for name, value in self.calibration.items()
+        }
+        object.__setattr__(self, "calibration", settings)
 
 
 def folder_of(seed: int) -> str:

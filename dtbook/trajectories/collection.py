@@ -16,7 +16,17 @@ from pydantic import Field, Strict
 from torch.func import functional_call, vmap
 from tqdm import tqdm
 
-from dtbook.artifacts.parameters import AS_NUMBER, FINITE, Checked, Count, Positive, Whole, checked, require
+from dtbook.artifacts.parameters import (
+    AS_NUMBER,
+    FINITE,
+    Checked,
+    Count,
+    Positive,
+    Whole,
+    check_finite,
+    checked,
+    require,
+)
 from dtbook.gridworld.kernels import GOAL
 from dtbook.gridworld.rules import FRONT, Task
 from dtbook.trajectories.agent import ActorCritic
@@ -131,6 +141,8 @@ class Crew:
         self, checkpoints: Mapping[int, Mapping[str, torch.Tensor]], modes: tuple[float, ...]
     ) -> None:
         require(bool(checkpoints), "checkpoints", checkpoints, "a mapping that holds at least one checkpoint")
+        for step, state in checkpoints.items():
+            check_finite(f"checkpoint {step}", state)
         self.modes = np.array(modes, dtype=np.float32)
         self.env_steps = np.array(list(checkpoints), dtype=np.int32)
         self.size = len(self.env_steps) * len(modes)

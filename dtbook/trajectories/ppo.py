@@ -33,6 +33,7 @@ from dtbook.artifacts.parameters import (
     Positive,
     Share,
     Whole,
+    check_finite,
     checked,
     not_finite,
     require,
@@ -327,6 +328,7 @@ def evaluate(agent: ActorCritic, envs: VectorEnv, episodes: Count, greedy: bool,
     short ones. Raises ValueError for fewer than one episode.
     """
     check_envs(envs)
+    check_finite("agent", agent.state_dict())
     env_seed, generator = _seeds(seed)
     images = first_images(envs, env_seed)
     share = np.arange(envs.num_envs) < episodes % envs.num_envs
