@@ -12,10 +12,13 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from tqdm import tqdm
 
-from dtbook.gridworld.kernels import WALL
-from dtbook.gridworld.rules import FRONT, Task
+from dtbook.artifacts.parameters import Count, Whole, cast, check_finite, checked, require
+from dtbook.gridworld.env import DynamicObstaclesVectorEnv
+from dtbook.gridworld.kernels import VIEW_SIZE, WALL
+from dtbook.gridworld.rules import ACTIONS, FRONT, Task
+from dtbook.model.config import DTConfig
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.trajectories.ppo import check_envs
+from dtbook.trajectories.anytask import Envs, check_envs, check_rewards, first_images
 from dtbook.trajectories.recording import Trajectories, play
 
 CALIBRATION_RTGS = tuple(round(float(rtg), 1) for rtg in np.linspace(-1, 1, 21))
@@ -38,20 +41,27 @@ class ModelPolicy:
         greedy: bool,
         rng: np.random.Generator,
     ) -> None:
-        context = model.cfg.n_timesteps
+        check_finite("model", dict(model.named_parameters()))
+        context, view = model.cfg.n_timesteps, model.cfg.view_size
         self.model, self.greedy, self.rng = model, greedy, rng
         self.rtgs = torch.as_tensor(rtgs, dtype=torch.float32)
-        self.images = np.zeros((len(rtgs), context, 7, 7, 3), dtype=np.uint8)
+        self.images = np.zeros((len(rtgs), context, view, view, 3), dtype=np.uint8)
         self.actions = np.zeros((len(rtgs), context), dtype=np.int64)
 
     def __call__(
         self,
-        images: UInt8[np.ndarray, "active 7 7 3"],
+        images: UInt8[np.ndarray, "active view view 3"],
         episodes: Int64[np.ndarray, " active"],
         timesteps: Int64[np.ndarray, " active"],
     ) -> Int64[np.ndarray, " active"]:
         """Return the actions of the running episodes, after remembering what they see and do."""
-        context = self.images.shape[1]
+        context, most = self.images.shape[1], self.model.cfg.max_steps
+        require(
+            timesteps.max() <= most,
+            "the timestep of an episode",
+            timesteps.max(),
+            f"at most the model's, {most}",
+        )
         last = np.minimum(timesteps, context - 1)
         full = episodes[timesteps >= context]
         self.images[full, :-1] = self.images[full, 1:]
@@ -75,59 +85,66 @@ class ModelPolicy:
         return logits[torch.arange(len(episodes)), torch.from_numpy(last)].double().numpy()
 
     def _choose(self, logits: np.ndarray) -> np.ndarray:
+        if np.isnan(logits).any():
+            raise ValueError("a logit of model is nan; whatever it is given, each must be a number.")
         if not self.greedy:
             # the argmax of logits + Gumbel noise is a sample of their softmax
             logits = logits + self.rng.gumbel(size=logits.shape)
         return logits.argmax(1)
 
 
+@checked
 def rollout(
     model: DecisionTransformer,
     rtgs: npt.ArrayLike,
     greedy: bool = False,
-    max_steps: int = 300,
-    seed: int = 0,
+    max_steps: Count = 300,
+    seed: Whole = 0,
     task: Task | None = None,
 ) -> Trajectories:
     """Play one episode for each entry of `rtgs` and return the episodes, in that order.
 
     `task` says where (default: the 8×8 task truncated after `max_steps`, which `task` overrides). Raises
-    ValueError for an RTG that is not a finite number, or where the task outlasts the model's time embedding.
+    ValueError for an RTG that is not a finite number, for a model that has diverged, and where `check_task` does.
     """
-    targets = _check_rtgs(rtgs)
-    task = _check_task(task or Task(max_steps=max_steps), model)
+    targets, task = _check_rtgs(rtgs), task or Task(max_steps=max_steps)
+    check_task(task, model.cfg)
     rng = np.random.default_rng(seed)
     policy = ModelPolicy(model, targets, greedy, rng)
     return play(task, policy, len(targets), rng)
 
 
+@checked
 def rollout_in(
-    envs: gym.vector.VectorEnv[Any, Any, Any],
+    envs: Envs,
     model: DecisionTransformer,
     rtgs: npt.ArrayLike,
     greedy: bool = False,
-    seed: int = 0,
+    seed: Whole = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Play one episode for each entry of `rtgs` in any Gymnasium vector environment; one row an episode.
 
-    The sub-environments (same-step autoreset, image observations) take the next episode from the queue when they
-    have finished one. Columns: `rtg`, `return`, `length`, `truncated`.
+    The sub-environments take the next episode from the queue when they have finished one. Columns: `rtg`,
+    `return`, `length`, `truncated`. Raises ValueError, before any step, for environments that
+    `anytask.check_envs` refuses and for a model that they do not fit; where they do not say how long an episode
+    may last, one that outlasts the model's time embedding is refused there.
     """
     targets = _check_rtgs(rtgs)
-    check_envs(envs)
+    _check_fit(model.cfg, *check_envs(envs), _step_limit(envs))
     policy = ModelPolicy(model, targets, greedy, np.random.default_rng(seed))
     rows = np.zeros((len(targets), 3))  # return, length, truncated
     queue = iter(range(envs.num_envs, len(targets)))
     lane = np.arange(envs.num_envs)
     lane = np.where(lane < len(targets), lane, -1)  # −1: nothing left to play
-    images, _ = envs.reset(seed=seed)
+    images = first_images(envs, seed)
     actions = np.zeros(envs.num_envs, dtype=np.int64)
     with tqdm(total=len(targets), desc="episodes", disable=not progress) as bar:
         while (busy := np.flatnonzero(lane >= 0)).size:
             episodes = lane[busy]
             actions[busy] = policy(images[busy], episodes, rows[episodes, 1].astype(np.int64))
             images, rewards, terminated, truncated, _ = envs.step(actions)
+            check_rewards(rewards)
             rows[episodes, 0] += rewards[busy]
             rows[episodes, 1] += 1
             rows[episodes, 2] = truncated[busy] & ~terminated[busy]
@@ -159,21 +176,20 @@ def episode_table(trajectories: Trajectories, rtgs: Float[np.ndarray, " episodes
     )
 
 
+@checked
 def calibration_curve(
     model: DecisionTransformer,
     rtgs: npt.ArrayLike = CALIBRATION_RTGS,
-    episodes: int = 500,
+    episodes: Count = 500,
     greedy: bool = False,
-    max_steps: int = 300,
-    seed: int = 0,
+    max_steps: Count = 300,
+    seed: Whole = 0,
     task: Task | None = None,
 ) -> pd.DataFrame:
     """Return what the model achieves for each RTG it is given (the post's Fig. 5), one row an RTG.
 
     Columns as in `summarise`. All `len(rtgs)` × `episodes` episodes are played in lockstep.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, not {episodes}")
     targets = np.repeat(_check_rtgs(rtgs), episodes)
     return summarise(episode_table(rollout(model, targets, greedy, max_steps, seed, task), targets))
 
@@ -232,17 +248,36 @@ def calibration_row(
 def _check_rtgs(rtgs: npt.ArrayLike) -> np.ndarray:
     try:
         targets = np.atleast_1d(np.asarray(rtgs, dtype=np.float64))
+        cast("rtgs", targets, np.float32)  # as the model is given them
     except (TypeError, ValueError):
         raise ValueError(f"rtgs must be finite numbers, not {rtgs!r}") from None
-    if targets.ndim != 1 or not len(targets) or not np.isfinite(targets).all():
+    if targets.ndim != 1 or not len(targets):
         raise ValueError(f"rtgs must be a non-empty list of finite numbers, not {rtgs!r}")
     return targets
 
 
-def _check_task(task: Task, model: DecisionTransformer) -> Task:
-    if task.max_steps > model.cfg.max_steps:
-        raise ValueError(
-            f"max_steps must be at most {model.cfg.max_steps}, the last timestep that this model embeds, "
-            f"not {task.max_steps}"
-        )
-    return task
+def check_task(task: Task, cfg: DTConfig) -> None:
+    """Raise ValueError where a model of this shape cannot play a task: its actions, its view or its steps."""
+    _check_fit(cfg, len(ACTIONS), VIEW_SIZE, task.max_steps)
+
+
+def _check_fit(cfg: DTConfig, n_actions: int, view_size: int, max_steps: int) -> None:
+    require(
+        cfg.n_actions <= n_actions, "the model's n_actions", cfg.n_actions, f"at most the task's, {n_actions}"
+    )
+    require(cfg.view_size == view_size, "the model's view_size", cfg.view_size, f"the task's, {view_size}")
+    most = f"at most the model's, {cfg.max_steps}, the last timestep that it embeds"
+    require(max_steps <= cfg.max_steps, "the task's max_steps", max_steps, most)
+
+
+def _step_limit(envs: Envs) -> int:
+    """Return the steps after which all sub-environments truncate, where they are here to say it; else 0."""
+    if isinstance(envs.unwrapped, DynamicObstaclesVectorEnv):
+        return envs.unwrapped.task.max_steps
+    return max((_steps_of(env) for env in getattr(envs.unwrapped, "envs", [])), default=0)
+
+
+def _steps_of(env: gym.Env[Any, Any]) -> int:
+    own = getattr(env.unwrapped, "max_steps", None)  # minigrid's
+    limits = [own, env.spec and env.spec.max_episode_steps]
+    return min((limit for limit in limits if limit), default=0)

@@ -9,67 +9,71 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float32, Int64, UInt8
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from dtbook.artifacts.parameters import (
+    Checked,
+    Count,
+    Flag,
+    NotNegative,
+    Positive,
+    Share,
+    Whole,
+    checked,
+    not_finite,
+    refuse,
+    require,
+)
 from dtbook.artifacts.store import atomic_write
-from dtbook.model.config import DTConfig
+from dtbook.gridworld.rules import Task
+from dtbook.model.config import DTConfig, check_one_hot
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.rollout import rollout
+from dtbook.rollout import check_task, rollout
+from dtbook.trajectories.anytask import ImageEpisodes
 from dtbook.trajectories.recording import CLASS_NAMES, Trajectories
 
 Row = dict[str, float | int]
+Recorded = Trajectories | ImageEpisodes
+"""What can be trained on: episodes of the book's own task, or of any."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """The settings of a training run; the defaults are the measured recipe of the book.
 
     Raises ValueError naming the field, its value and what is allowed.
     """
 
-    steps: int = 9_000
+    steps: Count = 9_000
     """Optimiser steps."""
-    batch_size: int = 384
+    batch_size: Count = 384
     """Windows (for a context of one timestep: state–action pairs) a step."""
-    lr: float = 8e-4
+    lr: Positive = 8e-4
     """Highest learning rate, reached after the warm-up and followed by a cosine to zero."""
-    warmup_steps: int = 100
+    warmup_steps: Whole = 100
     """Steps of linear warm-up."""
-    optimizer: str = "adam"
+    optimizer: Literal["adam", "adamw"] = "adam"
     """`adam` adds the weight decay to the gradient (coupled L2), as the post did; `adamw` decouples it."""
-    weight_decay: float = 1e-5
+    weight_decay: NotNegative = 1e-5
     """Coefficient of the weight decay."""
-    last_step_share: float = 0.2
+    last_step_share: Share = 0.2
     """Share of the batch replaced by the last step of its episode: the post's over-sampling hack."""
-    balance_classes: bool = True
+    balance_classes: Flag = True
     """Draw episodes of return −1, 0 and + equally; otherwise every step of the data is equally likely."""
-    checkpoint_every: int = 1_000
+    checkpoint_every: Count = 1_000
     """Steps between checkpoints (and evaluations)."""
-    evaluation_episodes: int = 100
+    evaluation_episodes: Whole = 100
     """Episodes for each RTG at an evaluation, greedy and sampled; 0 for none."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "evaluation_episodes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be a positive number, not {self.lr}")
-        if self.optimizer not in ("adam", "adamw"):
-            raise ValueError(f"optimizer must be 'adam' or 'adamw', not {self.optimizer!r}")
-        if not 0 <= self.last_step_share <= 1:
-            raise ValueError(f"last_step_share must lie between 0 and 1, not {self.last_step_share}")
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then half a cosine down to zero."""
@@ -80,7 +84,7 @@ class TrainConfig:
 class Batch(NamedTuple):
     """Windows of consecutive timesteps, padded on the right where an episode begins (`real` marks the rest)."""
 
-    states: UInt8[torch.Tensor, "batch time 7 7 3"]
+    states: UInt8[torch.Tensor, "batch time view view 3"]
     rtgs: Float32[torch.Tensor, "batch time"]
     timesteps: Int64[torch.Tensor, "batch time"]
     actions: Int64[torch.Tensor, "batch time"]
@@ -94,7 +98,7 @@ class Sampler:
     last step of the episode instead. Raises ValueError where a class that should be drawn has no episode.
     """
 
-    def __init__(self, data: Trajectories, context: int, config: TrainConfig) -> None:
+    def __init__(self, data: Recorded, context: int, config: TrainConfig) -> None:
         self.data, self.context, self.config = data, context, config
         lengths, classes = data.lengths, data.classes
         self.last_row = np.repeat(data.episode_starts + lengths - 1, lengths)
@@ -126,9 +130,9 @@ class Sampler:
         rows = first[:, None] + np.arange(self.context)
         real = rows <= end[:, None]
         rows = np.minimum(rows, end[:, None])
-        images = self.data.observations(rows.ravel()).reshape(*rows.shape, 7, 7, 3)
+        images = self.data.observations(rows.ravel())
         return Batch(
-            torch.from_numpy(images),
+            torch.from_numpy(images.reshape(*rows.shape, *images.shape[1:])),
             torch.from_numpy(self.episode_returns[rows]),
             torch.from_numpy(rows - self.start_row[rows]),
             torch.from_numpy(self.data.actions[rows].astype(np.int64)),
@@ -148,22 +152,24 @@ class TrainResult(NamedTuple):
     """Steps taken → the weights after them, for the steps in `snapshots`."""
 
 
+@checked
 def train(
-    data: Trajectories,
+    data: Recorded,
     model_config: DTConfig,
     config: TrainConfig,
-    seed: int,
+    seed: Whole,
     folder: str | Path | None = None,
     progress: bool = True,
-    snapshots: Sequence[int] = (),
+    snapshots: Annotated[Sequence[Whole], Field()] = (),
 ) -> TrainResult:
     """Train a Decision Transformer on `data`; `snapshots` are the steps after which to keep the weights.
 
     With a `folder`, each checkpoint is kept there as `step_NNNNNN/` (a model folder, and the optimiser beside
     it), and a run that finds checkpoints of the same settings goes on from the last. Raises ValueError where
-    the folder belongs to other settings, or the data do not fit the model.
+    the folder belongs to other settings, or, before the first step, where data, model and evaluation do not fit
+    each other; and, naming the step, where training diverges.
     """
-    _check_fit(data, model_config)
+    check_fit(data, model_config, config)
     sampler = Sampler(data, model_config.n_timesteps, config)
     model = DecisionTransformer(model_config, seed=seed)
     optimizer = make_optimizer(model, config)
@@ -180,10 +186,15 @@ def train(
                 lr = config.learning_rate(step)
                 loss, accuracy = update(model, optimizer, batch, lr)
                 curve.append({"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "lr": lr})
+                if not math.isfinite(curve[-1]["loss"]):
+                    _refuse_divergence(step + 1, config, "the loss")
                 bar.update()
+                at_end = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+                if (at_end or step + 1 in snapshots) and (wrong := not_finite(model.state_dict())):
+                    _refuse_divergence(step + 1, config, wrong)
                 if step + 1 in snapshots:
                     run.keep(step + 1, model)
-                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                if at_end:
                     evaluations.append(
                         {"step": step + 1, **evaluate(model, config.evaluation_episodes, seed, data)}
                     )
@@ -196,25 +207,58 @@ def train(
     return TrainResult(model.eval(), pd.DataFrame(curve), pd.DataFrame(evaluations), run.snapshots)
 
 
-def evaluate(model: DecisionTransformer, episodes: int, seed: int, data: Trajectories) -> Row:
+@checked
+def evaluate(model: DecisionTransformer, episodes: Whole, seed: Whole, data: Recorded) -> Row:
     """Return mean returns, greedy and sampled, at RTGs −1, 0 and 0.9 in the task the data come from."""
     if not episodes:
         return {}
+    task = _task_of(data, episodes)
     rtgs = np.repeat([-1.0, 0.0, 0.9], episodes)
     result: Row = {}
     for how in ("greedy", "sampled"):
-        returns = rollout(model, rtgs, how == "greedy", seed=seed, task=data.task).returns
+        returns = rollout(model, rtgs, how == "greedy", seed=seed, task=task).returns
         means = returns.reshape(3, episodes).mean(1)
         result |= {f"{how} {rtg:g}": float(mean) for rtg, mean in zip((-1, 0, 0.9), means, strict=True)}
     return result
 
 
-def _check_fit(data: Trajectories, model_config: DTConfig) -> None:
-    longest = int(data.lengths.max()) if len(data.lengths) else 0
+def check_fit(data: Recorded, model_config: DTConfig, config: TrainConfig) -> None:
+    """Raise ValueError where data, the model to be trained on them and its evaluation do not fit each other."""
+    longest = int(data.lengths.max(initial=0))
     if not 1 <= longest <= model_config.max_steps:
         raise ValueError(
             f"data must hold episodes of 1 to {model_config.max_steps} steps (max_steps), the longest has {longest}"
         )
+    most, view = model_config.n_actions - 1, data.observations(np.arange(1)).shape[1]
+    require(
+        data.actions.max() <= most,
+        "data's largest action",
+        data.actions.max(),
+        f"at most n_actions − 1 = {most}",
+    )
+    require(
+        view == model_config.view_size, "DTConfig.view_size", model_config.view_size, f"that of data, {view}"
+    )
+    if isinstance(data, ImageEpisodes) and model_config.encoding == "one-hot":
+        check_one_hot(torch.from_numpy(data.images))
+    if config.evaluation_episodes:
+        check_task(_task_of(data, config.evaluation_episodes), model_config)
+
+
+def _task_of(data: Recorded, episodes: int) -> Task:
+    """Return the task that a model is evaluated in; raise ValueError where the data are of another than the book's."""
+    if isinstance(data, Trajectories):
+        return data.task
+    refuse(
+        "evaluation_episodes", episodes, "0 for ImageEpisodes, whose task is not the book's (use rollout_in)"
+    )
+
+
+def _refuse_divergence(step: int, config: TrainConfig, what: str) -> NoReturn:
+    raise ValueError(
+        f"training has diverged at step {step} of {config.steps}: {what} is no longer finite; lr is {config.lr:g}, "
+        "and a lower one may do."
+    )
 
 
 def make_optimizer(model: DecisionTransformer, config: TrainConfig) -> torch.optim.Optimizer:

@@ -58,6 +58,14 @@ def pytest_make_collect_report(collector):
     return fail_if_skipped_in_ci((yield))
 
 
+@pytest.fixture
+def as_users_run_it(monkeypatch):
+    """Without the type checks of the test run, so that what the package itself does with a value is reached."""
+    import jaxtyping  # not before its hook
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 def pytest_itemcollected(item):
     if "browser" in item.fixturenames:
         item.add_marker("slow")

@@ -1,22 +1,35 @@
 """Another Gymnasium task: what is recorded is what minigrid shows and pays; a transformer learns DoorKey from it."""
 
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 import gymnasium
-import jaxtyping
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TimeLimit, TransformAction, TransformReward
 from minigrid.core.actions import Actions
 from minigrid.core.constants import OBJECT_TO_IDX, STATE_TO_IDX
-from minigrid.wrappers import ImgObsWrapper
+from minigrid.wrappers import (
+    FlatObsWrapper,
+    FullyObsWrapper,
+    ImgObsWrapper,
+    OneHotPartialObsWrapper,
+    RGBImgObsWrapper,
+    RGBImgPartialObsWrapper,
+    ViewSizeWrapper,
+)
 from planted import scattered
 
 from dtbook import training
-from dtbook.model import DTConfig
+from dtbook.gridworld import DynamicObstaclesVectorEnv
+from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.rollout import rollout_in
 from dtbook.training import TrainConfig
+from dtbook.trajectories import ppo
 from dtbook.trajectories.anytask import ImageEpisodes, record
 
 ENV_ID = "MiniGrid-DoorKey-5x5-v0"
@@ -66,16 +79,9 @@ def test_returns_are_the_sums_of_rewards_and_make_the_classes():
     assert data.classes.tolist() == [0, 1, 2]
 
 
-def test_what_cannot_be_recorded_is_refused():
-    with pytest.raises(
-        ValueError, match=r"envs\.metadata\['autoreset_mode'\] must be SAME_STEP, not .*NEXT_STEP"
-    ):
+def test_other_ways_of_resetting_are_refused():
+    with pytest.raises(ValueError, match=r"NEXT_STEP.*; it must be AutoresetMode\.SAME_STEP"):
         record(vector(1, AutoresetMode.NEXT_STEP), turning, 1, seed=0)
-    dicts = SyncVectorEnv([lambda: gymnasium.make(ENV_ID)], autoreset_mode=AutoresetMode.SAME_STEP)
-    with pytest.raises(ValueError, match=r"envs\.single_observation_space must be square uint8 images"):
-        record(dicts, turning, 1, seed=0)
-    with pytest.raises(ValueError, match="episodes must be at least 1, not 0"):
-        record(vector(1), turning, 0, seed=0)
 
 
 def test_buffers_that_are_written_anew_are_copied():
@@ -94,10 +100,223 @@ def test_buffers_that_are_written_anew_are_copied():
 
 
 def test_no_episode_is_refused():
-    with pytest.raises(ValueError, match="episode_starts must name at least one episode"):
+    with pytest.raises(
+        ValueError, match=r"episode_starts is .*; it must be the first row of at least one episode"
+    ):
         ImageEpisodes(
             np.zeros((0, 7, 7, 3), np.uint8), np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32)
         )
+
+
+def refused(sentence, call, *args, **kwargs):
+    """Assert that a call raises ValueError with one sentence that holds this."""
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+COLUMNS = {
+    "images": np.zeros((5, 7, 7, 3), np.uint8),
+    "actions": np.arange(5),
+    "episode_starts": np.array([0, 2, 3]),
+    "returns": np.array([-1, 0, 0.5], np.float32),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64, bool, list])
+def test_columns_of_other_types_are_cast(as_users_run_it, dtype):
+    actions = np.array([0, 1, 1, 0, 1])
+    data = ImageEpisodes(
+        COLUMNS["images"].astype(np.int64),
+        actions.tolist() if dtype is list else actions.astype(dtype),
+        COLUMNS["episode_starts"].astype(np.uint16),
+        [-1, 0, 0.5],
+    )
+    assert (data.images.dtype, data.actions.dtype, data.episode_starts.dtype, data.returns.dtype) == (
+        np.uint8,
+        np.int64,
+        np.int64,
+        np.float32,
+    )
+    assert data.actions.tolist() == actions.tolist()
+    assert data.lengths.tolist() == [2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "sentence"),
+    [
+        ("images", np.zeros((5, 3, 7, 7), np.uint8), "images has shape (5, 3, 7, 7); it must be (steps = 5, view,"),
+        ("images", np.zeros((4, 7, 7, 3), np.uint8), "images has shape (4, 7, 7, 3); it must be (steps = 5, view,"),
+        ("images", np.zeros((5, 7, 6, 3), np.uint8), "images has shape (5, 7, 6, 3); it must be (steps = 5, view,"),
+        ("images", np.zeros((5, 7, 7, 20), np.uint8), "images has shape (5, 7, 7, 20); it must be"),
+        ("images", np.full((5, 7, 7, 3), 255, np.uint8), "images[..., 0] is 255; it must be minigrid's index"),
+        ("images", np.full((5, 7, 7, 3), 0.5), "images is 0.5; it must be a number that uint8 holds"),
+        ("actions", np.arange(4), "images has shape (5, 7, 7, 3); it must be (steps = 4, view, view, 3)."),
+        ("actions", np.arange(5) - 1, "actions is -1; it must be 0 or more at every step."),
+        ("actions", np.arange(5) / 2, "actions is 0.5; it must be a number that int64 holds"),
+        ("actions", np.zeros((5, 1)), "actions has shape (5, 1); it must be (steps)."),
+        ("actions", np.array(["left"] * 5), "actions is ['left', 'left', 'left', 'left', 'left']; it must be numbers"),
+        ("episode_starts", [2, 3, 5], "episode_starts is [2, 3, 5]; it must be the first row of each episode"),
+        ("episode_starts", [0, 3, 5], "episode_starts is [0, 3, 5]; it must be the first row of each episode"),
+        ("episode_starts", [0, 3, 3], "episode_starts is [0, 3, 3]; it must be the first row of each episode"),
+        ("returns", np.zeros(5), "returns has shape (5,); it must be (episodes = 3)."),
+        ("returns", [0, np.nan, 1], "returns is nan; it must be a number that float32 holds"),
+        ("returns", [0, 1e300, 1], "returns is 1e+300; it must be a number that float32 holds"),
+    ],
+)  # fmt: skip
+def test_columns_that_do_not_fit_are_named(as_users_run_it, column, value, sentence):
+    refused(sentence, ImageEpisodes, **(COLUMNS | {column: value}))
+
+
+# Which environments
+
+
+def in_lanes(*makes):
+    return SyncVectorEnv(makes, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def never(images):
+    raise AssertionError("a step was taken")
+
+
+ELSEWHERE = {
+    "Dict": (lambda env: env, "envs.single_observation_space is Dict("),
+    "flat": (FlatObsWrapper, "(2835,), uint8); it must be a Box of square uint8 images"),
+    "one-hot": (lambda env: ImgObsWrapper(OneHotPartialObsWrapper(env)), "(7, 7, 20), uint8); it must be a Box of"),
+    "pictures": (lambda env: ImgObsWrapper(RGBImgPartialObsWrapper(env)), "; it must be minigrid's index"),
+    "pictures of all": (lambda env: ImgObsWrapper(RGBImgObsWrapper(env)), "; it must be minigrid's index"),
+    "actions of another kind": (
+        lambda env: TransformAction(ImgObsWrapper(env), int, Box(0, 1, (2,))),
+        "envs.single_action_space is Box(0.0, 1.0, (2,), float32); it must be Discrete, from 0 on.",
+    ),
+    "actions from 1 on": (
+        lambda env: TransformAction(ImgObsWrapper(env), int, Discrete(3, start=1)),
+        "envs.single_action_space is Discrete(3, start=1); it must be Discrete, from 0 on.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrapper", "sentence"), ELSEWHERE.values(), ids=ELSEWHERE)
+def test_other_observations_and_actions_are_refused_before_any_step(wrapper, sentence):
+    def envs():
+        return in_lanes(lambda: NoStep(wrapper(gymnasium.make(ENV_ID, max_steps=12))))
+
+    side = envs().single_observation_space.shape or (7,)
+    model = DecisionTransformer(DTConfig(d_model=8, d_head=4, d_mlp=8, view_size=side[0]))
+    refused(sentence, record, envs(), never, 1, seed=0)
+    refused(sentence, rollout_in, envs(), model, [0.0])
+    refused(sentence, ppo.train, envs(), ppo.PPOConfig(8, 8, minibatches=2), progress=False)
+
+
+class NoStep(gymnasium.Wrapper):
+    def step(self, action):
+        raise AssertionError("a step was taken")
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "side"),
+    [
+        (lambda env: ViewSizeWrapper(env, 5), 5),
+        (lambda env: ViewSizeWrapper(env, 9), 9),
+        (FullyObsWrapper, 6),
+    ],
+    ids=["view of 5", "view of 9", "whole grid"],
+)
+@pytest.mark.parametrize("n_timesteps", [1, 3])
+def test_images_of_any_side_go_all_the_way(wrapper, side, n_timesteps):
+    """Played by the model's own rule, b_U, the recorded episodes come back as `rollout_in` plays them."""
+    build = lambda: ImgObsWrapper(wrapper(gymnasium.make("MiniGrid-DoorKey-6x6-v0", max_steps=9)))  # noqa: E731
+    data = record(in_lanes(build, build), turning, 6, seed=1)
+    assert data.images.shape[1:] == (side, side, 3)
+    cfg = DTConfig(8, 1, 4, 8, n_timesteps=n_timesteps, max_steps=9, n_actions=7, view_size=side)
+    config = TrainConfig(steps=30, batch_size=16, lr=0.03, balance_classes=False, evaluation_episodes=0)
+    result = training.train(data, cfg, config, 0, progress=False)
+    assert result.curve["loss"].iloc[-5:].mean() < result.curve["loss"].iloc[0]
+    played = rollout_in(in_lanes(build, build), result.model, [0.0] * 3)
+    assert (played["length"] <= 9).all()
+    refused(
+        f"DTConfig.view_size is 7; it must be that of data, {side}.",
+        training.train,
+        data,
+        replace(cfg, view_size=7),
+        config,
+        0,
+    )
+    other = DecisionTransformer(replace(cfg, view_size=7))
+    refused(
+        f"the model's view_size is 7; it must be the task's, {side}.",
+        rollout_in,
+        in_lanes(build),
+        other,
+        [0.0],
+    )
+
+
+def test_a_model_that_does_not_fit_the_environments_is_refused_before_any_step():
+    small = DTConfig(8, 1, 4, 8, max_steps=12, n_actions=7)
+    envs = in_lanes(lambda: NoStep(make(12)))
+    refused(
+        "the model's n_actions is 8; it must be at most the task's, 7.",
+        rollout_in,
+        envs,
+        DecisionTransformer(replace(small, n_actions=8)),
+        [0],
+    )
+    for limited in (lambda: make(13), lambda: TimeLimit(make(99), 13), lambda: make(13)):
+        envs = in_lanes(lambda: NoStep(make(5)), lambda limited=limited: NoStep(limited()))
+        refused(
+            "the task's max_steps is 13; it must be at most the model's, 12",
+            rollout_in,
+            envs,
+            DecisionTransformer(small),
+            [0],
+        )
+    rollout_in(in_lanes(lambda: TimeLimit(make(99), 12)), DecisionTransformer(small), [0])
+    own = DynamicObstaclesVectorEnv(2, 5, 1, max_steps=13)
+    refused(
+        "the task's max_steps is 13", rollout_in, own, DecisionTransformer(replace(small, n_actions=3)), [0]
+    )
+
+
+def test_an_episode_that_outlasts_the_model_is_refused_where_nobody_said_how_long_it_is():
+    turner = DecisionTransformer(DTConfig(8, 1, 4, 8, max_steps=12, n_actions=7))
+    turner.b_U.data[0] = 1e3
+    envs = AsyncVectorEnv([lambda: make(20)], autoreset_mode=AutoresetMode.SAME_STEP)
+    refused(
+        "the timestep of an episode is 13; it must be at most the model's, 12", rollout_in, envs, turner, [0]
+    )
+    envs.close()
+
+
+def paying(reward):
+    return TransformReward(make(), lambda _: reward)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_rewards_that_are_not_finite_stop_the_game(reward):
+    model = DecisionTransformer(DTConfig(8, 1, 4, 8, n_actions=7))
+    envs, sentence = (
+        in_lanes(lambda: paying(reward)),
+        f"a reward of envs is {reward}; it must be a finite number.",
+    )
+    refused(sentence, record, envs, turning, 1, seed=0)
+    refused(sentence, rollout_in, envs, model, [0])
+    config = ppo.PPOConfig(8, 8, minibatches=2, encoding="index")
+    refused(sentence, ppo.train, envs, config, progress=False)
+    refused(sentence, ppo.evaluate, ppo.ActorCritic(7, encoding="index"), envs, 1, True, 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "message"),
+    [
+        (lambda images: np.full(len(images), 7), ValueError, "actions must be from 0 to 6, not 7"),
+        (lambda images: np.full(len(images), 0.5), TypeError, "actions must be whole numbers, not float64"),
+        (lambda images: 2, ValueError, r"actions must have shape \(batch,\) = \(1,\), not \(\)"),
+    ],
+)
+def test_actions_of_a_policy_that_are_none_are_refused(policy, error, message):
+    with pytest.raises(error, match=message):
+        record(vector(1), policy, 1, seed=0)
 
 
 # Recorded, learnt and played: DoorKey
@@ -164,9 +383,7 @@ def doorkey():
     """Episodes of the handy agent, and what training made of them."""
     envs = SyncVectorEnv([lambda: make(KEY_STEPS)] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
     data = record(envs, handy(np.random.default_rng(0)), 60, seed=0)
-    with pytest.MonkeyPatch.context() as patch:  # `train` is annotated for the book's own trajectories only
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        return data, training.train(data, KEY_SHAPE, KEY_TRAINING, 0, progress=False)
+    return data, training.train(data, KEY_SHAPE, KEY_TRAINING, 0, progress=False)
 
 
 def test_on_doorkey_the_loss_falls_to_the_entropy_of_who_was_recorded(doorkey):
@@ -232,3 +449,35 @@ def test_on_doorkey_greedy_actions_are_the_likeliest_of_seven():
             )
             assert actions[row] == logits[0, -1].argmax()
     assert len(set(actions)) > 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "sentence"),
+    [
+        ({}, {}, "evaluation_episodes is 100; it must be 0 for ImageEpisodes, whose task is not the book's"),
+        ({"n_actions": 3}, {}, "data's largest action is 5; it must be at most n_actions − 1 = 2."),
+        ({"n_actions": 5}, {}, "data's largest action is 5; it must be at most n_actions − 1 = 4."),
+        ({"max_steps": 20}, {}, "data must hold episodes of 1 to 20 steps (max_steps)"),
+        ({"view_size": 5}, {}, "DTConfig.view_size is 5; it must be that of data, 7."),
+        ({}, {"balance_classes": True}, "balance_classes needs episodes of every return"),
+    ],
+)
+def test_data_model_and_evaluation_are_held_to_each_other_before_the_first_step(
+    doorkey, monkeypatch, shape, settings, sentence
+):
+    monkeypatch.setattr(training, "update", never)
+    cfg = replace(KEY_SHAPE, **shape)
+    config = TrainConfig(**({"balance_classes": False} | settings))
+    if settings or shape:
+        config = replace(config, evaluation_episodes=0)
+    refused(sentence, training.train, doorkey[0], cfg, config, 0, progress=False)
+
+
+def test_a_state_without_a_bit_is_refused_before_the_first_step(doorkey, monkeypatch):
+    monkeypatch.setattr(training, "update", never)
+    images = doorkey[0].images.copy()
+    images[-1, 0, 0, 2] = 3  # the direction of an agent, which a whole grid shows
+    data = replace(doorkey[0], images=images)
+    refused(
+        "states[..., 2] reaches from 0 to 3", training.train, data, KEY_SHAPE, KEY_TRAINING, 0, progress=False
+    )

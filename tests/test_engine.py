@@ -144,7 +144,7 @@ def test_two_at_once_do_each_job_once(tmp_path, log):
 
 
 def test_no_worker_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="workers must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="workers is 0; it must be an integer ≥ 1"):
         run_graph([], 0)
 
 

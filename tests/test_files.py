@@ -168,7 +168,7 @@ def no_safetensors(folder):
         ),
     ],
 )
-def test_damage_is_named_in_one_sentence(saved, damage, error, message):
+def test_damage_is_named_in_one_sentence(as_users_run_it, saved, damage, error, message):
     _, folder = saved
     damage(folder)
     with pytest.raises(error, match=message) as caught:

@@ -235,10 +235,10 @@ def test_memory_layout_and_width_of_actions_do_not_matter():
     task = Task()
     state = gridworld.reset(task, 64, np.random.default_rng(0))
     strided = GridState(*(np.asfortranarray(np.repeat(value, 2, axis=0))[::2] for value in state))
-    for dtype in (np.int8, np.uint8, np.int32, np.int64):
-        actions = (np.arange(64) % 3).astype(dtype)
-        ours = gridworld.step(task, strided, actions, np.random.default_rng(1))
-        reference = gridworld.step(task, state, np.arange(64) % 3, np.random.default_rng(1))
+    for dtype in (np.int8, np.uint8, np.int32, np.int64, np.bool_):
+        actions = np.arange(64) % (2 if dtype is np.bool_ else 3)
+        ours = gridworld.step(task, strided, actions.astype(dtype), np.random.default_rng(1))
+        reference = gridworld.step(task, state, actions, np.random.default_rng(1))
         assert data_equivalence(tuple(reference.state), tuple(ours.state), exact=True)
     np.testing.assert_array_equal(gridworld.observe(strided), gridworld.observe(state))
 
@@ -581,13 +581,13 @@ def abs_difference(a, b):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"size": 4}, "size must be a whole number from 5 to 16, not 4."),
-        ({"size": 17}, "size must be a whole number from 5 to 16, not 17."),
-        ({"n_obstacles": -1}, "n_obstacles must be a whole number from 0 to 5, not -1."),
-        ({"n_obstacles": 6}, "n_obstacles must be a whole number from 0 to 5, not 6."),
-        ({"size": 5, "n_obstacles": 4}, "n_obstacles must be a whole number from 0 to 3, not 4."),
-        ({"max_steps": 0}, "max_steps must be a whole number from 1 to 2147483647, not 0."),
-        ({"max_steps": True}, "max_steps must be a whole number from 1 to 2147483647, not True."),
+        ({"size": 4}, "Task.size is 4; it must be an integer from 5 to 16."),
+        ({"size": 17}, "Task.size is 17; it must be an integer from 5 to 16."),
+        ({"n_obstacles": -1}, "Task.n_obstacles is -1; it must be an integer ≥ 0."),
+        ({"n_obstacles": 6}, "Task.n_obstacles is 6; it must be an integer from 0 to 5."),
+        ({"size": 5, "n_obstacles": 4}, "Task.n_obstacles is 4; it must be an integer from 0 to 3."),
+        ({"max_steps": 0}, "Task.max_steps is 0; it must be an integer from 1 to 2147483647."),
+        ({"max_steps": True}, "Task.max_steps is True; it must be an integer from 1 to 2147483647."),
     ],
 )
 def test_wrong_tasks(wrong, sentence):
@@ -665,6 +665,7 @@ def test_wrong_kinds_of_state():
         ([-1, 0], ValueError, "actions must be 0 (left), 1 (right) or 2 (forward), not -1."),
         ([0, 1, 2], ValueError, "actions must have shape (batch,) = (2,), not (3,)."),
         ([0.0, 1.0], TypeError, "actions must be whole numbers, not float64."),
+        (["0", "1"], TypeError, "actions must be whole numbers, not <U1."),
     ],
 )
 def test_wrong_actions_change_nothing(actions, error, sentence):
@@ -679,7 +680,7 @@ def test_wrong_actions_change_nothing(actions, error, sentence):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"num_envs": 0}, "num_envs must be a whole number from 1 to 2147483647, not 0."),
+        ({"num_envs": 0}, "num_envs is 0; it must be an integer ≥ 1."),
         (
             {"autoreset_mode": "Never"},
             "autoreset_mode must be one of 'NextStep', 'SameStep', 'Disabled', not 'Never'.",

@@ -1,15 +1,19 @@
 """The Decision Transformer against TransformerLens, minigrid and a float64 transcription of the original."""
 
+import copy
 import math
-from contextlib import contextmanager
+from dataclasses import replace
 
 import gymnasium
-import jaxtyping
 import minigrid  # noqa: F401 - registers the environments
 import numpy as np
 import pytest
 import torch
 from minigrid.wrappers import OneHotPartialObsWrapper
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.hooks import RemovableHandle
 from transformer_lens import patching
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -89,16 +93,6 @@ def bridge_of(model):
         for name, value in weights.items():
             own[name].copy_(value)
     return bridge.eval()
-
-
-@contextmanager
-def as_users_run_it():
-    """Without the type checks of the test run, so that the model's own messages are reached."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Against TransformerLens
@@ -350,6 +344,175 @@ def test_fast_forward_lets_hooks_act():
     assert (model.fast_forward(*inputs(SMALL)) - ablated).abs().max() > 0.1
 
 
+class Louder(DecisionTransformer):
+    """A subclass with a forward pass of its own."""
+
+    def forward(self, *args):
+        return 2 * super().forward(*args)
+
+
+class Other(nn.Module):
+    """Another MLP in the place of this one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        nn.init.constant_(self.layer.weight, 0.1)
+        nn.init.constant_(self.layer.bias, 0.1)
+
+    def forward(self, x):
+        return self.layer(x).tanh()
+
+
+class Lora(nn.Module):
+    """A weight with a change of low rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.full((16, 1), 0.3)), nn.Parameter(torch.full((1, 8), 0.3))
+
+    def forward(self, weight):
+        return weight + self.a @ self.b
+
+
+def doubled(*args):
+    """A hook of any kind: twice the last of what it is given."""
+    return tuple(2 * x for x in args[-1]) if isinstance(args[-1], tuple) else 2 * args[-1]
+
+
+def bound(part, name, change):
+    setattr(part, name, change(getattr(part, name)))
+
+
+def twice(weight):
+    weight.grad.mul_(2)
+
+
+def halved(old):
+    return lambda *args: old(*args) / 2
+
+
+def exchange(parent, name, new):
+    setattr(parent, name, new)
+
+
+CHANGES = {
+    "hook of the model": lambda m: m.register_forward_hook(doubled),
+    "pre-hook of the model": lambda m: m.register_forward_pre_hook(lambda _, x: (x[0], x[1] / 2, *x[2:])),
+    "hook of a block": lambda m: m.blocks[0].register_forward_hook(doubled),
+    "hook of the attention": lambda m: m.blocks[0].attn.register_forward_hook(doubled),
+    "hook of the MLP": lambda m: m.blocks[0].mlp.register_forward_hook(doubled),
+    "pre-hook of the MLP": lambda m: m.blocks[0].mlp.register_forward_pre_hook(doubled),
+    "hook that is always called": lambda m: m.blocks[0].mlp.register_forward_hook(doubled, always_call=True),
+    "hook of a hook point": lambda m: m.blocks[0].attn.hook_z.register_forward_hook(doubled),
+    "hook of every module": lambda m: register_module_forward_hook(
+        lambda module, _, out: 2 * out if module is m.blocks[0].mlp else None
+    ),
+    "hook of a gradient": lambda m: m.blocks[0].mlp.register_full_backward_hook(doubled),
+    "pre-hook of a gradient": lambda m: m.blocks[0].register_full_backward_pre_hook(doubled),
+    "hook of a weight's gradient": lambda m: m.blocks[0].mlp.W_in.register_hook(lambda grad: 2 * grad),
+    "hook after a weight's gradient": lambda m: m.W_pos.register_post_accumulate_grad_hook(twice),
+    "hook of a gradient that is zero": lambda m: m.blocks[0].attn.b_K.register_hook(lambda grad: grad + 1),
+    "weight norm": lambda m: parametrizations.weight_norm(m.blocks[0].mlp, "W_in"),
+    "a change of low rank": lambda m: parametrize.register_parametrization(m.blocks[0].mlp, "W_in", Lora()),
+    "pruning": lambda m: prune.l1_unstructured(m.blocks[0].mlp, "W_in", 0.5),
+    "another MLP": lambda m: exchange(m.blocks[0], "mlp", Other()),
+    "no attention": lambda m: exchange(m.blocks[0], "attn", NoAttention()),
+    "a sequence for an MLP": lambda m: exchange(m.blocks[0], "mlp", nn.Sequential(m.blocks[0].mlp, nn.Tanh())),
+    "another hook point": lambda m: exchange(m.blocks[0], "hook_mlp_out", nn.Tanh()),
+    "a hook point that drops": lambda m: exchange(m, "hook_embed", nn.Hardtanh(-0.1, 0.1)),
+    "another method": lambda m: bound(m, "embed_states", halved),
+    "another method of the MLP": lambda m: bound(m.blocks[0].mlp, "forward", halved),
+    "a narrower MLP": lambda m: m.blocks[0].mlp.__dict__["_parameters"].update(
+        {name: nn.Parameter(w.data[..., :4] if name != "W_out" else w.data[:4])
+         for name, w in m.blocks[0].mlp.named_parameters() if name != "b_out"}
+    ),
+    "a key that heads share": lambda m: exchange(m.blocks[0].attn, "b_K", nn.Parameter(m.blocks[0].attn.b_K[:1].data)),
+    "values of one number for all heads": lambda m: exchange(m.blocks[0].attn, "b_V", nn.Parameter(torch.ones(1))),
+    "a tensor that is no parameter": lambda m: follow(m.blocks[0].mlp),
+    "frozen weights": lambda m: m.blocks[0].attn.requires_grad_(False),
+    "a frozen embedding": lambda m: m.W_E_state.requires_grad_(False),
+    "two layers of weights tied": lambda m: exchange(m.blocks[0].attn, "W_K", m.blocks[0].attn.W_Q),
+    "float64": lambda m: m.double(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "compiled": lambda m: m.compile(backend="eager"),
+    "a subclass": lambda m: exchange(m, "__class__", Louder),
+}  # fmt: skip
+
+
+class NoAttention(nn.Module):
+    def forward(self, q_input, k_input, v_input):
+        return v_input * 0.5
+
+
+def follow(mlp):
+    """Put a plain tensor in a parameter's place."""
+    old = mlp.W_in
+    del mlp.W_in
+    mlp.W_in = 2 * old.detach()
+
+
+def results(model, run):
+    """The logits of a run, and the gradient of every weight."""
+    model.zero_grad()
+    logits = run(*inputs(SMALL))
+    logits.float().logsumexp(-1).sum().backward()
+    grads = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in model.parameters()]
+    return [logits.detach(), *grads]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_is_attached_or_exchanged_is_obeyed(as_users_run_it, name):
+    """`fast_forward` has the logits and gradients of the changed model, and the change does change one of them."""
+    model = loud(SMALL)
+    before = results(model, model)
+    handle = CHANGES[name](model)
+    try:
+        slow, fast = results(model, model), results(model, model.fast_forward)
+    finally:
+        if isinstance(handle, RemovableHandle):  # that of every module would outlive the test
+            handle.remove()
+    for a, b in zip(slow, fast, strict=True):
+        torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4)
+    same = len(before) == len(slow) and all(torch.equal(a, b) for a, b in zip(before, slow, strict=True))
+    assert not same or name == "compiled"
+
+
+def test_autocast_is_obeyed():
+    model = loud(SMALL)
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(model.fast_forward(*inputs(SMALL)), model(*inputs(SMALL)), atol=0, rtol=0)
+
+
+def test_the_fast_path_is_taken_by_what_this_package_makes(monkeypatch, tmp_path):
+    """New, copied, saved and loaded, with its heads in another order, in float64, without gradients, after hooks."""
+    model = DecisionTransformer(SMALL)
+    model.save_pretrained(tmp_path)
+    model.run_with_cache(*inputs(SMALL))
+    made = [
+        model,
+        copy.deepcopy(model),
+        DecisionTransformer.from_pretrained(tmp_path),
+        model.permute_heads(0, [1, 0]),
+    ]
+    made += [copy.deepcopy(model).double(), copy.deepcopy(model).requires_grad_(False)]
+    monkeypatch.setattr(DecisionTransformer, "forward", None)
+    for each in made:
+        each.fast_forward(*inputs(SMALL))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.bool])
+@pytest.mark.parametrize("method", ["forward", "fast_forward"])
+def test_timesteps_and_actions_of_any_integers_are_the_same(dtype, method):
+    for n_timesteps in (1, 3):
+        cfg = replace(SMALL, n_timesteps=n_timesteps)
+        model, (states, rtgs, timesteps, actions) = loud(cfg), inputs(cfg)
+        timesteps, actions = timesteps % 2, actions % 2
+        run = getattr(model, method)
+        expected = run(states, rtgs, timesteps, actions)
+        assert torch.equal(run(states, rtgs, timesteps.to(dtype), actions.to(dtype)), expected)
+
+
 # Hooks
 
 
@@ -475,9 +638,9 @@ def wrong_inputs():
     ("batch", "message"), [pytest.param(*case[1:], id=case[0]) for case in wrong_inputs()]
 )
 @pytest.mark.parametrize("method", ["forward", "fast_forward"])
-def test_wrong_inputs_get_one_sentence(batch, message, method):
+def test_wrong_inputs_get_one_sentence(as_users_run_it, batch, message, method):
     model = loud(SHAPES["two layers, three timesteps"])
-    with as_users_run_it(), pytest.raises((ValueError, TypeError), match=message) as caught:
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
         getattr(model, method)(*batch)
     assert "\n" not in str(caught.value)
 
@@ -500,8 +663,8 @@ def test_an_index_minigrid_does_not_know_is_refused():
     ("field", "value"),
     [("n_heads", 0), ("d_model", -1), ("n_layers", -1), ("encoding", "onehot"), ("d_mlp", 2.5)],
 )
-def test_wrong_configurations_name_field_and_value(field, value):
-    with as_users_run_it(), pytest.raises(ValueError, match=rf"DTConfig\.{field} is {value!r}"):
+def test_wrong_configurations_name_field_and_value(as_users_run_it, field, value):
+    with pytest.raises(ValueError, match=rf"DTConfig\.{field} is {value!r}"):
         DTConfig(**{field: value})
 
 

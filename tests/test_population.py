@@ -141,3 +141,16 @@ def test_a_condition_that_the_model_cannot_be_asked_gets_one_sentence(model, obs
 def test_only_one_layer_can_be_folded():
     with pytest.raises(ValueError, match="model has 2 layers; only one can be folded"):
         FoldedWeights(DecisionTransformer(DTConfig(d_model=8, d_head=4, d_mlp=8, n_layers=2)))
+
+
+def test_a_model_with_hooks_or_exchanged_parts_is_not_folded():
+    """What is attached or exchanged is in no weight, so that every number would be silently another model's."""
+    for change in (
+        lambda m: m.blocks[0].mlp.register_forward_hook(lambda _, __, out: 0 * out),
+        lambda m: setattr(m.blocks[0], "mlp", torch.nn.Tanh()),
+    ):
+        model = DecisionTransformer(CONFIGS["two heads"])
+        FoldedWeights(model)
+        change(model)
+        with pytest.raises(ValueError, match="model has hooks or exchanged parts; only a plain"):
+            FoldedWeights(model)

@@ -26,6 +26,7 @@ from probe_envs import (
 
 from dtbook.gridworld import DynamicObstaclesVectorEnv
 from dtbook.trajectories.agent import OBJECTS, ActorCritic
+from dtbook.trajectories.collection import Crew
 from dtbook.trajectories.ppo import (
     PPOConfig,
     PreparedBatch,
@@ -211,7 +212,7 @@ def test_objects_are_those_of_minigrid():
 def test_an_unknown_object_is_refused():
     images = some_images()
     images[3, 2, 1, 0] = 4
-    with pytest.raises(ValueError, match=r"of the objects \(1, 2, 6, 8\), not \[1, 2, 4, 6, 8\]"):
+    with pytest.raises(ValueError, match=r"is \[1, 2, 4, 6, 8\]; it must be of the objects \(1, 2, 6, 8\)"):
         ActorCritic()(images)
 
 
@@ -263,8 +264,8 @@ def test_greedy_takes_the_likeliest_and_epsilon_still_explores():
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"temperature": 0.0}, "temperature must be positive, not 0.0"),
-     ({"epsilon": 1.5}, "epsilon must be between 0 and 1, not 1.5")],
+    [({"temperature": 0.0}, "temperature is 0.0; it must be a finite number > 0"),
+     ({"epsilon": 1.5}, "epsilon is 1.5; it must be a finite number from 0 to 1")],
 )  # fmt: skip
 def test_act_refuses(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -400,30 +401,33 @@ def test_one_thread_gives_the_threads_back():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("total_steps", 0, "a whole number, at least 1"),
-        ("epochs", -1, "a whole number, at least 1"),
-        ("minibatches", True, "a whole number, at least 1"),
-        ("learning_rate", 0.0, "a positive number"),
-        ("clip", math.inf, "a positive number"),
-        ("max_grad_norm", math.nan, "a positive number"),
-        ("entropy_coef", -0.1, "zero or positive"),
-        ("gamma", 1.01, "between 0 and 1"),
-        ("gae_lambda", -0.5, "between 0 and 1"),
-        ("encoding", "scaled", r"one of \('one-hot', 'index'\)"),
-        ("truncation", "stop", r"one of \('terminate', 'bootstrap', 'ignore'\)"),
+        ("total_steps", 0, "an integer ≥ 1"),
+        ("epochs", -1, "an integer ≥ 1"),
+        ("minibatches", True, "an integer ≥ 1"),
+        ("learning_rate", 0.0, "a finite number > 0"),
+        ("clip", math.inf, "a finite number > 0"),
+        ("max_grad_norm", math.nan, "a finite number > 0"),
+        ("entropy_coef", -0.1, "a finite number ≥ 0"),
+        ("gamma", 1.01, "a finite number from 0 to 1"),
+        ("gae_lambda", -0.5, "a finite number from 0 to 1"),
+        ("encoding", "scaled", "one of 'one-hot', 'index'"),
+        ("truncation", "stop", "one of 'terminate', 'bootstrap', 'ignore'"),
     ],
 )
-def test_config_refuses(name, value, allowed):
-    with pytest.raises(ValueError, match=f"^{name} must be {allowed}, not {value!r}$"):
+def test_config_refuses(as_users_run_it, name, value, allowed):
+    with pytest.raises(ValueError, match=rf"^PPOConfig\.{name} is {value!r}; it must be {allowed}\.$"):
         PPOConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"minibatches": 7}, "minibatches must be a divisor of the batch of 320 steps, below it, not 7"),
-        ({"minibatches": 320}, "minibatches must be a divisor of the batch of 320 steps, below it, not 320"),
-        ({"total_steps": 319}, "total_steps must be at least a batch, 320, not 319"),
+        ({"minibatches": 7}, "minibatches is 7; it must be a divisor of the batch of 320 steps, below it"),
+        (
+            {"minibatches": 320},
+            "minibatches is 320; it must be a divisor of the batch of 320 steps, below it",
+        ),
+        ({"total_steps": 319}, "total_steps is 319; it must be at least a batch, 320"),
     ],
 )
 def test_train_refuses_a_batch_that_does_not_fit(wrong, message):
@@ -432,7 +436,7 @@ def test_train_refuses_a_batch_that_does_not_fit(wrong, message):
 
 
 def test_train_refuses_a_negative_seed():
-    with pytest.raises(ValueError, match="seed must be a whole number, at least 0, not -1"):
+    with pytest.raises(ValueError, match="seed is -1; it must be an integer ≥ 0"):
         train(constant_reward(N), CRITIC, seed=-1)
 
 
@@ -447,13 +451,16 @@ def changed(name, value):
     [
         (
             changed("metadata", {"autoreset_mode": AutoresetMode.NEXT_STEP}),
-            "must be SAME_STEP, not .*NEXT_STEP",
+            "NEXT_STEP.*; it must be AutoresetMode.SAME_STEP",
         ),
         (
             changed("single_observation_space", Box(0, 1, (4,))),
-            "must be square uint8 images of three channels",
+            "it must be a Box of square uint8 images of minigrid's three indices",
         ),
-        (changed("single_action_space", Box(0, 1, (1,))), "single_action_space must be Discrete, not Box"),
+        (
+            changed("single_action_space", Box(0, 1, (1,))),
+            "single_action_space is Box.*; it must be Discrete",
+        ),
     ],
     ids=["autoreset", "observations", "actions"],
 )
@@ -465,5 +472,22 @@ def test_train_and_evaluate_refuse_environments_they_cannot_read(envs, message):
 
 
 def test_evaluate_refuses_no_episodes():
-    with pytest.raises(ValueError, match="episodes must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="episodes is 0; it must be an integer ≥ 1"):
         evaluate(ActorCritic(), constant_reward(N), 0, greedy=True, seed=0)
+
+
+def test_training_that_diverges_stops_and_says_where():
+    config = replace(CRITIC, learning_rate=1e38, max_grad_norm=1e38)
+    with pytest.raises(ValueError, match=r"PPO has diverged at step \d+: its \S+ is no longer finite\."):
+        train(reward_by_observation(N, [1e30, -1e30]), config, progress=False)
+
+
+def test_an_agent_that_has_diverged_does_not_play():
+    agent = ActorCritic(1)
+    agent.actor[0].weight.data[3, 4] = math.nan
+    with pytest.raises(
+        ValueError, match=r"agent has diverged: its actor\.0\.weight holds numbers that are not finite"
+    ):
+        evaluate(agent, constant_reward(N), 1, greedy=True, seed=0)
+    with pytest.raises(ValueError, match=r"checkpoint 64 has diverged: its actor\.0\.weight holds"):
+        Crew({64: agent.state_dict()}, (1.0,))

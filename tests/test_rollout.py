@@ -161,10 +161,54 @@ def test_an_rtg_that_is_no_number_is_refused(rtgs):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="max_steps must be at most 30"):
+    with pytest.raises(ValueError, match="max_steps is 31; it must be at most the model's, 30"):
         rollout(model_of(), [0.5], task=Task(max_steps=31))
-    with pytest.raises(ValueError, match="episodes must be at least 1, not -1"):
+    with pytest.raises(ValueError, match="episodes is -1; it must be an integer ≥ 1"):
         calibration_curve(model_of(), [0.5], episodes=-1)
     elsewhere = DynamicObstaclesVectorEnv(2, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    with pytest.raises(ValueError, match="must be SAME_STEP"):
+    with pytest.raises(ValueError, match="SAME_STEP"):
         rollout_in(elsewhere, model_of(), [0.5])
+    for shape, sentence in (
+        ({"n_actions": 4}, "the model's n_actions is 4; it must be at most the task's, 3."),
+        ({"view_size": 5}, "the model's view_size is 5; it must be the task's, 7."),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            rollout(model_of(**shape), [0.5], task=TASK)
+
+
+def test_an_rtg_too_large_for_the_model_s_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"rtgs must be finite numbers, not \[1e\+39\]"):
+        rollout(model_of(), [1e39], task=TASK)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_model_that_has_diverged_does_not_play(number):
+    model = model_of(d_model=32, d_head=16, d_mlp=32)
+    model.blocks[0].mlp.W_in.data[3, 4] = number
+    own = DynamicObstaclesVectorEnv(2, 5, 2, 30)
+    for play in (
+        lambda: rollout(model, [0.5], greedy=True, task=TASK),
+        lambda: calibration_curve(model, [0.0], 3, greedy=True, task=TASK),
+        lambda: rollout_in(own, model, [0.5], greedy=True),
+        lambda: ModelPolicy(model, np.zeros(1), True, np.random.default_rng(0)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"model has diverged: its blocks\.0\.mlp\.W_in holds numbers that are"
+        ):
+            play()
+
+
+def test_a_logit_that_is_no_number_is_refused_and_one_that_forbids_is_obeyed():
+    """A hook, as people attach it with plain PyTorch, decides what is played."""
+    for greedy in (True, False):
+        model = model_of(d_model=32, d_head=16, d_mlp=32)
+        only_left = torch.tensor([0.0, float("-inf"), float("-inf")])
+        hook = model.register_forward_hook(lambda _, __, logits, only=only_left: logits + only)
+        played = rollout(model, np.zeros(20), greedy, seed=3, task=TASK)
+        assert not played.actions.any()
+        assert played.truncated.all()
+        hook.remove()
+        assert rollout(model, np.zeros(20), greedy, seed=3, task=TASK).actions.any()
+        model.blocks[0].register_forward_hook(lambda _, __, resid: resid * float("nan"))
+        with pytest.raises(ValueError, match="a logit of model is nan"):
+            rollout(model, np.zeros(20), greedy, seed=3, task=TASK)

@@ -196,7 +196,7 @@ def test_a_situation_nobody_is_in_gets_one_sentence():
 
 
 def test_a_batch_of_nothing_is_refused_before_the_first(small):
-    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="batch_size is 0; it must be an integer ≥ 1"):
         batches(small, 0.9, 10, batch_size=0)
 
 

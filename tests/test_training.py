@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dtbook import training
 from dtbook.gridworld import Task
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.training import Sampler, TrainConfig, train
@@ -202,8 +203,8 @@ def test_a_folder_of_another_run_is_refused(data, tmp_path):
         ("evaluation_episodes", -1),
     ],
 )
-def test_wrong_settings_are_named(field, value):
-    with pytest.raises(ValueError, match=field):
+def test_wrong_settings_are_named(as_users_run_it, field, value):
+    with pytest.raises(ValueError, match=rf"TrainConfig\.{field} is {value!r}; it must be "):
         TrainConfig(**{field: value})
 
 
@@ -213,3 +214,82 @@ def test_data_that_do_not_fit_are_refused(data):
     only_deaths = data.episodes(data.classes == 0)
     with pytest.raises(ValueError, match="none have return 0"):
         train(only_deaths, DTConfig(**SMALL), TrainConfig(steps=1), 0, progress=False)
+
+
+def test_evaluation_that_the_model_cannot_play_is_refused_before_the_first_step(data, monkeypatch):
+    monkeypatch.setattr(training, "update", None)
+    short = data.episodes(data.lengths <= 20)
+    config = TrainConfig(steps=1, balance_classes=False)
+    for shape, sentence in (
+        ({"max_steps": 30}, "the task's max_steps is 40; it must be at most the model's, 30"),
+        ({"n_actions": 4}, "the model's n_actions is 4; it must be at most the task's, 3."),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            train(short, DTConfig(**(SMALL | shape)), config, 0, progress=False)
+    for shape, sentence in (
+        ({"n_actions": 2}, r"data's largest action is 2; it must be at most n_actions − 1 = 1\."),
+        ({"view_size": 9}, r"DTConfig\.view_size is 9; it must be that of data, 7\."),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            train(short, DTConfig(**(SMALL | shape)), config, 0, progress=False)
+
+
+# Training that diverges
+
+
+def explode(monkeypatch, at, how):
+    """Let a weight become nan or infinite by the update of one step, after its loss was taken."""
+    plain, step = training.update, iter(range(1, 1000))
+
+    def update(model, *rest):
+        done = plain(model, *rest)
+        if next(step) == at:
+            model.W_E_rtg.data[2] = how
+        return done
+
+    monkeypatch.setattr(training, "update", update)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_training_that_diverges_stops_at_once_and_says_where(data, monkeypatch, tmp_path, number):
+    explode(monkeypatch, 6, number)
+    config = TrainConfig(steps=20, batch_size=16, checkpoint_every=4, evaluation_episodes=0)
+    with pytest.raises(
+        ValueError, match=r"^training has diverged at step 7 of 20: the loss .*; lr is 0\.0008, and"
+    ) as caught:
+        train(data, DTConfig(**SMALL), config, 0, tmp_path, False, snapshots=[5, 12])
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000004", "weights_000005.safetensors"]
+
+
+@pytest.mark.parametrize(("snapshots", "every"), [([6], 100), ([], 6)], ids=["snapshot", "checkpoint"])
+def test_weights_that_are_not_finite_are_not_kept(data, monkeypatch, tmp_path, snapshots, every):
+    explode(monkeypatch, 6, float("nan"))
+    config = TrainConfig(steps=20, batch_size=16, checkpoint_every=every, evaluation_episodes=5)
+    with pytest.raises(ValueError, match="diverged at step 6 of 20: W_E_rtg is no longer finite"):
+        train(data, DTConfig(**SMALL), config, 0, tmp_path, False, snapshots=snapshots)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rate_that_is_too_high_is_found_out(data):
+    config = TrainConfig(steps=200, batch_size=16, lr=1e30, warmup_steps=0, evaluation_episodes=0)
+    with pytest.raises(
+        ValueError, match="training has diverged at step 2 of 200: the loss is no longer finite"
+    ):
+        train(data, DTConfig(**SMALL), config, 0, progress=False)
+
+
+def test_an_update_obeys_what_is_attached_to_a_model(data):
+    """Without its MLP's output and with frozen attention, the loss is that model's and frozen weights stay."""
+    model, config = DecisionTransformer(DTConfig(**SMALL)), TrainConfig(batch_size=32)
+    model.blocks[0].mlp.register_forward_hook(lambda _, __, out: out * 0)
+    model.blocks[0].attn.requires_grad_(False)
+    batch = Sampler(data, 1, config).batch(np.random.default_rng(0))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    logits = model(batch.states, batch.rtgs, batch.timesteps)[:, 0]
+    expected = torch.nn.functional.cross_entropy(logits, batch.actions[:, 0]).item()
+    loss, _ = training.update(model, training.make_optimizer(model, config), batch, 1e-2)
+    assert loss.item() == expected
+    moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert {"W_U", "W_E_state"} <= moved
+    assert not any(name.startswith("blocks.0.attn") for name in moved)

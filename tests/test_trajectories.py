@@ -144,12 +144,70 @@ def test_columns_that_do_not_fit_are_named(data):
     # the type checker that runs with the tests may be the first to notice
     with pytest.raises((ValueError, TypeError), match="rewards"):
         Trajectories(TASK, **(columns | {"rewards": data.rewards[:3]}))
-    with pytest.raises(ValueError, match="episode_starts must rise"):
+    with pytest.raises(ValueError, match=r"episode_starts is .*, rising from 0 and below the"):
         Trajectories(TASK, **(columns | {"episode_starts": data.episode_starts + 1}))
-    with pytest.raises(ValueError, match="actions must be"):
+    with pytest.raises(ValueError, match="actions is 5; it must be from 0 to 2"):
         Trajectories(TASK, **(columns | {"actions": data.actions + 3}))
-    with pytest.raises(ValueError, match="episodes must be at least 1, not -4"):
+    with pytest.raises(ValueError, match="episodes is -4; it must be an integer ≥ 1"):
         play(TASK, wander(np.random.default_rng(0)), -4, np.random.default_rng(0))
+
+
+def columns_of(data):
+    return {n: getattr(data, n) for n in (*STEP_COLUMNS, *EPISODE_COLUMNS, "episode_starts")}
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int16, np.float64, list])
+def test_columns_of_other_types_are_cast(as_users_run_it, data, dtype):
+    other = {name: c.tolist() if dtype is list else c.astype(dtype) for name, c in columns_of(data).items()}
+    if dtype in (np.int64, np.int16):
+        other |= {
+            name: getattr(data, name) for name in ("rewards", "temperature", "checkpoint", "episode_starts")
+        }
+    again = Trajectories(TASK, **other)
+    for name, column in columns_of(data).items():
+        taken = getattr(again, name)
+        assert taken.dtype == column.dtype, name
+        np.testing.assert_array_equal(taken, column)
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "sentence"),
+    [
+        ("actions", lambda a: a - 0.5, "actions is -0.5; it must be a number that uint8 holds"),
+        ("actions", lambda a: a.astype(int) - 1, "actions is -1; it must be a number that uint8 holds"),
+        (
+            "obstacles",
+            lambda a: a[:, :1],
+            "obstacles has shape (5233, 1); it must be (steps = 5233, n_obstacles = 2).",
+        ),
+        ("rewards", lambda a: a * np.nan, "rewards is nan; it must be a number that float32 holds"),
+        ("truncated", lambda a: a[:-1], "; it must be (episodes = "),
+        ("episode_starts", lambda a: a[1:], "it must be the first row of each episode, rising from 0"),
+    ],
+)
+def test_wrong_columns_are_one_sentence(as_users_run_it, data, column, change, sentence):
+    columns = columns_of(data)
+    columns[column] = change(columns[column])
+    if column == "episode_starts":  # the others have a row for each episode
+        columns |= {name: columns[name][1:] for name in EPISODE_COLUMNS}
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        Trajectories(TASK, **columns)
+    assert "\n" not in str(caught.value)
+
+
+def test_actions_of_a_policy_that_are_none_are_refused():
+    for action, sentence in (
+        (0.5, "actions is 0.5; it must be"),
+        (-1, "actions is -1; it must be"),
+        (3, "not 3"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            play(
+                TASK,
+                lambda images, *_, action=action: np.full(len(images), action),
+                2,
+                np.random.default_rng(0),
+            )
 
 
 def test_playing_is_deterministic(tmp_path):

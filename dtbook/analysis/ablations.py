@@ -30,6 +30,7 @@ from dtbook.analysis.population import (
     run_all,
 )
 from dtbook.analysis.stats import weighted_quantile
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import FORWARD, compiled
 from dtbook.gridworld.rules import ACTIONS, Task
@@ -61,6 +62,7 @@ def variants(model: DecisionTransformer, how: Sequence[str] = HOW) -> list[Varia
 
 
 @torch.inference_mode()
+@checked
 def situation_table(
     model: DecisionTransformer,
     observations: ObservationSet,
@@ -68,7 +70,7 @@ def situation_table(
     timesteps: Sequence[int] = TIMESTEPS,
     how: Sequence[str] = HOW,
     preference: str = "F-R",
-    seed: int = 0,
+    seed: Whole = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return one row for each situation, RTG, timestep and ablation.
@@ -127,15 +129,16 @@ class _Situations:
             *(end for rows in self.rows.values() for end in (rows.start, rows.stop)),
         }
         groups = [slice(start, stop) for start, stop in pairwise(sorted(ends))]
-        sums = [sum(self._sums(condition, rows, means) for rows in _batches(group)) for group in groups]
+        sums = [
+            np.sum([self._sums(condition, rows, means) for rows in _batches(group)], 0) for group in groups
+        ]
         if (MLP, "mean") in self.variants:
             self._ablate_mlp_to_mean(groups, sums)
-        return {
-            name: self._table(
-                name, condition, sum(sums[k] for k, group in enumerate(groups) if _holds(rows, group))
-            )
-            for name, rows in self.rows.items()
-        }
+        tables = {}
+        for name, rows in self.rows.items():
+            held = [total for group, total in zip(groups, sums, strict=True) if _holds(rows, group)]
+            tables[name] = self._table(name, condition, np.sum(held, 0))
+        return tables
 
     def _sums(self, condition: Condition, rows: slice, means: Writes) -> np.ndarray:
         """Return the weighted sum of each column for each ablation over some rows, and keep their P(forward).
@@ -234,6 +237,7 @@ timestep; that on another observation, drawn as often as states show it. The pos
 neuron: it averages the entries of a vector, and a neuron has one."""
 
 
+@checked
 def neurons(
     model: DecisionTransformer,
     observations: ObservationSet,
@@ -242,7 +246,7 @@ def neurons(
     situations: Sequence[str] = FACING,
     how: Sequence[str] = NEURON_WAYS,
     preference: str = "F-R",
-    seed: int = 0,
+    seed: Whole = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return what each neuron does in each situation: a row for each situation, RTG, neuron and way to ablate it.
@@ -378,12 +382,13 @@ def _replace_each_of_many(logits, post, instead, weight, share, sums) -> None:
 # Play
 
 
+@checked
 def ablated_play(
     model: DecisionTransformer,
     rtgs: Sequence[float] = CALIBRATION_RTGS,
-    episodes: int = 100,
-    max_steps: int = 300,
-    seed: int = 0,
+    episodes: Count = 100,
+    max_steps: Count = 300,
+    seed: Whole = 0,
     ways: Sequence[str] = ACTING,
     progress: bool = False,
     task: Task | None = None,

@@ -14,6 +14,7 @@ import torch
 
 from dtbook.analysis.attribution import but_forward, check_has_action, contrast, forward_preference
 from dtbook.analysis.population import Run, per_observation
+from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import FORWARD
 from dtbook.gridworld.rules import ACTIONS
@@ -73,11 +74,12 @@ def _preference(run: Run) -> dict[str, torch.Tensor]:
     return {"preference": forward_preference(run.logits())}
 
 
+@checked
 def turns(
     model: DecisionTransformer,
     observations: ObservationSet,
     rtgs: Sequence[float] = RTGS,
-    timestep: int = TIMESTEP,
+    timestep: Whole = TIMESTEP,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return what Pearson's r of left and right is made of: a row for each pair of columns compared and RTG.

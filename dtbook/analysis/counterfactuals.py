@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from dtbook.analysis.attribution import forward_over_turns, forward_preference
 from dtbook.analysis.population import BATCH_SIZE, STATE, FoldedWeights, Run, Writes, Written
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import FACING, select, weights, without_front
 from dtbook.model.transformer import DecisionTransformer
@@ -70,25 +71,27 @@ class Pair(NamedTuple):
         return Pair(self.source, self.base, self.weights)
 
 
+@checked
 def pairs(
     folded: FoldedWeights,
     observations: ObservationSet,
     case: Case,
-    timestep: int = TIMESTEP,
-    batch_size: int = BATCH_SIZE,
+    timestep: Whole = TIMESTEP,
+    batch_size: Count = BATCH_SIZE,
 ) -> Iterator[Pair]:
     """Yield a case's observations batch by batch, with float64 weights; raises ValueError where there are none."""
     seen = select(observations, case.situation)
     return pairs_of(folded, seen.images, weights(seen), case, timestep, batch_size)
 
 
+@checked
 def pairs_of(
     folded: FoldedWeights,
     images: UInt8[np.ndarray, "n 7 7 3"],
     share: Float[np.ndarray, " n"],
     case: Case,
-    timestep: int,
-    batch_size: int = BATCH_SIZE,
+    timestep: Whole,
+    batch_size: Count = BATCH_SIZE,
 ) -> Iterator[Pair]:
     """Yield the pairs of these observations, the clean run as base, batch by batch."""
     embedded = other = folded.embed(images)
@@ -244,8 +247,9 @@ def attributions(pair: Pair) -> Iterator[tuple[str, Float[Tensor, " n"]]]:
 
 
 @torch.inference_mode()
+@checked
 def case_effects(
-    folded: FoldedWeights, observations: ObservationSet, case: Case, timestep: int = TIMESTEP
+    folded: FoldedWeights, observations: ObservationSet, case: Case, timestep: Whole = TIMESTEP
 ) -> pd.DataFrame:
     """Return the mean effects of one case, a row an intervention; see `causal_table` for the columns."""
     sums: dict[tuple[str, str, str, str], np.ndarray] = {}
@@ -298,11 +302,12 @@ def _change(now: Tensor, before: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     return sign * (now - before), sign * (now.sigmoid() - before.sigmoid())
 
 
+@checked
 def causal_table(
     model: DecisionTransformer,
     observations: ObservationSet,
     cases: Iterable[Case] = CASES,
-    timestep: int = TIMESTEP,
+    timestep: Whole = TIMESTEP,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return the weighted mean effect of every intervention in every case, one row each.

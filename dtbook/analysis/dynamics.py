@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from dtbook.analysis.attribution import check_has_action
 from dtbook.analysis.heads import obstacle_head_scores
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet, all_observations
 from dtbook.gridworld.kernels import FORWARD
 from dtbook.gridworld.rules import Task
@@ -33,7 +34,8 @@ class Probe(NamedTuple):
     task: Task
 
 
-def make_probe(task: Task | None = None, n: int = 10_000, seed: int = 0) -> Probe:
+@checked
+def make_probe(task: Task | None = None, n: Whole = 10_000, seed: Whole = 0) -> Probe:
     """Return, for each of `PROBED`, all observations; where there are more than `n`, so many drawn by weight."""
     task = task or Task()
     observations, rng = all_observations(task.size, task.n_obstacles), np.random.default_rng(seed)
@@ -76,8 +78,13 @@ def inspect(model: DecisionTransformer, probe: Probe) -> Record:
     return row
 
 
+@checked
 def play_for(
-    model: DecisionTransformer, task: Task, rtgs: Sequence[float] = RTGS, episodes: int = 200, seed: int = 0
+    model: DecisionTransformer,
+    task: Task,
+    rtgs: Sequence[float] = RTGS,
+    episodes: Count = 200,
+    seed: Whole = 0,
 ) -> Record:
     """Return mean returns (`greedy 0.9` …) and the shares of episodes at the goal (`greedy success 0.9` …)."""
     each = np.repeat(np.array(rtgs), episodes)
@@ -91,11 +98,12 @@ def play_for(
     return row
 
 
+@checked
 def trace(
     models: Mapping[int, DecisionTransformer],
     probe: Probe,
-    episodes: int = 200,
-    seed: int = 0,
+    episodes: Count = 200,
+    seed: Whole = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return one row a snapshot of a training run, by the optimiser steps before it: `step`, `inspect`, `play_for`.

@@ -25,6 +25,7 @@ from torch import Tensor
 from dtbook.analysis.attribution import forward_over_turns, forward_preference
 from dtbook.analysis.counterfactuals import Case, pairs_of
 from dtbook.analysis.population import BATCH_SIZE, STATE, FoldedWeights, Run, Writes, Written
+from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import FORWARD
 from dtbook.gridworld.situations import select, weights
@@ -91,7 +92,8 @@ class CaseRows(NamedTuple):
             yield Trio(*pair[:2], other.at(self.case.rtg, self.timestep), pair.weights)
 
 
-def case_rows(observations: ObservationSet, case: Case, seed: int, timestep: int = TIMESTEP) -> CaseRows:
+@checked
+def case_rows(observations: ObservationSet, case: Case, seed: Whole, timestep: Whole = TIMESTEP) -> CaseRows:
     """Return a case's observations, each with one other observation of all there are, drawn by weight.
 
     A case of fewer than `LEAST_ROWS` observations has each of them several times, with as many others. Raises
@@ -250,8 +252,9 @@ def subset_masks(model: DecisionTransformer) -> tuple[list[str], Kept]:
 
 
 @torch.inference_mode()
+@checked
 def smallest_circuit(
-    model: DecisionTransformer, rows: CaseRows, seed: int, keep: float = KEEP
+    model: DecisionTransformer, rows: CaseRows, seed: Whole, keep: float = KEEP
 ) -> pd.DataFrame:
     """Return the smallest circuit found that keeps a share of the behaviour, growing; one row a unit.
 
@@ -306,8 +309,9 @@ def _grow(trio: Trio, part: np.ndarray, full: float, room: int, keep: float) -> 
     return neurons, share
 
 
+@checked
 def circuit_tables(
-    model: DecisionTransformer, observations: ObservationSet, case: Case, seed: int
+    model: DecisionTransformer, observations: ObservationSet, case: Case, seed: Whole
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return each unit's importance for a case, and what is left when only some units are kept.
 

@@ -18,6 +18,7 @@ from dtbook.analysis.ablations import components
 from dtbook.analysis.attribution import contrast, preference_direction
 from dtbook.analysis.interventions import component_outputs, feature_mean
 from dtbook.analysis.population import Run, per_observation
+from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import sample, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
@@ -35,10 +36,11 @@ N_SAMPLED, N_DIRECTIONS = 512, 10_000
 """States that means are taken over, and random directions."""
 
 
+@checked
 def median_frames(
     model: DecisionTransformer,
     observations: ObservationSet,
-    timestep: int = 10,
+    timestep: Whole = 10,
     preference: str = "F-R",
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -89,12 +91,13 @@ def _with_and_without(run: Run, removed: str, direction: Tensor) -> dict[str, Te
 
 
 @torch.no_grad()
+@checked
 def kept_by_means(
     model: DecisionTransformer,
     observations: ObservationSet,
     rtg: float = 0.9,
-    timestep: int = 10,
-    seed: int = 0,
+    timestep: Whole = 10,
+    seed: Whole = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return which share of its squared length each component keeps when it is ablated to a mean: a row for each.
@@ -114,13 +117,14 @@ def kept_by_means(
 
 
 @torch.no_grad()
+@checked
 def along_preference(
     model: DecisionTransformer,
     observations: ObservationSet,
     rtg: float = 0.9,
-    timestep: int = 10,
+    timestep: Whole = 10,
     preference: str = "F-R",
-    seed: int = 0,
+    seed: Whole = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return how much of what head 1 writes in front of an obstacle lies along a preference, in one row.

@@ -21,6 +21,7 @@ from dtbook.analysis.counterfactuals import Case, HeadPatching, pairs
 from dtbook.analysis.population import FoldedWeights, Run, per_observation
 from dtbook.analysis.stats import weighted_quantile
 from dtbook.analysis.weights import CELLS, ov_circuit, qk_circuit
+from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import EMPTY_CELL, FACING, IN_FRONT, SITUATIONS, showing, weights
@@ -59,14 +60,15 @@ def _maps(folder: str | Path) -> Path:
     return Path(folder) / "maps.safetensors"
 
 
+@checked
 def measure_circuit(
     model: DecisionTransformer,
     observations: ObservationSet,
-    head: int = 1,
+    head: Whole = 1,
     rtgs: Sequence[float] = RTGS,
     rtg: float = HIGH,
     timesteps: Sequence[int] = TIMESTEPS,
-    timestep: int = TIMESTEP,
+    timestep: Whole = TIMESTEP,
     situations: Sequence[str] = ("obstacle", "wall", "goal"),
     progress: bool = False,
 ) -> Circuit:
@@ -100,7 +102,8 @@ def measure_circuit(
 
 
 @torch.no_grad()
-def weight_maps(model: DecisionTransformer, head: int = 1) -> dict[str, Float[np.ndarray, "..."]]:
+@checked
+def weight_maps(model: DecisionTransformer, head: Whole = 1) -> dict[str, Float[np.ndarray, "..."]]:
     """Return a head's circuits from every cell and channel of the state, and from RTG, bias terms beside them.
 
     "QK": state → RTG before softmax, for a return of 1, *without* 1/√d_head ("scale" is that factor), [channel i j];
@@ -205,13 +208,14 @@ class _Sums:
 
 
 @torch.inference_mode()
+@checked
 def counterfactual_effects(
     model: DecisionTransformer,
     observations: ObservationSet,
-    head: int,
+    head: Whole,
     situation: str,
     rtg: float,
-    timestep: int,
+    timestep: Whole,
 ) -> CounterfactualEffects:
     """Return what emptying the front cell changes, and how much of it goes through one head's pattern and values.
 
@@ -253,9 +257,10 @@ def _tables(
 
 
 @torch.no_grad()
+@checked
 def neuron_directions(
     model: DecisionTransformer,
-    head: int,
+    head: Whole,
     situation: str,
     rtg: float,
     read: Float[Tensor, " read"] | None = None,

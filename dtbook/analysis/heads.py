@@ -20,6 +20,7 @@ from dtbook.analysis.attribution import forward_preference
 from dtbook.analysis.counterfactuals import Case, HeadPatching, Pair, pairs
 from dtbook.analysis.interventions import STATE_TOKENS, Site, patch
 from dtbook.analysis.population import FoldedWeights
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import MODEL_BATCH, ObservationBatch, counterfactual_pairs, select
 from dtbook.model.transformer import DecisionTransformer
@@ -45,12 +46,13 @@ class Changes(NamedTuple):
 
 
 @torch.inference_mode()
+@checked
 def obstacle_head_scores(
     model: DecisionTransformer,
     observations: ObservationSet,
     rtg: float = HIGH,
-    timestep: int = TIMESTEP,
-    batch_size: int = MODEL_BATCH,
+    timestep: Whole = TIMESTEP,
+    batch_size: Count = MODEL_BATCH,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Return each head's obstacle score over the observations with an obstacle in front; one row a head.

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import MODEL_BATCH, batches
 from dtbook.model.transformer import DecisionTransformer
@@ -233,13 +234,14 @@ def component_outputs(
     return value.squeeze(-1) if where.neuron is not None else value
 
 
+@checked
 def mean_output(
     model: DecisionTransformer,
     component: str | Site,
     observations: ObservationSet,
     rtg: float,
-    timestep: int,
-    batch_size: int = MODEL_BATCH,
+    timestep: Whole,
+    batch_size: Count = MODEL_BATCH,
 ) -> Float[Tensor, "*width"]:
     """Return the weighted mean of a component's activation over a set of observations, for `constant`."""
     means = [

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.training import Batch, Sampler, TrainConfig
 from dtbook.trajectories.recording import Trajectories
@@ -23,7 +24,8 @@ EXCHANGES = ("RTG", "earlier states", "earlier actions", "last state")
 CHUNK = 256
 
 
-def windows(data: Trajectories, n_timesteps: int, n: int, seed: int = 0) -> Batch:
+@checked
+def windows(data: Trajectories, n_timesteps: Count, n: Whole, seed: Whole = 0) -> Batch:
     """Return n whole windows of consecutive timesteps, drawn as in training: the three classes of return equally.
 
     They end at any step of an episode that has as many before it. Raises ValueError where there is none.

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dtbook.analysis import sums
+from dtbook.artifacts.parameters import Count, checked
 from dtbook.gridworld.decomposition import EMPTY_CELL, Parts, decompose
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import OBSTACLE
@@ -54,12 +55,16 @@ class FoldedWeights:
     """The weights of a one-layer model, multiplied out to what W_in and W_U read (in float64, then the model's dtype).
 
     A model with a longer context is taken as it is with a single timestep. Raises ValueError for another number of
-    layers.
+    layers, and for a model with hooks or parts that were exchanged, which would be overlooked.
     """
 
     def __init__(self, model: DecisionTransformer) -> None:
         if model.cfg.n_layers != 1:
             raise ValueError(f"model has {model.cfg.n_layers} layers; only one can be folded.")
+        if not model.is_plain():
+            raise ValueError(
+                "model has hooks or exchanged parts; only a plain DecisionTransformer can be folded."
+            )
         self.model, self.dtype = model, model.W_U.dtype
         self.head_names = [f"L0H{head}" for head in range(model.cfg.n_heads)]
         with torch.no_grad():
@@ -128,8 +133,11 @@ class FoldedWeights:
 
         Raises ValueError for observations of another view size.
         """
-        is_set = isinstance(observations, ObservationSet)
-        parts = observations.parts if is_set else decompose(np.asarray(observations))
+        parts = (
+            decompose(np.asarray(observations))
+            if not isinstance(observations, ObservationSet)
+            else observations.parts
+        )
         side = self.model.cfg.view_size
         if parts.views.shape[1:] != (side, side, 3):
             raise ValueError(
@@ -269,14 +277,13 @@ class Embedded:
         """Return the sum over all observations of weight · what a part gives to be read."""
         views, obstacles = np.zeros(len(self.parts.views)), np.zeros(len(self.parts.obstacles))
         sums.add_weights(self.parts.view, self.parts.obstacle, weight, views, obstacles)
-        columns = slice(self.folded.n_read + 1)
-        often = (torch.from_numpy(often) for often in (views, obstacles))
-        return self.folded.cast(
-            sum(
-                each @ table[:, part, columns].double()
-                for each, table in zip(often, self.tables, strict=False)
-            )
+        columns, total = (
+            slice(self.folded.n_read + 1),
+            torch.zeros(self.folded.n_read + 1, dtype=torch.double),
         )
+        for often, table in zip((views, obstacles), self.tables[:2], strict=True):
+            total += torch.from_numpy(often) @ table[:, part, columns].double()
+        return self.folded.cast(total)
 
     def at(self, rtg: float, timestep: int) -> "Run":
         """Return the run of these observations at an RTG and a timestep. Raises ValueError where there is none such."""
@@ -325,7 +332,7 @@ class Written(NamedTuple):
             last = None if columns.stop is None else columns.stop - first
             of_state = self.embedded.direct[self.part, columns.start - first : last]
             total = total + (of_state if self.weight is None else of_state * self.weight)
-        if self.vector is not None:
+        if self.vector is not None and self.scale is not None:
             total = total + self.vector[columns, None] * self.scale
         return total
 
@@ -515,12 +522,13 @@ Measure = Callable[[Run], Mapping[str, Tensor]]
 
 
 @torch.inference_mode()
+@checked
 def per_observation(
     model: DecisionTransformer,
     observations: ObservationSet,
     conditions: Iterable[tuple[float, int]],
     measure: Measure,
-    batch_size: int = BATCH_SIZE,
+    batch_size: Count = BATCH_SIZE,
     progress: bool = False,
 ) -> dict[str, Float[np.ndarray, "condition n *rest"]]:
     """Return what `measure` says of every observation at every (rtg, timestep), in their order.

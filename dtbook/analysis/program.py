@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 
 from dtbook.analysis.population import BATCH_SIZE, FoldedWeights
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import GOAL, OBSTACLE, WALL
 from dtbook.gridworld.rules import ACTIONS, FRONT, Task
@@ -241,8 +242,9 @@ class Program:
         return play(task, policy, len(rtgs), rng)
 
 
+@checked
 def program_table(
-    summary: Summary, episodes: int, task: Task, seed: int, rtgs: Sequence[float] = RTGS
+    summary: Summary, episodes: Count, task: Task, seed: Whole, rtgs: Sequence[float] = RTGS
 ) -> pd.DataFrame:
     """Return how much of the model each step explains; one row a step.
 

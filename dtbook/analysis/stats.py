@@ -12,6 +12,8 @@ import pandas as pd
 import scipy.special
 from jaxtyping import Float
 
+from dtbook.artifacts.parameters import Count, Whole, checked
+
 
 def weighted_quantile(
     values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], at: Float[np.ndarray, " k"]
@@ -77,11 +79,12 @@ class Interval(NamedTuple):
         return not self.low <= number <= self.high
 
 
+@checked
 def bootstrap_interval(
     values: Float[np.ndarray, " n"],
-    seed: int,
+    seed: Whole,
     level: float = 0.95,
-    resamples: int = 10_000,
+    resamples: Count = 10_000,
     statistic: Callable[..., np.ndarray] = np.mean,
 ) -> Interval:
     """Return a statistic over replications with its percentile bootstrap interval.

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from dtbook.analysis.attribution import by_cell, channel_slices, contrast, preference_direction
+from dtbook.artifacts.parameters import Integer, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import row_batches
@@ -56,10 +57,11 @@ class QKCircuit(NamedTuple):
 
 
 @torch.no_grad()
+@checked
 def qk_circuit(
     model: DecisionTransformer,
-    layer: int,
-    head: int,
+    layer: Integer,
+    head: Integer,
     destination: Float[Tensor, "destination d_model"],
     source: Float[Tensor, "source d_model"],
     scaled: bool = True,
@@ -90,10 +92,11 @@ class OVCircuit(NamedTuple):
 
 
 @torch.no_grad()
+@checked
 def ov_circuit(
     model: DecisionTransformer,
-    layer: int,
-    head: int,
+    layer: Integer,
+    head: Integer,
     source: Float[Tensor, "source d_model"],
     directions: Float[Tensor, "d_model direction"] | None = None,
 ) -> OVCircuit:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from dtbook.analysis.stats import Interval, bootstrap_interval
+from dtbook.artifacts.parameters import Whole, checked
 from dtbook.claims.rules import CLAIMS
 
 REPLICATED, MIXED, NOT_REPLICATED, UNDECIDED = "replicated", "mixed", "not replicated", "undecided"
@@ -22,7 +23,8 @@ class Verdict(NamedTuple):
     """Mean over the replications, with its 95 % bootstrap interval."""
 
 
-def decide(id: str, effects: np.ndarray, passed: np.ndarray, seed: int = 0) -> Verdict:
+@checked
+def decide(id: str, effects: np.ndarray, passed: np.ndarray, seed: Whole = 0) -> Verdict:
     """Return the verdict over replications, by the rule that was fixed for all claims.
 
     *Replicated* if at least 8 of 10 pass and the 95 % bootstrap interval of the mean effect excludes `Claim.none`; *not

@@ -24,6 +24,7 @@ from minigrid.core.grid import Grid
 from minigrid.core.world_object import Ball, Goal
 from minigrid.envs import DynamicObstaclesEnv
 
+from dtbook.artifacts.parameters import Count, checked
 from dtbook.gridworld import kernels
 from dtbook.gridworld.decomposition import Parts, decompose
 from dtbook.gridworld.kernels import VIEW_SIZE
@@ -34,7 +35,6 @@ from dtbook.gridworld.rules import (
     Task,
     begin,
     check_actions,
-    check_int,
     check_state,
     draw,
     free_cells,
@@ -193,9 +193,10 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         "render_fps": 10,
     }
 
+    @checked
     def __init__(
         self,
-        num_envs: int = 1,
+        num_envs: Count = 1,
         size: int = 8,
         n_obstacles: int = 4,
         max_steps: int = 300,
@@ -204,7 +205,6 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         render_mode: str | None = None,
     ) -> None:
         """Check the arguments; raise ValueError naming the one that is off, its value and what is allowed."""
-        check_int("num_envs", num_envs, 1, 2**31 - 1)
         if autoreset_mode not in (*AutoresetMode, *(mode.value for mode in AutoresetMode)):
             allowed = ", ".join(repr(mode.value) for mode in AutoresetMode)
             raise ValueError(f"autoreset_mode must be one of {allowed}, not {autoreset_mode!r}.")

@@ -22,13 +22,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import gymnasium
 import minigrid  # noqa: F401 (registers its tasks)
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt8
+from pydantic import Field, Strict
 
+from dtbook.artifacts.parameters import AS_INTEGER, Checked, Flag, Whole, checked, require
 from dtbook.gridworld import kernels
 from dtbook.gridworld.kernels import EMPTY, FAULTS, VIEW_SIZE
 
@@ -38,25 +40,24 @@ START_CELL = (1, 1)  # x, y; facing east
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Checked):
     """A Dynamic Obstacles task; raises ValueError naming the field, its value and what is allowed."""
 
-    size: int = 8
+    size: Annotated[int, Strict(), Field(ge=5, le=16), AS_INTEGER] = 8
     """Cells a side, walls included: 5 to 16 (minigrid registers 5, 6, 8 and 16)."""
-    n_obstacles: int = 4
+    n_obstacles: Whole = 4
     """0 to size // 2 + 1; minigrid silently changes larger numbers to size // 2."""
-    max_steps: int = 300
+    max_steps: Annotated[int, Strict(), Field(ge=1, le=2**31 - 1), AS_INTEGER] = 300
     """Steps until truncation: the post's 300, where minigrid's default is 4·size²."""
-    random_start: bool = False
+    random_start: Flag = False
     """Start on any free cell facing anywhere, as minigrid's "-Random-" tasks; else at (1, 1) facing east."""
 
     def __post_init__(self) -> None:
-        """Check every field."""
-        check_int("size", self.size, 5, 16)
-        check_int("n_obstacles", self.n_obstacles, 0, self.size // 2 + 1)
-        check_int("max_steps", self.max_steps, 1, 2**31 - 1)
-        if not isinstance(self.random_start, bool):
-            raise ValueError(f"random_start must be True or False, not {self.random_start!r}.")
+        super().__post_init__()
+        most = self.size // 2 + 1
+        require(
+            self.n_obstacles <= most, "Task.n_obstacles", self.n_obstacles, f"an integer from 0 to {most}"
+        )
 
     @classmethod
     def from_env_id(cls, env_id: str, max_steps: int = 300) -> Task:
@@ -70,12 +71,6 @@ class Task:
         kwargs = dict(spec.kwargs)
         random_start = kwargs.pop("agent_start_pos", START_CELL) is None
         return cls(max_steps=max_steps, random_start=random_start, **kwargs)
-
-
-def check_int(name: str, value: Any, low: int, high: int) -> None:
-    """Raise ValueError unless `value` is a whole number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}.")
 
 
 class GridState(NamedTuple):
@@ -127,9 +122,9 @@ def contiguous(state: GridState) -> GridState:
     return GridState(*map(np.ascontiguousarray, state))
 
 
-def reset(task: Task, batch: int, rng: np.random.Generator) -> GridState:
+@checked
+def reset(task: Task, batch: Whole, rng: np.random.Generator) -> GridState:
     """Return `batch` first states of episodes, as minigrid draws them: all on cells that differ, off the goal."""
-    check_int("batch", batch, 0, 2**31 - 1)
     agent, direction = np.empty((2, batch), np.uint8)
     obstacles = np.empty((batch, task.n_obstacles), np.uint8)
     state = GridState(agent, direction, obstacles, np.empty(batch, np.int32))
@@ -151,7 +146,10 @@ def free_cells(size: int) -> UInt8[np.ndarray, " cells"]:
 
 
 def step(
-    task: Task, state: GridState, actions: Integer[np.ndarray, " batch"], rng: np.random.Generator
+    task: Task,
+    state: GridState,
+    actions: Integer[np.ndarray, " batch"] | Bool[np.ndarray, " batch"],
+    rng: np.random.Generator,
 ) -> Transition:
     """Return the transition each action (0 left, 1 right, 2 forward) makes; the inputs are left as they are.
 
@@ -161,17 +159,19 @@ def step(
     return unchecked_step(task, state, check_actions(actions, len(state.agent)), rng)
 
 
-def check_actions(actions: Any, batch: int) -> Int64[np.ndarray, " batch"]:
+def check_actions(actions: Any, batch: int, n_actions: int = len(ACTIONS)) -> Int64[np.ndarray, " batch"]:
     """Return the actions as int64 in C order; raise TypeError or ValueError, in one sentence, if one is none."""
     array = np.asarray(actions)
     if array.shape != (batch,):
         raise ValueError(f"actions must have shape (batch,) = ({batch},), not {array.shape}.")
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "biu":
         raise TypeError(f"actions must be whole numbers, not {array.dtype}.")
     checked = np.ascontiguousarray(array, dtype=np.int64)
-    if checked.view(np.uint64).max(initial=0) >= len(ACTIONS):  # a negative number reads as a large one
-        wrong = array[(array < 0) | (array >= len(ACTIONS))][0]
-        raise ValueError(f"actions must be 0 (left), 1 (right) or 2 (forward), not {wrong}.")
+    if checked.view(np.uint64).max(initial=0) >= n_actions:  # a negative number reads as a large one
+        wrong = array[(array < 0) | (array >= n_actions)][0]
+        own = "0 (left), 1 (right) or 2 (forward)"
+        allowed = own if n_actions == len(ACTIONS) else f"from 0 to {n_actions - 1}"
+        raise ValueError(f"actions must be {allowed}, not {wrong}.")
     return checked
 
 
@@ -191,8 +191,11 @@ def observe(state: GridState, size: int = 8) -> UInt8[np.ndarray, "batch 7 7 3"]
     nothing and everything beyond the grid is wall. Channels are object, colour and (always 0) state. The
     agent's own cell is shown empty.
     """
-    check_state(Task(size, np.atleast_2d(state.obstacles).shape[1]), state)
+    check_state(_room(size, np.atleast_2d(state.obstacles).shape[1]), state)
     return unchecked_observe(contiguous(state), size)
+
+
+_room = lru_cache(Task)
 
 
 def unchecked_observe(state: GridState, size: int) -> np.ndarray:

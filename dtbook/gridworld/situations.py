@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.decomposition import EMPTY_CELL
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import EMPTY, GOAL, OBSTACLE, WALL
@@ -70,8 +71,9 @@ def weights(observations: ObservationSet) -> Float64[np.ndarray, " n"]:
     return observations.multiplicity / total
 
 
+@checked
 def sample(
-    observations: ObservationSet, n: int, rng: np.random.Generator
+    observations: ObservationSet, n: Whole, rng: np.random.Generator
 ) -> tuple[ObservationSet, Int64[np.ndarray, " n"]]:
     """Return `n` observations drawn as often as states show them, with replacement, and their rows."""
     rows = rng.choice(len(observations), n, p=weights(observations))
@@ -95,15 +97,15 @@ class ObservationBatch(NamedTuple):
         return self.states, self.rtgs, self.timesteps
 
 
-def row_batches(n: int, batch_size: int) -> Iterator[slice]:
+@checked
+def row_batches(n: Whole, batch_size: Count) -> Iterator[slice]:
     """Yield the rows 0 … n − 1, `batch_size` at a time; raises ValueError for a wrong `batch_size` at once."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
     return (slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size))
 
 
+@checked
 def batches(
-    observations: ObservationSet, rtg: float, timestep: int, batch_size: int = MODEL_BATCH
+    observations: ObservationSet, rtg: float, timestep: Whole, batch_size: Count = MODEL_BATCH
 ) -> Iterator[ObservationBatch]:
     """Yield all observations in order, `batch_size` at a time, each with this `rtg` and `timestep`.
 
@@ -130,12 +132,13 @@ def without_front(states: UInt8[Tensor, "*batch 7 7 3"]) -> UInt8[Tensor, "*batc
     return states
 
 
+@checked
 def counterfactual_pairs(
     observations: ObservationSet,
     rtg: float,
-    timestep: int,
+    timestep: Whole,
     situation: str = "obstacle",
-    batch_size: int = MODEL_BATCH,
+    batch_size: Count = MODEL_BATCH,
 ) -> Iterator[tuple[ObservationBatch, ObservationBatch]]:
     """Yield (clean, corrupted) batches: observations of a situation, and the same with an empty front cell.
 

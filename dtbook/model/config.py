@@ -1,45 +1,47 @@
 """The shape of a Decision Transformer, and what may enter it."""
 
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int64, Integer, UInt8
 from torch import Tensor
+
+from dtbook.artifacts.parameters import Checked, Count, Whole
 
 # The arguments of a model; `time` counts timesteps.
 States = UInt8[Tensor, "batch time view view 3"]
 Rtgs = Float[Tensor, "batch time"]
-Timesteps = Int[Tensor, "batch time"]
-Actions = Int[Tensor, "batch time-1"]
+Timesteps = Integer[Tensor, "batch time"] | Bool[Tensor, "batch time"]
+Actions = Integer[Tensor, "batch time-1"] | Bool[Tensor, "batch time-1"]
 
 # Indices minigrid may write into the object, colour and state channel (minigrid.core.constants).
 ONE_HOT_SIZES = (11, 6, 3)
 
 
 @dataclass(frozen=True)
-class DTConfig:
+class DTConfig(Checked):
     """Shape of a Decision Transformer; the defaults are the post's. Raises ValueError for a wrong field."""
 
-    d_model: int = 128
+    d_model: Count = 128
     """Width of the residual stream."""
-    n_heads: int = 2
+    n_heads: Count = 2
     """Attention heads a layer."""
-    d_head: int = 64
+    d_head: Count = 64
     """Width of a head; n_heads · d_head need not equal d_model."""
-    d_mlp: int = 256
+    d_mlp: Count = 256
     """Neurons a layer."""
-    n_layers: int = 1
+    n_layers: Whole = 1
     """Blocks; 0 leaves embeddings and unembedding."""
-    n_timesteps: int = 1
+    n_timesteps: Count = 1
     """Context, in timesteps of three tokens (RTG, state, action)."""
-    max_steps: int = 300
+    max_steps: Count = 300
     """Largest timestep the time embedding knows."""
-    encoding: str = "index"
+    encoding: Literal["index", "one-hot"] = "index"
     """How a cell enters: "index" (minigrid's three numbers, as in the post) or "one-hot" (20 bits)."""
-    n_actions: int = 3
+    n_actions: Count = 3
     """Actions: left, right, forward."""
-    view_size: int = 7
+    view_size: Count = 7
     """Side of the agent's view, in cells."""
 
     # What TransformerLens's ActivationCache and patching functions ask a configuration.
@@ -48,15 +50,6 @@ class DTConfig:
     normalization_type: ClassVar[None] = None
     n_key_value_heads: ClassVar[None] = None
     device: ClassVar[None] = None
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "n_layers" else 1
-            if field.type is int and (not isinstance(value, int) or value < least):
-                raise ValueError(f"DTConfig.{field.name} is {value!r}; it must be an integer ≥ {least}.")
-        if self.encoding not in ("index", "one-hot"):
-            raise ValueError(f'DTConfig.encoding is {self.encoding!r}; it must be "index" or "one-hot".')
 
     @property
     def n_ctx(self) -> int:
@@ -71,8 +64,11 @@ class DTConfig:
 
 def check_inputs(
     cfg: DTConfig, states: Tensor, rtgs: Tensor, timesteps: Tensor, actions: Tensor | None = None
-) -> None:
-    """Raise TypeError or ValueError for inputs that would fail later with a riddle or, worse, pass silently."""
+) -> tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time-1"] | None]:
+    """Return timesteps and actions as int64, whatever integers they are: a tensor of uint8 or bool would be a mask.
+
+    Raises TypeError or ValueError for inputs that would fail later with a riddle or, worse, pass silently.
+    """
     view = (cfg.view_size, cfg.view_size, 3)
     if states.dtype != torch.uint8:
         raise TypeError(f"states is {states.dtype}; it must be torch.uint8, as minigrid gives it.")
@@ -90,6 +86,7 @@ def check_inputs(
         )
     if not rtgs.isfinite().all():
         raise ValueError(f"rtgs holds {rtgs[~rtgs.isfinite()][0]}; every RTG must be a finite number.")
+    timesteps = timesteps.long()
     check_range("timesteps", timesteps, cfg.max_steps)
     if actions is None and time > 1:
         raise ValueError(
@@ -101,7 +98,9 @@ def check_inputs(
                 f"actions is {actions.dtype} of shape {tuple(actions.shape)}; "
                 f"it must be integers of shape (batch, time − 1) = {(batch, time - 1)}."
             )
+        actions = actions.long()
         check_range("actions", actions, cfg.n_actions - 1)
+    return timesteps, actions
 
 
 def check_range(name: str, values: Tensor, largest: int) -> None:
@@ -113,13 +112,18 @@ def check_range(name: str, values: Tensor, largest: int) -> None:
         raise ValueError(f"{name} reaches from {low} to {high}; allowed is 0 to {largest}.")
 
 
+def check_one_hot(states: UInt8[Tensor, "*batch view view 3"]) -> None:
+    """Raise ValueError for an index that has no bit."""
+    for channel, size in enumerate(ONE_HOT_SIZES):
+        check_range(f"states[..., {channel}]", states[..., channel], size - 1)
+
+
 def one_hot(states: UInt8[Tensor, "*batch view view 3"]) -> Bool[Tensor, "*batch view view 20"]:
     """Return the 20 bits of each cell: 11 objects, 6 colours, 3 states, as OneHotPartialObsWrapper does.
 
     Raises ValueError for an index minigrid does not know (it would light no bit, or another channel's).
     """
-    for channel, size in enumerate(ONE_HOT_SIZES):
-        check_range(f"states[..., {channel}]", states[..., channel], size - 1)
+    check_one_hot(states)
     bits = [
         states[..., channel, None] == torch.arange(size, dtype=torch.uint8, device=states.device)
         for channel, size in enumerate(ONE_HOT_SIZES)

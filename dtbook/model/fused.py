@@ -16,8 +16,38 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(module: nn.Module, fresh: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a module computes what a fresh one does, the values of its weights aside.
+
+    It must be made of the same types and hold nothing that the fresh one lacks: no hook, no attribute (a method that
+    was exchanged would be one), no buffer; its parameters must be leaves of the same shapes, all of one type and place.
+    """
+    mine, theirs = module.__dict__, fresh.__dict__
+    if type(module) is not type(fresh) or mine.keys() != theirs.keys():
+        return False
+    for hooks in _HOOKS:
+        if mine[hooks]:
+            return False
+    for kind in ("_parameters", "_buffers", "_modules"):
+        if mine[kind].keys() != theirs[kind].keys():
+            return False
+    for name, weight in mine["_parameters"].items():
+        if not _is_plain_weight(weight, theirs["_parameters"][name], dtype, device):
+            return False
+    parts = mine["_modules"].items()
+    return all(is_plain(part, theirs["_modules"][name], dtype, device) for name, part in parts)
+
+
+def _is_plain_weight(weight: Tensor, like: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    alike = type(weight) is nn.Parameter and weight.is_leaf and weight.shape == like.shape
+    hooked = weight._backward_hooks or weight._post_accumulate_grad_hooks
+    return alike and not hooked and weight.dtype == dtype and weight.device == device
 
 
 class Weights(NamedTuple):

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -119,6 +119,7 @@ def _differences(
 
 def _shape(weights: Mapping[str, Tensor]) -> DTConfig:
     n_inputs, d_model = weights["W_E_state"].shape
+    channels: dict[Literal["index", "one-hot"], int]
     channels = {"index": len(ONE_HOT_SIZES), "one-hot": sum(ONE_HOT_SIZES)}
     views = {encoding: math.isqrt(n_inputs // each) for encoding, each in channels.items()}
     fitting = [encoding for encoding, view in views.items() if channels[encoding] * view**2 == n_inputs]

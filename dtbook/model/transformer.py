@@ -24,19 +24,22 @@ Chen et al. 2021, https://arxiv.org/abs/2106.01345; Elhage et al. 2021 (the circ
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
+from dtbook.artifacts.parameters import Whole, check
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256, POST_MODEL_URL
 from dtbook.model.config import Actions, DTConfig, Rtgs, States, Timesteps, check_inputs, one_hot
 from dtbook.model.files import FolderMixin, check_finite, read_folder, read_post_checkpoint
-from dtbook.model.fused import Weights, one_timestep
+from dtbook.model.fused import Weights, is_plain, one_timestep
 from dtbook.model.original import convert
 
 # The weights of a block, and where in it they are.
@@ -152,7 +155,10 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         """
         super().__init__()
         self.cfg, self.metadata = cfg, dict(metadata or {})
-        generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        if isinstance(seed, torch.Generator):
+            generator = seed
+        else:
+            generator = torch.Generator().manual_seed(check("seed", seed, Whole))
         m, std, n_inputs = cfg.d_model, 0.02, cfg.n_channels * cfg.view_size**2
         self.W_E_rtg = _linear(1, m, generator=generator)
         self.W_E_state = _linear(n_inputs, n_inputs, m, generator=generator)
@@ -187,7 +193,7 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         self, states: States, rtgs: Rtgs, timesteps: Timesteps, actions: Actions | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return the residual stream that enters the first block: tokens, time and position."""
-        check_inputs(self.cfg, states, rtgs, timesteps, actions)
+        timesteps, actions = check_inputs(self.cfg, states, rtgs, timesteps, actions)
         time = self.hook_time_embed(self.W_E_time[timesteps])
         rtg = self.hook_rtg_embed(rtgs.to(self.W_E_rtg.dtype).unsqueeze(-1) * self.W_E_rtg)
         tokens = [rtg + time, self.hook_state_embed(self.embed_states(states)) + time]
@@ -230,13 +236,20 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
     ) -> Float[Tensor, "batch time action"]:
         """Return `forward`'s logits, up to rounding, faster where one layer sees one timestep.
 
-        That path has no hook points, so where a hook is attached `forward` itself runs. Raises as `forward`.
+        That path knows nothing but this class as it stands here, so wherever a model is anything else, by hooks, parts
+        or weights of another kind, `forward` itself runs. Raises as `forward`.
         """
-        hooked = any(hook.has_hooks() for hook in self.hook_dict.values())
-        if hooked or self.cfg.n_layers != 1 or states.ndim != 5 or states.shape[1] != 1:
+        if states.ndim != 5 or states.shape[1] != 1 or not self.is_plain():
             return self(states, rtgs, timesteps, actions)
-        check_inputs(self.cfg, states, rtgs, timesteps, actions)
+        timesteps, _ = check_inputs(self.cfg, states, rtgs, timesteps, actions)
         return self._fused_logits(states[:, 0], rtgs[:, 0], timesteps[:, 0]).unsqueeze(1)
+
+    def is_plain(self) -> bool:
+        """Return whether the fast path computes what `forward` does: one layer, and nothing attached or exchanged."""
+        dtype, device = self.W_U.dtype, self.W_U.device
+        if _has_any_global_hook() or torch.is_autocast_enabled(device.type) or self.cfg.n_layers != 1:
+            return False
+        return dtype in (torch.float32, torch.float64) and is_plain(self, _fresh(self.cfg), dtype, device)
 
     def _fused_logits(
         self,
@@ -246,8 +259,7 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
     ) -> Float[Tensor, "batch action"]:
         """Return the logits of one timestep through one layer, by `fused.one_timestep`."""
         attn, mlp, state = self.blocks[0].attn, self.blocks[0].mlp, self.embed_states(states)
-        parts = dict(self.named_parameters(recurse=False)) | dict(attn.named_parameters())
-        parts |= dict(mlp.named_parameters())
+        parts: dict[str, Any] = self._parameters | attn._parameters | mlp._parameters
         weights = Weights(*(parts[name] for name in Weights._fields))
         time = nn.functional.embedding(timesteps, self.W_E_time)
         return one_timestep(state, time, rtgs.to(state.dtype), weights)
@@ -341,3 +353,9 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
             raise ValueError(f"{path} does not hold a Decision Transformer: {reason}") from error
         check_finite(str(path or source), weights)
         return model.eval()
+
+
+@lru_cache(maxsize=8)
+def _fresh(cfg: DTConfig) -> DecisionTransformer:
+    """Return a new model of a shape, which nobody can have changed."""
+    return DecisionTransformer(cfg)

@@ -1,7 +1,6 @@
 """The notebook runner: checked parameters, cells run by papermill, a digest to tell which copy is current."""
 
 import ast
-import math
 import os
 import re
 import time
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import nbformat
 import papermill
@@ -18,7 +17,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from pydantic import Field
 
+from dtbook.artifacts.parameters import AnyPlain, Flag, Integer, Number, Text, check
 from dtbook.artifacts.post_weights import COPY, NOTE, named_copy, noted, weights_at_hand
 from dtbook.artifacts.provenance import code_behind, digest, imported_names
 from dtbook.artifacts.store import ArtifactStore, atomic_write, describe
@@ -47,22 +48,14 @@ class Parameter:
         of the default's, and a list whose default has some has one. A text whose meaning begins with "folder" or
         "file" is a path, which counts from the caller's folder: kernels run elsewhere. Raises ValueError.
         """
-        kind = type(self.default)
-        if isinstance(value, str) and kind is not str:
+        if isinstance(value, str) and not isinstance(self.default, str):
             value = _literal(value)
-        if kind is float and type(value) is int:
-            value = float(value)
-        items = value if isinstance(value, list) else [value]
-        if isinstance(value, list) and isinstance(self.default, list) and self.default:
-            inside = type(self.default[0])
-            value = items = [float(x) if inside is float and type(x) is int else x for x in value]
-            alike = bool(items) and all(type(item) is inside for item in items)
-        else:
-            alike = self.default is None or type(value) is kind
-        if not alike or not all(math.isfinite(item) for item in items if isinstance(item, float)):
-            wanted = f"{kind.__name__}, like {self.default!r}"
-            raise ValueError(f"{self.name} must be of type {wanted}, not {value!r}")
-        for item in items:
+        try:
+            value = check(self.name, value, _kind_of(self.default))
+        except ValueError:
+            wanted = f"{type(self.default).__name__}, like {self.default!r}"
+            raise ValueError(f"{self.name} must be of type {wanted}, not {value!r}") from None
+        for item in value if isinstance(value, list) else [value]:
             self._check_limits(item)
         if value and isinstance(value, str) and _PATH.match(self.meaning):
             return str(Path(value).expanduser().absolute())
@@ -76,6 +69,17 @@ class Parameter:
                 raise ValueError(f"{self.name} must be {words} {limit}, not {value!r}")
         if (choice := _CHOICE.search(self.meaning)) and str(value) not in choice[1].split(", "):
             raise ValueError(f"{self.name} must be one of {choice[1]}, not {value!r}")
+
+
+_KINDS = {int: Integer, float: Number, bool: Flag, str: Text, type(None): AnyPlain}
+
+
+def _kind_of(default: object) -> Any:
+    """Return what a value must be to be like a default; a list that holds something says the same of its items."""
+    if isinstance(default, list):
+        inside = _kind_of(default[0] if default else None)
+        return Annotated[list[inside], Field(min_length=min(len(default), 1))]  # type: ignore[valid-type]
+    return _KINDS.get(type(default), type(default))
 
 
 _KEPT: dict[str, Callable[[float, float, float], bool]] = {

@@ -24,6 +24,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
+from dtbook.artifacts.parameters import Count, checked
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256
 from dtbook.artifacts.processes import Processes, check_scheduler
 from dtbook.artifacts.provenance import Code, digest
@@ -253,9 +254,10 @@ def run_job(job: Job) -> Outcome:
 Say = Callable[[str], object]
 
 
+@checked
 def run_graph(
     jobs: Sequence[Job],
-    workers: int = 1,
+    workers: Count = 1,
     scheduler: str | None = None,
     say: Say = lambda line: None,
 ) -> dict[Job, Outcome]:
@@ -265,8 +267,6 @@ def run_graph(
     that need what it was to make; the others go on. `say` hears of each job as it ends, in a line. Raises ArtifactError
     for a scheduler that is none.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
     left, running, outcomes = list(jobs), dict[Future[Outcome], Job](), dict[Job, Outcome]()
     deaths, graph = Counter[Job](), _Graph(jobs)
 

@@ -4,15 +4,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from dtbook import training
 from dtbook.analysis import heads
+from dtbook.artifacts.parameters import Checked, Count, Number, Whole, check, checked
 from dtbook.artifacts.store import ArtifactStore
 from dtbook.gridworld.env import DynamicObstaclesVectorEnv, all_observations
 from dtbook.gridworld.rules import Task
@@ -47,7 +49,7 @@ BARS = {
 
 
 @dataclass(frozen=True)
-class LongContext:
+class LongContext(Checked):
     """How the model of nine timesteps is made."""
 
     model: DTConfig = DTConfig(d_model=64, d_head=32, d_mlp=128, n_timesteps=9)
@@ -58,19 +60,19 @@ class LongContext:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """All settings of what is made, but the seeds."""
 
     task: Task = Task()
     ppo: PPOConfig = PPOConfig(
         checkpoint_every=1
     )  # survivors, which return 0, are there for a few updates only
-    envs: int = 64
+    envs: Count = 64
     """Environments that PPO learns in at once."""
     quota: QuotaConfig = QuotaConfig()
     model: DTConfig = DTConfig()
     train: TrainConfig = TrainConfig()
-    snapshots: tuple[int, ...] = (0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800, 9000)
+    snapshots: tuple[Whole, ...] = (0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800, 9000)
     """Training steps after which the weights are kept."""
     calibration: Mapping[str, Any] = field(
         default_factory=lambda: {"rtgs": list(CALIBRATION_RTGS), "episodes": 500, "max_steps": 300}
@@ -78,6 +80,15 @@ class Recipe:
     long_context: LongContext = LongContext()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Stage → those of its settings that are others than in the table of stages."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = {"rtgs": Annotated[list[Number], Field(min_length=1)], "episodes": Count, "max_steps": Count}
+        settings = {
+            name: check(f"Recipe.calibration[{name!r}]", value, kinds.get(name, Any))
+            for name, value in self.calibration.items()
+        }
+        object.__setattr__(self, "calibration", settings)
 
 
 def folder_of(seed: int) -> str:
@@ -114,13 +125,15 @@ def is_shipped(name: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- the stages' functions
-def train_ppo(recipe: Recipe, seed: int, progress: bool = False) -> tuple[ppo.PPOResult, Trajectories]:
+@checked
+def train_ppo(recipe: Recipe, seed: Whole, progress: bool = False) -> tuple[ppo.PPOResult, Trajectories]:
     """Train one PPO agent; return what came of it, and all that it played on its way."""
     recorder = RecordEpisodes(environments(recipe.task, recipe.envs))
     return ppo.train(recorder, recipe.ppo, seed, progress), recorder.trajectories()
 
 
-def environments(task: Task, number: int) -> DynamicObstaclesVectorEnv:
+@checked
+def environments(task: Task, number: Count) -> DynamicObstaclesVectorEnv:
     """Return so many environments of a task."""
     return DynamicObstaclesVectorEnv(number, task.size, task.n_obstacles, task.max_steps, task.random_start)
 
@@ -256,7 +269,8 @@ REPLICATION = ("ppo", "collection", "training", "heads", "calibration")
 """The stages of one replication, in order."""
 
 
-def replication(store: ArtifactStore, seed: int, recipe: Recipe, progress: bool = False) -> list[Job]:
+@checked
+def replication(store: ArtifactStore, seed: Whole, recipe: Recipe, progress: bool = False) -> list[Job]:
     """Return the jobs of one replication, in order."""
     of = folder_of(seed)
     return [
@@ -272,13 +286,15 @@ def around(store: ArtifactStore, recipe: Recipe) -> list[Job]:
     return [*controls, Job(REPLICATION_ROWS["long context"], store, recipe=recipe.long_context)]
 
 
-def replicate(store: ArtifactStore, seed: int, recipe: Recipe | None = None, progress: bool = True) -> None:
+@checked
+def replicate(store: ArtifactStore, seed: Whole, recipe: Recipe | None = None, progress: bool = True) -> None:
     """Make every artifact of one replication, in this process, going on where an interrupted call stopped."""
     for job in replication(store, seed, recipe or Recipe(), progress):
         job.ensure()
 
 
-def load_snapshots(store: ArtifactStore, seed: int = 0) -> dict[int, DecisionTransformer]:
+@checked
+def load_snapshots(store: ArtifactStore, seed: Whole = 0) -> dict[int, DecisionTransformer]:
     """Return training steps → the model as it was then (float16 on disk), heads numbered as the final model's."""
     final = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
     models = {}

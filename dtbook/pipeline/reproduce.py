@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from dtbook.artifacts.parameters import Count, checked
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
 from dtbook.model.files import read_post_checkpoint
 from dtbook.pipeline import experiments, measure, replication
@@ -33,11 +34,12 @@ def plan(
     return jobs + measure.measured(made, seeds, recipe, post, everything)
 
 
+@checked
 def reproduce(
     made: ArtifactStore,
     shipped: ArtifactStore,
     seeds: Sequence[int],
-    workers: int = 1,
+    workers: Count = 1,
     scheduler: str | None = None,
     everything: bool = False,
     recipe: Recipe | None = None,

@@ -21,6 +21,7 @@ import pandas as pd
 import pyarrow
 import yaml
 
+from dtbook.artifacts.parameters import Count, checked
 from dtbook.artifacts.provenance import digest
 from dtbook.artifacts.store import ArtifactStore
 from dtbook.figures.display import GLUE_MIME
@@ -232,10 +233,11 @@ def _combinations(described: Mapping[str, Any], source: str) -> Iterator[dict[st
 
 
 # ---------------------------------------------------------------------------------------- running them all
+@checked
 def run_sweep(
     points: Sequence[Point],
     folder: Path,
-    workers: int = 1,
+    workers: Count = 1,
     scheduler: str | None = None,
     say: Say = lambda line: None,
 ) -> pd.DataFrame:

@@ -6,27 +6,25 @@ The initialisation (orthogonal, with a small gain in the last layer) follows Cle
 import math
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from dtbook.artifacts.parameters import Count, Positive, Share, check, checked, require
+
 OBJECTS = (1, 2, 6, 8)
 """minigrid's codes of what Dynamic Obstacles can show: empty, wall, ball (an obstacle), goal. Nothing is ever
 unseen (the view goes through walls), and in this task colour and state follow from the object."""
-ENCODINGS = {"one-hot": len(OBJECTS), "index": 3}
+Encoding = Literal["one-hot", "index"]
+ENCODINGS: dict[Encoding, int] = {"one-hot": len(OBJECTS), "index": 3}
 """What the agent may be shown, and how many inputs that makes for each cell of the view."""
 
 ImageBatch = UInt8[Tensor, "batch view view 3"]
 Inputs = Float32[Tensor, "batch inputs"]
 Logits = Float32[Tensor, "batch actions"]
-
-
-def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """Raise ValueError, naming a parameter, its value and what is allowed, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
 
 class ActorCritic(nn.Module):
@@ -36,17 +34,17 @@ class ActorCritic(nn.Module):
     ("one-hot") or a channel ("index").
     """
 
+    @checked
     def __init__(
         self,
-        n_actions: int = 3,
-        view_size: int = 7,
-        hidden: int = 64,
-        encoding: str = "one-hot",
+        n_actions: Count = 3,
+        view_size: Count = 7,
+        hidden: Count = 64,
+        encoding: Encoding = "one-hot",
         generator: torch.Generator | None = None,
     ) -> None:
         """Draw orthogonal weights (from a generator seeded with 0 if none is given); biases are zero."""
         super().__init__()
-        require(encoding in ENCODINGS, "encoding", encoding, f"one of {tuple(ENCODINGS)}")
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.encoding = encoding
         sizes = (ENCODINGS[encoding] * view_size**2, hidden, hidden, n_actions)
@@ -103,8 +101,8 @@ class ActorCritic(nn.Module):
         With probability epsilon, each is replaced by an action drawn uniformly. Raises ValueError for a
         temperature that is not positive and an epsilon outside [0, 1].
         """
-        require(temperature > 0, "temperature", temperature, "positive")
-        require(0 <= epsilon <= 1, "epsilon", epsilon, "between 0 and 1")
+        check("temperature", temperature, Positive)
+        check("epsilon", epsilon, Share)
         scores = self.actor(self.encode(images))
         if not greedy:  # adding Gumbel noise, −log of exponential noise, makes the argmax a sample
             noise = torch.empty_like(scores).exponential_(generator=generator).log()

@@ -7,14 +7,26 @@ at several temperatures, class by class, is not.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field, Strict
 from torch.func import functional_call, vmap
 from tqdm import tqdm
 
+from dtbook.artifacts.parameters import (
+    AS_NUMBER,
+    FINITE,
+    Checked,
+    Count,
+    Positive,
+    Whole,
+    check_finite,
+    checked,
+    require,
+)
 from dtbook.gridworld.kernels import GOAL
 from dtbook.gridworld.rules import FRONT, Task
 from dtbook.trajectories.agent import ActorCritic
@@ -22,30 +34,21 @@ from dtbook.trajectories.recording import CLASS_NAMES, Trajectories, play
 
 
 @dataclass(frozen=True)
-class QuotaConfig:
+class QuotaConfig(Checked):
     """The number of steps collected of each class; raises ValueError naming the field that is off."""
 
-    steps_per_class: int = 600_000
+    steps_per_class: Count = 600_000
     """Steps wanted in episodes of return −1, of 0 and above 0, each."""
-    probe_episodes: int = 8
+    probe_episodes: Count = 8
     """Episodes that each policy (checkpoint × temperature) plays first, to see what it produces."""
-    round_episodes: int = 4_096
+    round_episodes: Count = 4_096
     """Episodes in one round of one class."""
-    max_rounds: int = 12
+    max_rounds: Count = 12
     """Rounds for a class before it is left as short as it is."""
-    temperatures: tuple[float, ...] = (1.0, 0.5, 0.25)
+    temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0, 0.5, 0.25)
     """Temperatures of the softmax over actions."""
-    epsilon: float = 0.1
+    epsilon: Annotated[float, Strict(), FINITE, Field(ge=0, lt=1), AS_NUMBER] = 0.1
     """One more policy a checkpoint acts at random with this probability, else samples; 0 for none."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps_per_class", "probe_episodes", "round_episodes", "max_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.temperatures or min(self.temperatures) <= 0:
-            raise ValueError(f"temperatures must be positive numbers, not {self.temperatures}")
-        if not 0 <= self.epsilon < 1:
-            raise ValueError(f"epsilon must be at least 0 and below 1, not {self.epsilon}")
 
     @property
     def modes(self) -> tuple[float, ...]:
@@ -61,11 +64,12 @@ class Collection(NamedTuple):
     """One row a round: `class`, `round` (0: the probe), `steps` of that class so far."""
 
 
+@checked
 def collect_by_quota(
     checkpoints: Mapping[int, Mapping[str, torch.Tensor]],
     task: Task,
     config: QuotaConfig,
-    seed: int,
+    seed: Whole,
     progress: bool = True,
 ) -> Collection:
     """Play PPO's checkpoints until each return class has its steps, or its rounds are over.
@@ -136,8 +140,9 @@ class Crew:
     def __init__(
         self, checkpoints: Mapping[int, Mapping[str, torch.Tensor]], modes: tuple[float, ...]
     ) -> None:
-        if not checkpoints:
-            raise ValueError("checkpoints must hold at least one checkpoint, but is empty")
+        require(bool(checkpoints), "checkpoints", checkpoints, "a mapping that holds at least one checkpoint")
+        for step, state in checkpoints.items():
+            check_finite(f"checkpoint {step}", state)
         self.modes = np.array(modes, dtype=np.float32)
         self.env_steps = np.array(list(checkpoints), dtype=np.int32)
         self.size = len(self.env_steps) * len(modes)

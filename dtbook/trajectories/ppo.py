@@ -15,79 +15,75 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from gymnasium.spaces import Discrete
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import VectorEnv
 from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dtbook.trajectories.agent import ENCODINGS, ActorCritic, Inputs, Logits, require
+from dtbook.artifacts.parameters import (
+    Checked,
+    Count,
+    NotNegative,
+    Positive,
+    Share,
+    Whole,
+    check_finite,
+    checked,
+    not_finite,
+    require,
+)
+from dtbook.trajectories.agent import ActorCritic, Encoding, Inputs, Logits
+from dtbook.trajectories.anytask import check_envs, check_rewards, first_images
 
-TRUNCATIONS = ("terminate", "bootstrap", "ignore")
 PerStep = Float32[Tensor, "steps envs"]
 
 
 # ------------------------------------------------------------------------------------------ configuration
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(Checked):
     """Every choice of a run but its seed and its environments (how many, which task).
 
     The defaults solve 8×8 Dynamic Obstacles in 64 environments. Raises ValueError naming a field that is off.
     """
 
-    total_steps: int = 1_000_000
+    total_steps: Count = 1_000_000
     """Environment steps in all, over all environments; rounded down to whole updates."""
-    num_steps: int = 64
+    num_steps: Count = 64
     """Steps of each environment between two updates; a batch is num_steps × num_envs of them."""
-    epochs: int = 4
+    epochs: Count = 4
     """Passes over the batch in an update."""
-    minibatches: int = 4
+    minibatches: Count = 4
     """Parts of equal size that a pass shuffles the batch into; one optimiser step each."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Adam's step size, constant."""
-    gamma: float = 0.99
+    gamma: Share = 0.99
     """Discount per step."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """Decay per step of GAE's mixture: 0 trusts the critic, 1 the sampled returns."""
-    clip: float = 0.4
+    clip: Positive = 0.4
     """How far the ratio of new to old probability may leave 1 before going further earns nothing."""
-    entropy_coef: float = 0.25
+    entropy_coef: NotNegative = 0.25
     """Weight of the policy's entropy (nats), constant. Small or annealed, the agent spins and survives."""
-    value_coef: float = 0.5
+    value_coef: NotNegative = 0.5
     """Weight of the critic's loss, which is half its squared error."""
-    max_grad_norm: float = 2.0
+    max_grad_norm: Positive = 2.0
     """Longest gradient (Euclidean, over all parameters) that Adam is given; longer ones are scaled down."""
-    hidden: int = 64
+    hidden: Count = 64
     """Units in each of the two tanh layers."""
-    encoding: str = "one-hot"
+    encoding: Encoding = "one-hot"
     """What the agent sees: "one-hot" objects, or "index", the raw codes of all three channels (the post)."""
-    truncation: str = "terminate"
+    truncation: Literal["terminate", "bootstrap", "ignore"] = "terminate"
     """What comes after the step limit. "terminate": nothing, as if the episode had ended there. "bootstrap":
     what the critic says of the final observation. "ignore": the next episode, as in the original, which
     overlooks truncation, so that value leaks in from an episode that has nothing to do with this one."""
-    checkpoint_every: int = 2
+    checkpoint_every: Count = 2
     """Updates from one checkpoint to the next."""
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        for name in ("total_steps", "num_steps", "epochs", "minibatches", "hidden", "checkpoint_every"):
-            value = getattr(self, name)
-            is_integer = isinstance(value, int) and not isinstance(value, bool)
-            require(is_integer and value >= 1, name, value, "a whole number, at least 1")
-        for name in ("learning_rate", "clip", "max_grad_norm"):
-            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
-        for name in ("entropy_coef", "value_coef"):
-            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "zero or positive")
-        for name in ("gamma", "gae_lambda"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        for name, choices in (("encoding", tuple(ENCODINGS)), ("truncation", TRUNCATIONS)):
-            require(getattr(self, name) in choices, name, getattr(self, name), f"one of {choices}")
 
     @classmethod
     def post(cls) -> "PPOConfig":
@@ -130,6 +126,7 @@ def collect(
         cut[t] = truncated & ~terminated[t]
         if cut[t].any():
             final_images.append(np.stack(list(infos["final_obs"][cut[t]])))
+    check_rewards(rewards)
     columns = (seen, actions, rewards, terminated, cut, np.concatenate(final_images))
     return Rollout(*map(torch.from_numpy, columns))
 
@@ -270,8 +267,9 @@ class PPOResult(NamedTuple):
     that the critic foresaw (NaN if they do not vary); and what `learn` returns."""
 
 
+@checked
 def train(
-    envs: VectorEnv, config: PPOConfig | None = None, seed: int = 0, progress: bool = True
+    envs: VectorEnv, config: PPOConfig | None = None, seed: Whole = 0, progress: bool = True
 ) -> PPOResult:
     """Train an agent from nothing; the same seed on the same machine gives the same bytes.
 
@@ -285,7 +283,7 @@ def train(
     env_seed, generator = _seeds(seed)
     agent = ActorCritic(n_actions, view_size, config.hidden, config.encoding, generator)
     optimizer = torch.optim.Adam(agent.parameters(), config.learning_rate, eps=1e-5, fused=True)
-    images, _ = envs.reset(seed=env_seed)
+    images = first_images(envs, env_seed)
     episodes, recent = Episodes(envs.num_envs), deque[float](maxlen=500)
     checkpoints, rows = {}, []
     with one_thread(), tqdm(total=n_updates, desc="PPO", unit="update", disable=not progress) as bar:
@@ -295,6 +293,8 @@ def train(
             batch = prepare(rollout, agent, config)
             row = _episode_row(rollout, episodes, recent) | {"explained_variance": explained_variance(batch)}
             rows.append({"env_steps": env_steps} | row | learn(agent, optimizer, batch, config, generator))
+            if wrong := not_finite(dict(agent.named_parameters())):
+                raise ValueError(f"PPO has diverged at step {env_steps}: its {wrong} is no longer finite.")
             if update % config.checkpoint_every == 0:
                 checkpoints[env_steps] = {name: t.clone() for name, t in agent.state_dict().items()}
             bar.set_postfix(mean_return=f"{np.mean(recent or [math.nan]):.3f}", refresh=False)
@@ -320,22 +320,24 @@ def _episode_row(rollout: Rollout, episodes: Episodes, recent: deque[float]) -> 
     return {"episodes": len(returns), "mean_return": mean_return, "mean_length": mean_length}
 
 
-def evaluate(agent: ActorCritic, envs: VectorEnv, episodes: int, greedy: bool, seed: int) -> pd.DataFrame:
+@checked
+def evaluate(agent: ActorCritic, envs: VectorEnv, episodes: Count, greedy: bool, seed: Whole) -> pd.DataFrame:
     """Play whole episodes; return the `return` (undiscounted) and `length` (steps) of each, one a row.
 
     Each environment plays its share of the episodes and no more: taking whichever end first would favour
     short ones. Raises ValueError for fewer than one episode.
     """
-    require(episodes >= 1, "episodes", episodes, "at least 1")
     check_envs(envs)
+    check_finite("agent", agent.state_dict())
     env_seed, generator = _seeds(seed)
-    images, _ = envs.reset(seed=env_seed)
+    images = first_images(envs, env_seed)
     share = np.arange(envs.num_envs) < episodes % envs.num_envs
     left = episodes // envs.num_envs + share
     tally, rows = Episodes(envs.num_envs), []
     while left.any():
         actions = agent.act(torch.from_numpy(images), generator, greedy).numpy()
         images, rewards, terminated, truncated, _ = envs.step(actions)
+        check_rewards(rewards)
         finished = tally.add(rewards, terminated | truncated)
         rows += [row for row in zip(*finished, strict=True) if left[row[0]] > 0]
         left = np.maximum(left - (terminated | truncated), 0)
@@ -355,7 +357,6 @@ def one_thread() -> Iterator[None]:
 
 def _seeds(seed: int) -> tuple[int, torch.Generator]:
     """Return independent sources for the environments and for the agent."""
-    require(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number, at least 0")
     env_seed, torch_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
     return env_seed, torch.Generator().manual_seed(torch_seed)
 
@@ -366,20 +367,3 @@ def _count_updates(config: PPOConfig, num_envs: int) -> int:
     require(splits, "minibatches", config.minibatches, f"a divisor of the batch of {batch} steps, below it")
     require(config.total_steps >= batch, "total_steps", config.total_steps, f"at least a batch, {batch}")
     return config.total_steps // batch
-
-
-def check_envs(envs: VectorEnv) -> tuple[int, int]:
-    """Return the number of actions and the size of the view (cells a side).
-
-    Raises ValueError for environments that do not reset in the step that ends an episode (SAME_STEP), or whose
-    observations or actions are others than an agent's.
-    """
-    mode = envs.metadata.get("autoreset_mode")
-    require(mode == AutoresetMode.SAME_STEP, "envs.metadata['autoreset_mode']", mode, "SAME_STEP")
-    images, actions = envs.single_observation_space, envs.single_action_space
-    shape = images.shape if images.dtype == np.uint8 and images.shape is not None else ()
-    square = len(shape) == 3 and shape == (shape[0], shape[0], 3)
-    require(square, "envs.single_observation_space", images, "square uint8 images of three channels")
-    if not isinstance(actions, Discrete):
-        raise ValueError(f"envs.single_action_space must be Discrete, not {actions!r}")
-    return int(actions.n), shape[0]

@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Int64, UInt8
 
 from dtbook import gridworld
+from dtbook.artifacts.parameters import Count, cast, checked, require
 from dtbook.artifacts.store import atomic_write
-from dtbook.gridworld.rules import GridState, Task
+from dtbook.gridworld.rules import ACTIONS, GridState, Task
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -57,16 +58,9 @@ class Trajectories:
     temperature: Float32[np.ndarray, " episodes"]
 
     def __post_init__(self) -> None:
-        steps, episodes = len(self.actions), len(self.episode_starts)
-        for name in ("agent", "direction", "obstacles", "rewards"):
-            _check_rows(name, getattr(self, name), steps, "step")
-        for name in EPISODE_COLUMNS:
-            _check_rows(name, getattr(self, name), episodes, "episode")
-        starts = self.episode_starts
-        if episodes and (starts[0] != 0 or starts[-1] >= steps or np.any(np.diff(starts) <= 0)):
-            raise ValueError(f"episode_starts must rise from 0 and stay below the {steps} steps there are")
-        if steps and (self.actions.max() > 2 or not np.isfinite(self.rewards).all()):
-            raise ValueError("actions must be 0, 1 or 2 and rewards finite numbers")
+        check_columns(self, {"n_obstacles": self.task.n_obstacles})
+        most = self.actions.max(initial=0)
+        require(most < len(ACTIONS), "actions", most, f"from 0 to {len(ACTIONS) - 1} at every step")
 
     @property
     def lengths(self) -> Int64[np.ndarray, " episodes"]:
@@ -255,15 +249,42 @@ def _indices(selection: np.ndarray, episodes: int) -> np.ndarray:
     return selection
 
 
-def _check_rows(name: str, column: np.ndarray, rows: int, unit: str) -> None:
-    if len(column) != rows:
-        raise ValueError(f"{name} has {len(column)} rows, but there are {rows} {unit}s")
+def check_columns(data: Any, axes: dict[str, int]) -> None:
+    """Cast the columns of a dataclass of episodes to its annotations and hold them to each other, in place.
+
+    Axes of one name are equally long, as long as `axes` says if it does. Raises ValueError naming the column whose
+    shape or numbers are off.
+    """
+    first = ("actions", "episode_starts")  # which say how many steps and episodes there are
+    columns: list[Any] = [field for field in fields(data) if hasattr(field.type, "dim_str")]
+    for name, kind in sorted(((f.name, f.type) for f in columns), key=lambda column: column[0] not in first):
+        column = cast(name, getattr(data, name), kind.dtypes[0])
+        _measure(name, column.shape, kind.dim_str.split(), axes)
+        object.__setattr__(data, name, column)
+    starts, steps = data.episode_starts, axes["steps"]
+    rising = starts[:1].tolist() == [0] and (np.diff(starts, append=steps) > 0).all()
+    allowed = f"the first row of each episode, rising from 0 and below the {steps} steps there are"
+    require(bool(rising or len(starts) == steps == 0), "episode_starts", starts.tolist(), allowed)
 
 
+def _measure(name: str, shape: tuple[int, ...], dims: list[str], axes: dict[str, int]) -> None:
+    """Raise ValueError for a shape that is not `dims` (names or numbers) with these axes; add new ones to them."""
+    sizes = dict(axes)
+    same = (
+        n == (int(dim) if dim.isdigit() else sizes.setdefault(dim, n))
+        for dim, n in zip(dims, shape, strict=False)
+    )
+    if len(shape) != len(dims) or not all(same):
+        known = ", ".join(f"{dim} = {axes[dim]}" if dim in axes else dim for dim in dims)
+        raise ValueError(f"{name} has shape {shape}; it must be ({known}).")
+    axes |= sizes
+
+
+@checked
 def play(
     task: Task,
     policy: Policy,
-    episodes: int,
+    episodes: Count,
     rng: np.random.Generator,
     checkpoint: Int[np.ndarray, " episodes"] | int = -1,
     temperature: Float32[np.ndarray, " episodes"] | float = 1.0,
@@ -272,13 +293,11 @@ def play(
 
     Those that have ended leave the batch, so a step costs only what is still running.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, not {episodes}")
     state, active = gridworld.reset(task, episodes, rng), np.arange(episodes)
     recorder = _Recorder(task)
     for timestep in range(task.max_steps):
         images = gridworld.observe(state, task.size)
-        actions = policy(images, active, np.full(len(active), timestep)).astype(np.uint8)
+        actions = cast("actions", policy(images, active, np.full(len(active), timestep)), np.uint8)
         after = gridworld.step(task, state, actions, rng)
         recorder.add(active, state, actions, after.reward, after.truncated & ~after.terminated, after.state)
         going = ~(after.terminated | after.truncated)
