@@ -204,7 +204,7 @@ class _Situations:
 
 
 def _batches(rows: slice) -> Iterator[slice]:
-    for batch in row_batches(rows.stop - rows.start, FAST_BATCH_SIZE // 4):
+    for batch in row_batches(rows.stop - rows.start, FAST_BATCH_SIZE // 2):
         yield slice(rows.start + batch.start, rows.start + batch.stop)
 
 

@@ -183,7 +183,7 @@ def _forward_and_margin(run: Run) -> dict[str, torch.Tensor]:
     logits = run.logits()
     others = but_forward(logits)
     margin = logits[:, FORWARD] - others.amax(1)
-    return {"forward": logits.softmax(1)[:, FORWARD], "margin": margin}
+    return {"forward": logits.T.softmax(0)[FORWARD], "margin": margin}
 
 
 def scan(

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dtbook.analysis.attribution import forward_over_turns, forward_preference
-from dtbook.analysis.population import BATCH_SIZE, STATE, FoldedWeights, Run, Writes, Written
+from dtbook.analysis.population import FAST_BATCH_SIZE, STATE, FoldedWeights, Run, Writes, Written
 from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import FACING, select, weights, without_front
@@ -77,7 +77,7 @@ def pairs(
     observations: ObservationSet,
     case: Case,
     timestep: Whole = TIMESTEP,
-    batch_size: Count = BATCH_SIZE,
+    batch_size: Count = FAST_BATCH_SIZE,
 ) -> Iterator[Pair]:
     """Yield a case's observations batch by batch, with float64 weights; raises ValueError where there are none."""
     seen = select(observations, case.situation)
@@ -91,7 +91,7 @@ def pairs_of(
     share: Float[np.ndarray, " n"],
     case: Case,
     timestep: Whole,
-    batch_size: Count = BATCH_SIZE,
+    batch_size: Count = FAST_BATCH_SIZE,
 ) -> Iterator[Pair]:
     """Yield the pairs of these observations, the clean run as base, batch by batch."""
     embedded = other = folded.embed(images)

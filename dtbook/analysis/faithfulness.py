@@ -87,7 +87,7 @@ class CaseRows(NamedTuple):
 
     def trios(self, folded: FoldedWeights) -> Iterator[Trio]:
         """Yield the runs batch by batch."""
-        pairs = pairs_of(folded, self.images, self.weights, self.case, self.timestep)
+        pairs = pairs_of(folded, self.images, self.weights, self.case, self.timestep, BATCH_SIZE)
         for pair, (_, other) in zip(pairs, folded.embed(self.others).batches(BATCH_SIZE), strict=True):
             yield Trio(*pair[:2], other.at(self.case.rtg, self.timestep), pair.weights)
 

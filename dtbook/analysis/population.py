@@ -37,7 +37,7 @@ from dtbook.model.transformer import DecisionTransformer
 
 BATCH_SIZE = 2048
 """Observations a batch where every neuron of each is kept: small enough for the processor's cache."""
-FAST_BATCH_SIZE = 65_536
+FAST_BATCH_SIZE = 32_768
 """Observations a batch where they are not."""
 COLUMNS = 16
 """The number of columns of a table is a multiple of it."""
@@ -417,6 +417,10 @@ class Run(NamedTuple):
         """Return the action logits, with what the components write themselves or others in their place."""
         return self.embedded.folded.logits([self.writes() if writes is None else writes])[0].T
 
+    def probabilities(self, writes: Writes | None = None) -> Float[Tensor, "n action"]:
+        """Return the actions' probabilities."""
+        return self.logits(writes).T.softmax(0).T  # over the axis that is not contiguous: it is vectorised
+
     def contributions(self) -> dict[str, Float[Tensor, "n action"]]:
         """Return the logits as a sum of components: the keys of `attribution.decompose`, channels taken together.
 
@@ -528,7 +532,7 @@ def per_observation(
     observations: ObservationSet,
     conditions: Iterable[tuple[float, int]],
     measure: Measure,
-    batch_size: Count = BATCH_SIZE,
+    batch_size: Count = FAST_BATCH_SIZE,
     progress: bool = False,
 ) -> dict[str, Float[np.ndarray, "condition n *rest"]]:
     """Return what `measure` says of every observation at every (rtg, timestep), in their order.
@@ -558,6 +562,6 @@ def logits(
 ) -> Float[np.ndarray, "condition n action"]:
     """Return the action logits of every observation at every (rtg, timestep); `model` itself, up to rounding."""
     values = per_observation(
-        model, observations, conditions, lambda run: {"logits": run.logits()}, FAST_BATCH_SIZE, progress
+        model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress
     )
     return values["logits"]

@@ -163,7 +163,7 @@ def summarise_model(
         cells, weight = row_of[batch, None] * n_actions + np.arange(n_actions), share[batch, None]
         for k, rtg in enumerate(FITTED_RTGS):
             for timestep in FITTED_TIMESTEPS:
-                p = some.at(rtg, timestep).logits().double().softmax(1).numpy()
+                p = some.at(rtg, timestep).logits().T.double().softmax(0).T.numpy()
                 first = p == p.max(1, keepdims=True)
                 for total, value in zip(sums[:, k], (p, first / first.sum(1, keepdims=True)), strict=True):
                     flat = np.bincount(cells.ravel(), (weight * value).ravel(), total.size)
