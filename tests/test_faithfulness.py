@@ -19,8 +19,8 @@ from dtbook.analysis.faithfulness import (
     subset_masks,
     unit_names,
 )
+from dtbook.analysis.folded import FoldedWeights
 from dtbook.analysis.interventions import Site, ablate, edited, patch
-from dtbook.analysis.population import FoldedWeights
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.situations import without_front
 from dtbook.model import DecisionTransformer, DTConfig

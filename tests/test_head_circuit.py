@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dtbook.analysis.attribution import contrast, decompose, forward_preference
+from dtbook.analysis.folded import FoldedWeights
 from dtbook.analysis.head_circuit import (
     TERMS,
     Circuit,
@@ -19,7 +20,7 @@ from dtbook.analysis.head_circuit import (
 )
 from dtbook.analysis.heads import obstacle_head_scores
 from dtbook.analysis.interventions import STATE_TOKENS, Site, patch
-from dtbook.analysis.population import FoldedWeights
+from dtbook.analysis.population import run_at
 from dtbook.gridworld import FRONT, all_observations
 from dtbook.gridworld.situations import batches, counterfactual_pairs, select, weights
 from dtbook.model import DecisionTransformer, DTConfig
@@ -46,7 +47,7 @@ def observations():
 
 def test_score_terms_add_up_to_the_cached_attention(model, observations):
     batch = next(iter(batches(observations, RTG, T)))
-    run = FoldedWeights(model).embed(batch.states[:, 0]).at(RTG, T)
+    run = run_at(FoldedWeights(model).embed(batch.states[:, 0]), RTG, T)
     _, cache = model.run_with_cache(*batch.inputs)
     pattern = cache["blocks.0.attn.hook_pattern"][:, :, 1]  # the state token's
     odds = (pattern[..., 0] / pattern[..., 1]).log().T

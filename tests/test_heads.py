@@ -10,13 +10,13 @@ from planted import FORWARD, FRONT_OBJECT, NEAR, SEEN, TOLD, blank, plant_head, 
 
 from dtbook.analysis.attribution import forward_preference
 from dtbook.analysis.counterfactuals import Case, pairs
+from dtbook.analysis.folded import FoldedWeights
 from dtbook.analysis.heads import (
     changes_by_patching,
     changes_fused,
     obstacle_head_scores,
     order_heads,
 )
-from dtbook.analysis.population import FoldedWeights
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.situations import counterfactual_pairs, select, weights
 from dtbook.model import DecisionTransformer, DTConfig

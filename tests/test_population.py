@@ -7,8 +7,10 @@ from bridge import bridge_of
 
 from dtbook.analysis.attribution import decompose
 from dtbook.analysis.counterfactuals import Pair, ablations, activation_patches, path_patches
+from dtbook.analysis.folded import FoldedWeights
 from dtbook.analysis.interventions import Site, ablate, feature_mean, mean_output, patch, path_patch
-from dtbook.analysis.population import FoldedWeights, Written, logits, per_observation, run_all
+from dtbook.analysis.population import logits, per_observation, run_at
+from dtbook.analysis.written import Written, direct, mean_z, nothing, run_all, without_mlp
 from dtbook.gridworld import EMPTY, GOAL, OBSTACLE, all_observations
 from dtbook.gridworld.situations import batches, weights, without_front
 from dtbook.model import DecisionTransformer, DTConfig
@@ -61,7 +63,7 @@ def close(a, b):
 def compare_quantities(model, images):
     """Attention, what each component writes and the MLP sees and does, against the model's own activations."""
     f, given = FoldedWeights(model), inputs(images, 0.9, 10)
-    run = f.embed(images).at(0.9, 10)
+    run = run_at(f.embed(images), 0.9, 10)
     expected, cache = model.run_with_cache(*given)
     close(run.logits(), expected[:, 0])
     close(run.logits().softmax(1), expected[:, 0].softmax(1))
@@ -74,8 +76,8 @@ def compare_quantities(model, images):
         z = cache["z", 0][:, 1, head]
         read = torch.cat([z @ model.blocks[0].attn.W_O[head] @ W_read, z.mean(1, keepdim=True)], 1)
         close(run.head(head).read(), read)
-        close(f.direct(run.head(head)).T, f.direct_logits(read))
-        close(f.mean_z(run.head(head)), read[:, -1])
+        close(direct(f, run.head(head)).T, f.direct_logits(read))
+        close(mean_z(f, run.head(head)), read[:, -1])
     ours, theirs = run.contributions(), decompose(model, *given)
     state = sum(theirs.pop(f"state: {name}") for name in ("object", "colour", "state"))
     theirs |= {"state": state, "time and position": theirs.pop("time") + theirs.pop("position")}
@@ -90,13 +92,13 @@ def compare_ablations(model, observations):
     f, images = FoldedWeights(model), observations.images
     embedded, share = f.embed(observations), weights(observations)
     rows = np.random.default_rng(0).permutation(len(images))
-    run, donor = embedded.at(0.25, 20), embedded[rows].at(0.25, 20)
+    run, donor = run_at(embedded, 0.25, 20), run_at(embedded[rows], 0.25, 20)
     given, writes = inputs(images, 0.25, 20), run.writes()
     _, others = model.run_with_cache(*inputs(images[rows], 0.25, 20))
     for head, name in enumerate(f.head_names):
         own = run.head(head)
         instead = {
-            "zero": (ablate(model, name), f.nothing),
+            "zero": (ablate(model, name), nothing(f)),
             "mean": (
                 ablate(model, name, to=mean_output(model, name, observations, 0.25, 20)),
                 Written(own.mean(share)),
@@ -104,13 +106,13 @@ def compare_ablations(model, observations):
             "resample": (patch(model, others, name), donor.head(head)),
             "feature mean": (
                 ablate(model, name, to=feature_mean),
-                f.nothing._replace(vector=f.feature_mean[head], scale=f.mean_z(own)),
+                nothing(f)._replace(vector=f.feature_mean[head], scale=mean_z(f, own)),
             ),
         }
         for hooked, written in instead.values():
             with hooked:
                 close(run.logits(writes | {name: written}), model(*given)[:, 0])
-    out, direct = run_all(f, [writes], with_mean=1), f.without_mlp(writes)
+    out, direct = run_all(f, [writes], with_mean=1), without_mlp(f, writes)
     of_mlp = {
         ablate(model, "L0 MLP"): 0,
         patch(model, others, "L0 MLP"): donor.mlp_out().T,
@@ -134,11 +136,11 @@ def compare_patches(model, images):
     f = FoldedWeights(model)
     embedded, other = f.embed(images), f.embed(without_front(torch.from_numpy(images)))
     share = torch.ones(len(images), dtype=torch.float64)
-    base, given = embedded.at(0.9, 10), inputs(images, 0.9, 10)
+    base, given = run_at(embedded, 0.9, 10), inputs(images, 0.9, 10)
     _, base_cache = model.run_with_cache(*given)
     for source, changed in (
-        (other.at(0.9, 10), inputs(without_front(torch.from_numpy(images)), 0.9, 10)),
-        (embedded.at(-1.0, 10), inputs(images, -1.0, 10)),
+        (run_at(other, 0.9, 10), inputs(without_front(torch.from_numpy(images)), 0.9, 10)),
+        (run_at(embedded, -1.0, 10), inputs(images, -1.0, 10)),
     ):
         _, cache = model.run_with_cache(*changed)
         seen = set()
@@ -218,7 +220,7 @@ def test_a_thousand_observations_have_the_activations_of_transformerlens():
     images = drawn.images[np.random.default_rng(2).choice(len(drawn), 1000, replace=False)]
     given = inputs(images, 0.9, 10)
     expected, cache = bridge_of(model).run_with_cache(model.embed(*given), start_at_layer=0)
-    run = FoldedWeights(model).embed(images).at(0.9, 10)
+    run = run_at(FoldedWeights(model).embed(images), 0.9, 10)
     close(run.logits(), expected[:, 1] + model.b_U)
     close(run.pattern.T, cache["blocks.0.attn.hook_pattern"][:, :, 1, 0])
     close(run.embedded.folded.pre(run.resid_mid()), cache["blocks.0.mlp.hook_pre"][:, 1])
@@ -231,7 +233,7 @@ def test_rooms_that_the_task_never_shows_have_the_models_logits(model, observati
     images[rng.random(images.shape[:3]) < 0.05] = GOAL, 1, 0
     at = images[..., 0] == OBSTACLE
     images[at, 1] = rng.integers(0, 6, at.sum())
-    run = FoldedWeights(model).embed(images).at(0.9, 10)
+    run = run_at(FoldedWeights(model).embed(images), 0.9, 10)
     close(run.logits(), model(*inputs(images, 0.9, 10))[:, 0])
 
 
@@ -241,21 +243,21 @@ def test_runs_evaluated_together_are_those_evaluated_alone(observations):
     model = loud(CONFIGS["two heads"])
     f = FoldedWeights(model)
     embedded, other = f.embed(observations), f.embed(observations.images[::-1])
-    runs = [one.at(*condition).writes() for one in (embedded, other) for condition in CONDITIONS]
+    runs = [run_at(one, *condition).writes() for one in (embedded, other) for condition in CONDITIONS]
     runs += [
-        runs[0] | {"L0H0": f.nothing},
+        runs[0] | {"L0H0": nothing(f)},
         runs[1] | {"L0H1": runs[4]["L0H1"]},
         runs[0] | {"more": runs[5]["L0H0"]},
     ]
-    together = f.logits(runs)
+    together = run_all(f, runs).logits
     for run, ours in zip(runs, together, strict=True):
-        close(ours, f.logits([run])[0])
+        close(ours, run_all(f, [run]).logits[0])
 
 
 def test_a_run_leaves_what_is_embedded_as_it_was(model, observations):
     embedded = FoldedWeights(model).embed(observations)
     before = [part.clone() for part in (embedded.read, embedded.q, embedded.k, embedded.direct)]
-    run = embedded.at(0.9, 10)
+    run = run_at(embedded, 0.9, 10)
     first = run.logits()
     run.contributions()
     close(run.logits(), first)
@@ -268,7 +270,7 @@ def test_single_precision_is_good_to_a_hundred_thousandth_of_the_terms(observati
     model = DecisionTransformer(DTConfig(), seed=4)
     expected = logits(DecisionTransformer(DTConfig(), seed=4).double(), observations, [(0.9, 10)])[0]
     ours = logits(model, observations, [(0.9, 10)])[0]
-    parts = FoldedWeights(model).embed(observations).at(0.9, 10).contributions()
+    parts = run_at(FoldedWeights(model).embed(observations), 0.9, 10).contributions()
     largest = max(float(part.abs().max()) for part in parts.values())
     assert ours.dtype == np.float32
     assert np.abs(ours - expected).max() < 1e-5 * largest

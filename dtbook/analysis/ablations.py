@@ -16,20 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dtbook.analysis.attribution import check_has_action, contrast
+from dtbook.analysis.folded import BATCH_SIZE, FAST_BATCH_SIZE, Embedded, FoldedWeights
 from dtbook.analysis.interventions import ablate
-from dtbook.analysis.population import (
-    BATCH_SIZE,
-    FAST_BATCH_SIZE,
-    MLP,
-    Condition,
-    Embedded,
-    FoldedWeights,
-    Run,
-    Writes,
-    Written,
-    run_all,
-)
+from dtbook.analysis.population import MLP, Condition, Run, run_at
 from dtbook.analysis.stats import weighted_quantile
+from dtbook.analysis.written import Writes, Written, direct, mean_z, nothing, run_all
 from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import FORWARD, compiled
@@ -115,13 +106,13 @@ class _Situations:
         self.embedded, self.donors = embedded[order], embedded[donors[order]]
         self.forward = np.empty((len(ablations), len(order)), np.float32)
         self.direct = torch.empty(len(folded.b_U), len(order), dtype=folded.dtype)
-        self.parts = [*embedded[:1].at(0.0, 0).writes(), MLP, "b_U"]
+        self.parts = [*run_at(embedded[:1], 0.0, 0).writes(), MLP, "b_U"]
 
     def at(self, condition: Condition) -> dict[str, list[dict[str, object]]]:
         """Return the rows of each situation at one condition, one for each ablation."""
         means, self.mlp_mean = {}, torch.zeros_like(self.folded.b_U)
         if any(how == "mean" for _, how in self.variants):
-            heads = self.embedded.at(*condition).heads()
+            heads = run_at(self.embedded, *condition).heads()
             means = {name: Written(written.mean(self.weights)) for name, written in heads.items()}
         ends = {
             0,
@@ -145,7 +136,11 @@ class _Situations:
 
         Columns: the three probabilities, what each of `parts` writes on the preference, and each head's attention.
         """
-        f, run, donor = self.folded, self.embedded[rows].at(*condition), self.donors[rows].at(*condition)
+        f, run, donor = (
+            self.folded,
+            run_at(self.embedded[rows], *condition),
+            run_at(self.donors[rows], *condition),
+        )
         writes, share = run.writes(), f.cast(torch.from_numpy(self.weights[rows]))
         instead = [_instead(variant, run, donor, means) for variant in self.variants]
         of_donor = {name: written for name, written in donor.writes().items() if written.varies}
@@ -174,7 +169,7 @@ class _Situations:
         return np.column_stack([actions, parts, np.tile(attention, (len(parts), 1))]).astype(np.float64)
 
     def _on_preference(self, written: Written, share: Tensor) -> float:
-        return float((self.direction @ self.folded.direct(written)).expand(len(share)) @ share)
+        return float((self.direction @ direct(self.folded, written)).expand(len(share)) @ share)
 
     def _ablate_mlp_to_mean(self, groups: Sequence[slice], sums: Sequence[np.ndarray]) -> None:
         """Put in what the MLP's mean output gives, now that all of it is known: `_sums` left zero ablation there."""
@@ -224,9 +219,9 @@ def _instead(variant: Variant, run: Run, donor: Run, means: Writes) -> dict[str,
     if how == "resample":
         return {name: donor.head(head)}
     if how == "feature mean":
-        scale = f.mean_z(run.head(head))
-        return {name: f.nothing._replace(vector=f.feature_mean[head], scale=scale)}
-    return {name: f.nothing}
+        scale = mean_z(f, run.head(head))
+        return {name: nothing(f)._replace(vector=f.feature_mean[head], scale=scale)}
+    return {name: nothing(f)}
 
 
 # Neuron by neuron
@@ -286,7 +281,9 @@ def _neuron_means(
     name = "means of the neurons" if progress else None
     for rows, embedded in folded.embed(observations).batches(BATCH_SIZE, name):
         for condition in conditions:
-            sums[condition] += share[None, rows].astype(np.float32) @ embedded.at(*condition).post().numpy()
+            sums[condition] += (
+                share[None, rows].astype(np.float32) @ run_at(embedded, *condition).post().numpy()
+            )
     return sums
 
 
@@ -337,13 +334,13 @@ class _NeuronByNeuron:
         donor = self.others[rows]
         share, weight = self.share[rows], self.folded.W_mlp.numpy()
         for condition in conditions:
-            run = embedded.at(*condition)
+            run = run_at(embedded, *condition)
             writes = run.writes()
             logits, post = np.ascontiguousarray(run.logits(writes).numpy()), run.post(writes).numpy()
             sums[0] += share @ (post > 0), share @ post
             for k, way in enumerate(self.how, start=1):
                 if way == "resample":
-                    instead = donor.at(*condition).post().numpy()
+                    instead = run_at(donor, *condition).post().numpy()
                 elif way == "mean":
                     instead = self.means[condition].astype(post.dtype)
                 else:

@@ -25,7 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dtbook.analysis.attribution import forward_over_turns, forward_preference
-from dtbook.analysis.population import FAST_BATCH_SIZE, STATE, FoldedWeights, Run, Writes, Written
+from dtbook.analysis.folded import FAST_BATCH_SIZE, FoldedWeights
+from dtbook.analysis.population import STATE, Run, run_at
+from dtbook.analysis.written import Writes, Written, nothing, run_all, without_mlp
 from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import FACING, select, weights, without_front
@@ -98,8 +100,8 @@ def pairs_of(
     if case.rtg == case.source_rtg:
         other = folded.embed(without_front(torch.from_numpy(images)))
     for rows, batch in embedded.batches(batch_size):
-        clean = batch.at(case.rtg, timestep)
-        source = (batch if other is embedded else other[rows]).at(case.source_rtg, timestep)
+        clean = run_at(batch, case.rtg, timestep)
+        source = run_at((batch if other is embedded else other[rows]), case.source_rtg, timestep)
         yield Pair(clean, source, torch.from_numpy(share[rows]))
 
 
@@ -181,13 +183,13 @@ def activation_patches(pair: Pair) -> Iterator[tuple[str, str, Float[Tensor, "n 
             patched[token, f"{name} {part}".removesuffix(" output")] = writes | {name: written}
     patched["state", "heads"] = writes | source.heads()
     if base.condition != source.condition:
-        patched["RTG", "embedding"] = base.embedded.at(*source.condition).writes()
+        patched["RTG", "embedding"] = run_at(base.embedded, *source.condition).writes()
     if base.embedded is not source.embedded:
-        patched["state", "embedding"] = source.embedded.at(*base.condition).writes()
-    for where, logits in zip(patched, f.logits(list(patched.values())), strict=True):
+        patched["state", "embedding"] = run_at(source.embedded, *base.condition).writes()
+    for where, logits in zip(patched, run_all(f, list(patched.values())).logits, strict=True):
         yield *where, logits.T
         if where == ("state", "heads"):
-            yield "state", "L0 MLP", f.without_mlp(writes).T + source.mlp_out()
+            yield "state", "L0 MLP", without_mlp(f, writes).T + source.mlp_out()
 
 
 def _patched_results(pair: Pair, head: int) -> Iterator[tuple[str, str, Written]]:
@@ -219,19 +221,19 @@ def path_patches(pair: Pair) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
     f, writes, others = base.embedded.folded, base.writes(), source.writes()
     senders = [*([STATE] if base.embedded is not source.embedded else []), *f.head_names]
     patched = [writes | {name: others[name]} for name in senders]
-    mlp_out, *changed = f.mlp_out([writes, *patched])
-    direct = f.without_mlp(writes)
+    mlp_out, *changed = run_all(f, [writes, *patched]).mlp_out
+    direct = without_mlp(f, writes)
     for name, run, out in zip(senders, patched, changed, strict=True):
-        yield f"{name} → logits", (f.without_mlp(run) + mlp_out).T
+        yield f"{name} → logits", (without_mlp(f, run) + mlp_out).T
         yield f"{name} → L0 MLP", (direct + out).T
 
 
 def ablations(run: Run) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
     """Yield (component, logits) of a run with each head, then the MLP, zero-ablated."""
     f, writes = run.embedded.folded, run.writes()
-    without = f.logits([writes | {name: f.nothing} for name in f.head_names])
+    without = run_all(f, [writes | {name: nothing(f)} for name in f.head_names]).logits
     yield from zip(f.head_names, without.transpose(1, 2), strict=True)
-    yield "L0 MLP", f.without_mlp(writes).T
+    yield "L0 MLP", without_mlp(f, writes).T
 
 
 def attributions(pair: Pair) -> Iterator[tuple[str, Float[Tensor, " n"]]]:

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from dtbook.analysis.attribution import forward_over_turns, forward_preference
 from dtbook.analysis.counterfactuals import Case, pairs_of
-from dtbook.analysis.population import BATCH_SIZE, STATE, FoldedWeights, Run, Writes, Written
+from dtbook.analysis.folded import BATCH_SIZE, FoldedWeights
+from dtbook.analysis.population import STATE, Run, run_at
+from dtbook.analysis.written import Writes, Written, direct, nothing, run_all, without_mlp
 from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import FORWARD
@@ -89,7 +91,7 @@ class CaseRows(NamedTuple):
         """Yield the runs batch by batch."""
         pairs = pairs_of(folded, self.images, self.weights, self.case, self.timestep, BATCH_SIZE)
         for pair, (_, other) in zip(pairs, folded.embed(self.others).batches(BATCH_SIZE), strict=True):
-            yield Trio(*pair[:2], other.at(self.case.rtg, self.timestep), pair.weights)
+            yield Trio(*pair[:2], run_at(other, self.case.rtg, self.timestep), pair.weights)
 
 
 @checked
@@ -144,18 +146,20 @@ def _preference_with_each(
 
 
 def _one_by_one(
-    run: Run, direct: Tensor, heads: Mapping[str, Written], neurons: Tensor
+    run: Run, beside: Tensor, heads: Mapping[str, Written], neurons: Tensor
 ) -> Float[Tensor, "unit n"]:
     """Return the change of the forward preference by each unit: what it writes changed by so much, or put in place."""
     f, writes = run.embedded.folded, run.writes()
-    logits, *changed = f.logits([writes, *(writes | {name: written} for name, written in heads.items())])
-    changed = [forward_preference(each.T) for each in (logits + direct, *changed)]
+    logits, *changed = run_all(
+        f, [writes, *(writes | {name: written} for name, written in heads.items())]
+    ).logits
+    changed = [forward_preference(each.T) for each in (logits + beside, *changed)]
     each_neuron = _preference_with_each(logits.T, neurons, f.W_mlp).T
     return torch.cat([torch.stack(changed), each_neuron]) - forward_preference(logits.T)
 
 
 def _direct(run: Run) -> Float[Tensor, "action n"]:
-    return run.embedded.folded.direct(run.writes()[STATE])
+    return direct(run.embedded.folded, run.writes()[STATE])
 
 
 def _patching(trio: Trio) -> Float[Tensor, "unit n"]:
@@ -165,18 +169,18 @@ def _patching(trio: Trio) -> Float[Tensor, "unit n"]:
 
 def _ablation(trio: Trio) -> Float[Tensor, "unit n"]:
     clean, f = trio.clean, trio.clean.embedded.folded
-    return _one_by_one(clean, -_direct(clean), dict.fromkeys(f.head_names, f.nothing), -clean.post())
+    return _one_by_one(clean, -_direct(clean), dict.fromkeys(f.head_names, nothing(f)), -clean.post())
 
 
 def _attribution(trio: Trio) -> Float[Tensor, "unit n"]:
     f, clean, source = trio.clean.embedded.folded, trio.clean, trio.source
     direction = forward_over_turns(len(f.b_U)).to(f.b_U)
     (before, *heads_before), (after, *heads_after) = (
-        [_direct(run), *map(f.direct, run.heads().values())] for run in (clean, source)
+        [_direct(run), *(direct(f, head) for head in run.heads().values())] for run in (clean, source)
     )
-    direct = torch.stack([after, *heads_after]) - torch.stack([before, *heads_before])
+    units = torch.stack([after, *heads_after]) - torch.stack([before, *heads_before])
     neurons = (source.post() - clean.post()) * (f.W_mlp @ direction)
-    return torch.cat([direction @ direct, neurons.T])
+    return torch.cat([direction @ units, neurons.T])
 
 
 # What is left when only some units are kept
@@ -218,11 +222,11 @@ def circuit_logits(run: Run, other: Run, kept: Kept) -> Float[Tensor, "n circuit
     for k, part in enumerate(parts):
         members = np.flatnonzero(group.reshape(-1) == k)
         writes = _mixed(run, other, part)
-        direct = f.without_mlp(writes) + (0 if part[0] else _direct(other) - _direct(run))
+        beside = without_mlp(f, writes) + (0 if part[0] else _direct(other) - _direct(run))
         change, neurons = run.post(writes) - other_post, torch.from_numpy(kept[members, first:])
         weight = (f.W_mlp[:, None] * neurons.T[:, :, None]).flatten(1)  # neuron (circuit action)
         mlp_out = (change @ weight).unflatten(1, (len(members), -1)) + other_out[:, None]
-        result[:, members] = direct.T[:, None] + mlp_out
+        result[:, members] = beside.T[:, None] + mlp_out
     return result
 
 

@@ -18,6 +18,7 @@ from dtbook.analysis.ablations import components
 from dtbook.analysis.attribution import contrast, preference_direction
 from dtbook.analysis.interventions import component_outputs, feature_mean
 from dtbook.analysis.population import Run, per_observation
+from dtbook.analysis.written import nothing
 from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import sample, select, showing, weights
@@ -79,7 +80,7 @@ def _with_and_without(run: Run, removed: str, direction: Tensor) -> dict[str, Te
     """Probabilities and contributions of the intact run, and of the one without the component."""
     intact, writes = run.contributions(), run.writes()
     if removed in writes:
-        writes[removed] = run.embedded.folded.nothing
+        writes[removed] = nothing(run.embedded.folded)
     edited = intact | {"L0 MLP": run.mlp_out(writes)}  # what the MLP reads changes with the heads
     edited |= {removed: 0 * intact[removed]}
     both: dict[str, Tensor] = {}

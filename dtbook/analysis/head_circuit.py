@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dtbook.analysis.attribution import by_cell, contrast
 from dtbook.analysis.counterfactuals import Case, HeadPatching, pairs
-from dtbook.analysis.population import FoldedWeights, Run, per_observation
+from dtbook.analysis.folded import FoldedWeights
+from dtbook.analysis.population import Run, per_observation
 from dtbook.analysis.stats import weighted_quantile
 from dtbook.analysis.weights import CELLS, ov_circuit, qk_circuit
 from dtbook.artifacts.parameters import Whole, checked

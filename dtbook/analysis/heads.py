@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from dtbook.analysis.attribution import forward_preference
 from dtbook.analysis.counterfactuals import Case, HeadPatching, Pair, pairs
+from dtbook.analysis.folded import FoldedWeights
 from dtbook.analysis.interventions import STATE_TOKENS, Site, patch
-from dtbook.analysis.population import FoldedWeights
 from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import MODEL_BATCH, ObservationBatch, counterfactual_pairs, select

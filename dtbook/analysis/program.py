@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int64
 
-from dtbook.analysis.population import BATCH_SIZE, FoldedWeights
+from dtbook.analysis.folded import BATCH_SIZE, FoldedWeights
+from dtbook.analysis.population import run_at
 from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import GOAL, OBSTACLE, WALL
@@ -163,7 +164,7 @@ def summarise_model(
         cells, weight = row_of[batch, None] * n_actions + np.arange(n_actions), share[batch, None]
         for k, rtg in enumerate(FITTED_RTGS):
             for timestep in FITTED_TIMESTEPS:
-                p = some.at(rtg, timestep).logits().T.double().softmax(0).T.numpy()
+                p = run_at(some, rtg, timestep).logits().T.double().softmax(0).T.numpy()
                 first = p == p.max(1, keepdims=True)
                 for total, value in zip(sums[:, k], (p, first / first.sum(1, keepdims=True)), strict=True):
                     flat = np.bincount(cells.ravel(), (weight * value).ravel(), total.size)

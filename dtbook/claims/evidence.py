@@ -14,10 +14,12 @@ import torch
 from dtbook.analysis.ablations import situation_table
 from dtbook.analysis.attribution import IMAGE_CHANNELS, contrast, preference_direction
 from dtbook.analysis.counterfactuals import Case, HeadPatching, pairs
+from dtbook.analysis.folded import FoldedWeights
 from dtbook.analysis.heads import THRESHOLD, obstacle_head_scores
-from dtbook.analysis.population import FoldedWeights, Run, per_observation
+from dtbook.analysis.population import Run, per_observation, run_at
 from dtbook.analysis.stats import Line, check_table, least_squares, weighted_correlation
 from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
+from dtbook.analysis.written import nothing, run_all
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import select, showing, weights
@@ -100,9 +102,11 @@ class Evidence:
         attention, empty = 0.0, showing(self.observations.images, "empty")
         for rows, embedded in folded.embed(self.observations).batches():
             for k, rtg in enumerate(RTGS):
-                turns[k, rows] = embedded.at(rtg, TIMESTEP).logits()[:, :2].numpy()
+                turns[k, rows] = run_at(embedded, rtg, TIMESTEP).logits()[:, :2].numpy()
             part = share[rows] * empty[rows]
-            attention += sum(part @ embedded.at(HIGH, t).pattern[1].double().numpy() for t in self.timesteps)
+            attention += sum(
+                part @ run_at(embedded, HIGH, t).pattern[1].double().numpy() for t in self.timesteps
+            )
         left, right = turns.reshape(-1, 2).astype(np.float64).T
         r = weighted_correlation(left, right, np.tile(share, len(RTGS)))
         return r, float(attention / share[empty].sum() / len(self.timesteps))
@@ -134,7 +138,7 @@ class Evidence:
 
         def measure(run: Run) -> dict[str, torch.Tensor]:
             f, writes = run.embedded.folded, run.writes()
-            intact, without = direction @ f.mlp_out([writes, writes | {"L0H1": f.nothing}])
+            intact, without = direction @ run_all(f, [writes, writes | {"L0H1": nothing(f)}]).mlp_out
             return {"rises": (without > intact).double()}
 
         conditions = [(HIGH, t) for t in self.timesteps]
