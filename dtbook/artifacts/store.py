@@ -44,9 +44,9 @@ def atomic_write(path: Path | str, keep: bool = False) -> Iterator[Path]:
     never read, and the next write to `path` removes it. Of a symbolic link the target is written. Files have the
     rights that the umask leaves.
 
-    With `keep`, a folder that is there stays, and so does what the draft lacks: the draft lies inside, and its files are
-    moved one after the other. A kill in between is what `recover` ends. Raises OSError naming `path` where it cannot
-    write, or where a folder is to replace a file, or a file a folder.
+    With `keep`, a folder that is there stays, and so does what the draft lacks: the draft lies inside, and its files
+    are moved one after the other. What a kill in between left, `recover` ends. Raises OSError naming `path` where it
+    cannot write, or where a folder is to replace a file, or a file a folder.
     """
     with _draft(Path(path), keep) as draft:
         yield draft
