@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import json
 import re
+import signal
 import socketserver
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -82,6 +84,26 @@ def test_saving_again_replaces_the_model_and_keeps_other_files(saved):
     assert loaded.metadata == {"step": 9000}
     assert (folder / "notes.txt").read_text() == "mine"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_save_that_was_killed_halfway_is_ended_by_whoever_reads(saved):
+    _, folder = saved
+    program = """
+    import os, signal, sys
+    from pathlib import Path
+    from dtbook.model import DecisionTransformer, DTConfig
+    replace = Path.replace
+    def replace_and_end(*names):
+        replace(*names)
+        if names[1].name == "config.json":
+            os.kill(os.getpid(), signal.SIGKILL)
+    Path.replace = replace_and_end
+    DecisionTransformer(DTConfig(d_model=4, d_head=2, d_mlp=2, max_steps=3)).save_pretrained(sys.argv[1])
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program), folder])
+    assert ended.returncode == -signal.SIGKILL
+    assert DecisionTransformer.from_pretrained(folder).cfg.d_model == 4
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_a_save_that_fails_leaves_the_old_model(saved, monkeypatch):

@@ -41,9 +41,11 @@ def atomic_write(path: Path | str, keep: bool = False) -> Iterator[Path]:
 
     The draft has the name of `path` and lies in a hidden folder beside it. It is flushed to the disk, then
     renamed: whoever reads `path` sees the old artifact or the new one, whole. What a killed process left is
-    never read, and the next write to `path` removes it. Of a symbolic link the target is written. With `keep`, a
-    folder that is there stays, and what the draft lacks in it: the draft lies inside, and its files are moved one
-    after the other, the rest of them by the next write after a kill in between. Raises OSError naming `path` where it
+    never read, and the next write to `path` removes it. Of a symbolic link the target is written. Files have the
+    rights that the umask leaves.
+
+    With `keep`, a folder that is there stays, and so does what the draft lacks: the draft lies inside, and its files
+    are moved one after the other. What a kill in between left, `recover` ends. Raises OSError naming `path` where it
     cannot write, or where a folder is to replace a file, or a file a folder.
     """
     with _draft(Path(path), keep) as draft:
@@ -61,7 +63,7 @@ def _draft(path: Path, keep: bool = False) -> Iterator[Path]:
         target = path.resolve()
         beside = target if keep and target.is_dir() else target.parent
         beside.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        recover(target)
         room = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=f".{os.getpid()}.tmp", dir=beside)
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to one another
         why = getattr(error, "strerror", error)
@@ -93,7 +95,7 @@ def _publish(draft: Path, path: Path, keep: bool = False) -> None:
     if path.is_dir() and keep:
         return _move_files(draft.rename(_aside(draft.parent, path, "ready")), path)
     if path.is_dir():
-        # a folder cannot be replaced in one step: after a kill in between, `_sweep` puts it back
+        # a folder cannot be replaced in one step: after a kill in between, `recover` puts it back
         path.rename(_aside(draft.parent, path, "replaced"))
     draft.replace(path)
     _flush(path.parent)
@@ -115,7 +117,7 @@ def _move_files(ready: Path, folder: Path) -> None:
     _flush(folder)
 
 
-def _sweep(path: Path) -> None:
+def recover(path: Path) -> None:
     """Remove the drafts of `path` whose writers are gone; bring back, or finish, a folder that was being replaced."""
     path = path.resolve()
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]+\.(\d+)\.tmp")
@@ -225,7 +227,7 @@ class ArtifactStore:
         if self.url:
             self._fetch(name, entries[name])
         else:
-            _sweep(path)
+            recover(path)
             if problem := self._problem(name, entries[name]):
                 raise ArtifactError(f"{problem}; {self._remedy()}")
         self._checked.add(name)
@@ -286,7 +288,7 @@ class ArtifactStore:
         entry = self.entries().get(name)
         if entry is None:
             return False
-        _sweep(self.root / name)
+        recover(self.root / name)
         made_by = _made_by(stage, code, parameters, seeds)
         alike = made_by.items() <= entry.items() and made_by.get("kernels") == entry.get("kernels")
         return alike and self._problem(name, entry) is None

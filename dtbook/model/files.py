@@ -6,6 +6,7 @@ Nothing here knows the architecture; `model.DecisionTransformer` does. No pickle
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from dtbook.artifacts.post_weights import (
     fetch_post_checkpoint,
     note,
 )
-from dtbook.artifacts.store import atomic_write, describe
+from dtbook.artifacts.store import atomic_write, describe, recover
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 MODEL_CARD = """---
@@ -80,6 +81,8 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{folder} is a file, and no saved model's folder; `from_post_checkpoint` reads the original's checkpoints."
         )
+    with suppress(OSError):  # where a killed save cannot be ended, what is there is read
+        recover(Path(folder))
     config_path, weights_path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
     for path in (config_path, weights_path):
         if not path.is_file():
