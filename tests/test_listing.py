@@ -79,7 +79,6 @@ def test_the_page_has_a_row_for_each_figure_and_each_file(tmp_path, rows):
     figure.outputs = [nbformat.v4.new_output("display_data", {"text/html": "<p>drawn</p>"})]
     chapter = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A question?", id="t"), figure])
     chapter.metadata["language_info"] = {"name": "python", "pygments_lexer": "python3"}
-    chapter.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
     (tmp_path / "notebooks").mkdir()
     nbformat.write(chapter, tmp_path / "notebooks/07_chapter.ipynb")
     (tmp_path / "data").mkdir()

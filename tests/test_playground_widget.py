@@ -500,11 +500,12 @@ def test_several_in_one_page_keep_apart(browser, address, models):
         page.wait_for_function("document.querySelectorAll('.dtp-stage')[1].playground.copied")
         link = page.evaluate("document.querySelectorAll('.dtp-stage')[1].playground.copied")
         assert opened.problems() == []
-    with visit(browser, address, link.removeprefix(address)) as again:
-        again.page.wait_for_function("document.querySelectorAll('.dtp-stage .dtp-room svg').length === 2")
-        first, linked = again.page.evaluate(ALL_LOGITS)
-        close(first, logits(models["seed 0"]))
-        close(linked, changed)
+    for place, expected in (("playground-2", (first, changed)), ("below", (changed, first))):
+        elsewhere = link.removeprefix(address).replace("#playground-2", f"#{place}")
+        with visit(browser, address, elsewhere) as again:
+            again.page.wait_for_function("document.querySelectorAll('.dtp-stage .dtp-room svg').length === 2")
+            for found, wanted in zip(again.page.evaluate(ALL_LOGITS), expected, strict=True):
+                close(found, wanted)
 
 
 def test_faults_are_sentences(browser, address):

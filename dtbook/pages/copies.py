@@ -12,7 +12,14 @@ from tqdm import tqdm
 from dtbook.artifacts.post_weights import weights_at_hand
 from dtbook.artifacts.processes import in_order
 from dtbook.artifacts.store import ArtifactStore
-from dtbook.pages.notebooks import NotebookError, inputs_digest, is_current, read_notebook, run_notebook
+from dtbook.pages.notebooks import (
+    NotebookError,
+    declared_parameters,
+    inputs_digest,
+    is_current,
+    read_notebook,
+    run_notebook,
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,6 @@ def check_book(checkout: Path) -> None:
     if not (checkout / "book").is_dir():
         raise NotebookError(f"{checkout} has no book/: `dtbook build` needs a checkout of the repository")
     for path in sorted((checkout / "notebooks").glob("*.ipynb")):
-        read_notebook(path)
+        declared_parameters(path)
         if (copy := checkout / "book" / "_executed" / path.name).exists():
             read_notebook(copy)

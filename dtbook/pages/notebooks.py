@@ -92,7 +92,7 @@ _KEPT: dict[str, Callable[[float, float, float], bool]] = {
 _NUMBER = r"[-−]?\d[\d_]*(?:\.\d+)?(?:e-?\d+)?"
 _LIMIT = re.compile(rf"\b(at least|at most|above|below|from(?= \S+ to)) ({_NUMBER})(?: to ({_NUMBER}))?")
 _PATH = re.compile(r"(folder|file)\b")
-_CONFLICT = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
+_CONFLICT = re.compile(r"^(<{7}|>{7})( |$)", re.MULTILINE)
 _CHOICE = re.compile(r"\bone of ([^;]+?)\s*(?:;|$)")
 
 
@@ -105,7 +105,7 @@ def _literal(text: str) -> object:
 
 
 def read_notebook(path: Path) -> nbformat.NotebookNode:
-    """Return a notebook for a Python kernel, whose code cells are Python; raise NotebookError for any other file."""
+    """Return a notebook whose code cells are Python; raise NotebookError for any other file."""
     errors: dict[str, Exception] = {}
     try:
         text = path.read_text(encoding="utf-8")
@@ -114,12 +114,6 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
         raise NotebookError(f"{path} is not a notebook: {_fault(path, error)}") from error
     if errors or not notebook.cells:
         raise NotebookError(f"{path} is not a notebook: {_first_line(*errors.values()) or 'it has no cells'}")
-    kernel = notebook.metadata.get("kernelspec", {})
-    language = notebook.metadata.get("language_info", {}).get("name") or kernel.get("language")
-    if not kernel.get("name") or language != "python":
-        raise NotebookError(
-            f"{path} must name a Python kernel in its kernelspec, not {dict(kernel)}: save it in Jupyter with one"
-        )
     for number, cell in enumerate(notebook.cells, start=1):
         if problem := _problem(cell):
             raise NotebookError(f"{path.stem}: cell {number}, `{_first_line(cell.source)}`, {problem}")
@@ -148,8 +142,8 @@ def _problem(cell: nbformat.NotebookNode) -> str:
         return "holds the markers of a merge conflict"
     try:
         ast.parse(_python(cell) if cell.cell_type == "code" else "")
-    except SyntaxError as error:
-        return f"is not Python: {error.msg}"
+    except (SyntaxError, ValueError) as error:
+        return f"is not Python: {getattr(error, 'msg', error)}"
     return ""
 
 
@@ -183,8 +177,12 @@ def _same_number(name: str, path: Path) -> bool:
 
 
 def declared_parameters(path: Path) -> dict[str, Parameter]:
-    """Return the parameters that a notebook declares, in order; raise NotebookError for a derived default."""
-    parameters, _ = {}, read_notebook(path)
+    """Return the parameters that a notebook declares, in order.
+
+    Raises NotebookError for a derived default, and for a notebook that names no Python kernel.
+    """
+    _check_kernel(path, read_notebook(path).metadata)
+    parameters = {}
     for name, found in papermill.inspect_notebook(path).items():
         try:
             default = ast.literal_eval(found["default"])
@@ -193,6 +191,14 @@ def declared_parameters(path: Path) -> dict[str, Parameter]:
             raise NotebookError(sentence) from error
         parameters[name] = Parameter(name, default, found["help"].strip())
     return parameters
+
+
+def _check_kernel(path: Path, metadata: Mapping[str, Any]) -> None:
+    kernel = metadata.get("kernelspec", {})
+    language = metadata.get("language_info", {}).get("name") or kernel.get("language")
+    if not kernel.get("name") or language != "python":
+        allowed = "name a Python kernel in its kernelspec"
+        raise NotebookError(f"{path} must {allowed}, not {dict(kernel)}: save it in Jupyter with one")
 
 
 def small_parameters(path: Path) -> dict[str, Any]:

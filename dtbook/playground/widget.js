@@ -44,7 +44,7 @@ class Widget {
     let complaint = "", scene = null;
     const check = (raw) => checkScene(raw, this.task, this.configs, first);
     try {
-      const linked = (location.hash.slice(1) || "playground") === this.anchor;
+      const linked = (/^#(playground(-\d+)?)$/.exec(location.hash)?.[1] ?? "playground") === this.anchor;
       const given = (linked ? new URLSearchParams(location.search).get("scene") : null) ?? this.host.get("scene");
       if (given != null) scene = check(typeof given === "string" ? decodeScene(given) : given);
       if (scene && scene.model !== first) await this.load(scene.model);
