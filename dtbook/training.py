@@ -6,16 +6,15 @@ whole checkpoint to the same final bytes as one that was not.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float32, Int64, UInt8
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -25,6 +24,7 @@ from dtbook.artifacts.parameters import (
     Checked,
     Count,
     Flag,
+    Integers,
     NotNegative,
     Positive,
     Share,
@@ -160,7 +160,7 @@ def train(
     seed: Whole,
     folder: str | Path | None = None,
     progress: bool = True,
-    snapshots: Annotated[Sequence[Whole], Field()] = (),
+    snapshots: Integers = (),
 ) -> TrainResult:
     """Train a Decision Transformer on `data`; `snapshots` are the steps after which to keep the weights.
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dtbook
+from dtbook.analysis.interventions import Site
 from dtbook.artifacts.parameters import Count, Share, Whole, cast, check, checked
 from dtbook.gridworld import DynamicObstaclesVectorEnv, Task
 from dtbook.model import DecisionTransformer, DTConfig
@@ -192,6 +193,30 @@ def test_what_is_kept_of_a_run_is_plain(model, tmp_path):
 def test_seeds_of_any_integer_are_the_same_seed(model):
     weights = [DecisionTransformer(model.cfg, seed).W_U for seed in (5, 5.0, np.uint8(5))]
     assert all(torch.equal(weights[0], weight) for weight in weights)
+
+
+def test_heads_are_put_in_order_by_numbers_alone(model):
+    """A list of truth values would pick heads as a mask does."""
+    expected = model.permute_heads(0, [1, 0]).blocks[0].attn.W_Q
+    assert torch.equal(model.permute_heads(np.int64(0), np.array([1, 0])).blocks[0].attn.W_Q, expected)
+    assert torch.equal(model.permute_heads(0, [1.0, 0]).blocks[0].attn.W_Q, expected)
+    refused(
+        "order is [True, False]; it must be a list, each item an integer.",
+        model.permute_heads,
+        0,
+        [True, False],
+    )
+    refused("layer is False; it must be an integer.", model.permute_heads, False, [1, 0])
+
+
+def test_a_site_takes_numpys_integers_and_no_truth_value():
+    for kind in (np.int64, np.uint8, float, int):
+        for number in (0, 1):
+            site = Site("blocks.0.attn.hook_z", kind(number), kind(number))
+            assert site.index == (slice(None), slice(number, number + 1), slice(number, number + 1))
+    assert Site("blocks.0.mlp.hook_post", neuron=np.int64(0)).index[2] == slice(0, 1)
+    refused("Site.head is True; it must be an integer.", Site, "blocks.0.attn.hook_z", True)
+    refused("Site.positions is 0.5; it must be an integer.", Site, "blocks.0.attn.hook_z", 0, 0.5)
 
 
 def test_notebook_parameters_are_alike():

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from dtbook.artifacts.parameters import Count, Whole, checked
+from dtbook.artifacts.parameters import Count, Integer, Whole, check, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import MODEL_BATCH, batches
 from dtbook.model.transformer import DecisionTransformer
@@ -63,6 +63,11 @@ class Site:
     """Tokens (R₀ s₀ a₀ R₁ …), or timesteps of an embedding; None: all. In attention scores and patterns: queries."""
     neuron: int | None = None
     """One neuron, of `mlp.hook_pre` and `mlp.hook_post`; else all."""
+
+    def __post_init__(self) -> None:
+        for name in ("head", "positions", "neuron"):
+            if not isinstance(number := getattr(self, name), slice | None):
+                object.__setattr__(self, name, check(f"Site.{name}", number, Integer))
 
     @property
     def index(self) -> tuple[slice, ...]:

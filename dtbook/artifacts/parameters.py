@@ -5,7 +5,7 @@ A number of NumPy's is taken as Python's, and 1e3 as the integer that it is; Tru
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import cache, wraps
@@ -57,6 +57,7 @@ Text = Annotated[str, Strict()]
 Integer = Annotated[int, Strict(), AS_INTEGER]
 Whole = Annotated[int, Strict(), Field(ge=0), AS_INTEGER]
 """An integer from 0 on, as seeds are."""
+Integers = Annotated[Sequence[Integer], Field()]
 Count = Annotated[int, Strict(), Field(ge=1), AS_INTEGER]
 Number = Annotated[float, Strict(), FINITE, AS_NUMBER]
 NotNegative = Annotated[float, Strict(), FINITE, Field(ge=0), AS_NUMBER]
@@ -146,18 +147,21 @@ def _kinds(cls: Any) -> dict[str, Any]:
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Check and cast those arguments whose annotations are of this module's kinds, before the function runs."""
-    signature = inspect.signature(function, eval_str=True)
-    kinds = {
-        name: parameter.annotation
-        for name, parameter in signature.parameters.items()
-        if hasattr(parameter.annotation, "__metadata__")
-    }
 
     @wraps(function)
     def checking(*args: P.args, **kwargs: P.kwargs) -> R:
+        signature, kinds = _signature(function)
         bound = signature.bind(*args, **kwargs)
         for name in kinds.keys() & bound.arguments.keys():
             bound.arguments[name] = check(name, bound.arguments[name], kinds[name])
         return function(*bound.args, **bound.kwargs)
 
     return checking
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, Any]]:
+    """Return a function's signature and the kinds in it; not before it is called, as names it uses may come later."""
+    signature = inspect.signature(function, eval_str=True)
+    named = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    return signature, {name: kind for name, kind in named.items() if hasattr(kind, "__metadata__")}

@@ -35,7 +35,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from dtbook.artifacts.parameters import Whole, check
+from dtbook.artifacts.parameters import Integer, Integers, Whole, check, checked
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256, POST_MODEL_URL
 from dtbook.model.config import Actions, DTConfig, Rtgs, States, Timesteps, check_inputs, one_hot
 from dtbook.model.files import FolderMixin, check_finite, read_folder, read_post_checkpoint
@@ -288,7 +288,8 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         """Return the W_U column of each action ("tokens" are actions), for ActivationCache.logit_attrs."""
         return self.W_U.T[tokens]
 
-    def permute_heads(self, layer: int, order: Sequence[int]) -> "DecisionTransformer":
+    @checked
+    def permute_heads(self, layer: Integer, order: Integers) -> "DecisionTransformer":
         """Return a copy whose head i is this model's head order[i]: the same function, other names.
 
         `metadata["head_order"][layer]` keeps, for each head, its index when the model was trained.
