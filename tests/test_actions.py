@@ -15,7 +15,6 @@ from dtbook.analysis import (
     faithfulness,
     frames,
     heads,
-    population,
 )
 from dtbook.analysis import program as programs
 from dtbook.analysis.dynamics import forward_probability
@@ -28,17 +27,6 @@ from dtbook.model import DecisionTransformer, DTConfig
 SHAPE = {"d_model": 8, "d_head": 4, "d_mlp": 6, "max_steps": 20}
 AT = {"rtgs": (0.9,), "timesteps": (10,)}
 CASE = counterfactuals.Case("obstacle", 0.9, 0.9)
-
-
-@pytest.fixture(autouse=True)
-def any_number_of_actions(monkeypatch):
-    """Until the pass over the population takes any number of actions, in the place of the part that takes three."""
-
-    def relu_matmul(pre, weight, out):
-        out[:] = np.maximum(pre[:, : weight.shape[1]], 0) @ weight.T
-
-    if hasattr(population, "_relu_matmul"):
-        monkeypatch.setattr(population, "_relu_matmul", relu_matmul)
 
 
 @pytest.fixture(scope="module")

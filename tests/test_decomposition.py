@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dtbook.gridworld import EMPTY, GOAL, OBSTACLE, all_observations
-from dtbook.gridworld.decomposition import decompose
+from dtbook.gridworld.decomposition import take_apart
 
 
 def put_together(parts):
@@ -23,7 +23,7 @@ def images():
 
 
 def test_parts_give_every_image_back(images):
-    parts = decompose(images)
+    parts = take_apart(images)
     np.testing.assert_array_equal(put_together(parts), images)
     assert len(np.unique(parts.views, axis=0)) == len(parts.views)
     assert len(np.unique(parts.obstacles, axis=0)) == len(parts.obstacles)
@@ -60,7 +60,7 @@ def test_other_rooms_are_taken_apart_too(images, what):
         images[images[..., 0] == OBSTACLE] = EMPTY, 0, 0
     else:
         images = images[:0]
-    parts = decompose(images)
+    parts = take_apart(images)
     np.testing.assert_array_equal(put_together(parts), images)
 
 

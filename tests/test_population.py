@@ -10,7 +10,7 @@ from dtbook.analysis.counterfactuals import Pair, ablations, activation_patches,
 from dtbook.analysis.folded import FoldedWeights
 from dtbook.analysis.interventions import Site, ablate, feature_mean, mean_output, patch, path_patch
 from dtbook.analysis.population import logits, per_observation, run_at
-from dtbook.analysis.written import Written, direct, mean_z, nothing, run_all, without_mlp
+from dtbook.analysis.written import Written, direct, mean_z, nothing, run_all, to_feature_mean, without_mlp
 from dtbook.gridworld import EMPTY, GOAL, OBSTACLE, all_observations
 from dtbook.gridworld.situations import batches, weights, without_front
 from dtbook.model import DecisionTransformer, DTConfig
@@ -106,7 +106,7 @@ def compare_ablations(model, observations):
             "resample": (patch(model, others, name), donor.head(head)),
             "feature mean": (
                 ablate(model, name, to=feature_mean),
-                nothing(f)._replace(vector=f.feature_mean[head], scale=mean_z(f, own)),
+                to_feature_mean(f, head, own),
             ),
         }
         for hooked, written in instead.values():

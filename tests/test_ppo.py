@@ -485,9 +485,7 @@ def test_training_that_diverges_stops_and_says_where():
 def test_an_agent_that_has_diverged_does_not_play():
     agent = ActorCritic(1)
     agent.actor[0].weight.data[3, 4] = math.nan
-    with pytest.raises(
-        ValueError, match=r"agent has diverged: its actor\.0\.weight holds numbers that are not finite"
-    ):
+    with pytest.raises(ValueError, match=r"agent has numbers in actor\.0\.weight that are not finite"):
         evaluate(agent, constant_reward(N), 1, greedy=True, seed=0)
-    with pytest.raises(ValueError, match=r"checkpoint 64 has diverged: its actor\.0\.weight holds"):
+    with pytest.raises(ValueError, match=r"checkpoint 64 has numbers in actor\.0\.weight"):
         Crew({64: agent.state_dict()}, (1.0,))

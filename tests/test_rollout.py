@@ -193,7 +193,7 @@ def test_a_model_that_has_diverged_does_not_play(number):
         lambda: ModelPolicy(model, np.zeros(1), True, np.random.default_rng(0)),
     ):
         with pytest.raises(
-            ValueError, match=r"model has diverged: its blocks\.0\.mlp\.W_in holds numbers that are"
+            ValueError, match=r"model has numbers in blocks\.0\.mlp\.W_in that are not finite"
         ):
             play()
 

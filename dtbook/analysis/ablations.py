@@ -18,9 +18,9 @@ from tqdm import tqdm
 from dtbook.analysis.attribution import check_has_action, contrast
 from dtbook.analysis.folded import BATCH_SIZE, FAST_BATCH_SIZE, Embedded, FoldedWeights
 from dtbook.analysis.interventions import ablate
-from dtbook.analysis.population import MLP, Condition, Run, run_at
+from dtbook.analysis.population import MLP_OUT, Condition, Run, run_at
 from dtbook.analysis.stats import weighted_quantile
-from dtbook.analysis.written import Writes, Written, direct, mean_z, nothing, run_all
+from dtbook.analysis.written import Writes, Written, direct, nothing, run_all, to_feature_mean
 from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import FORWARD, compiled
@@ -106,7 +106,7 @@ class _Situations:
         self.embedded, self.donors = embedded[order], embedded[donors[order]]
         self.forward = np.empty((len(ablations), len(order)), np.float32)
         self.direct = torch.empty(len(folded.b_U), len(order), dtype=folded.dtype)
-        self.parts = [*run_at(embedded[:1], 0.0, 0).writes(), MLP, "b_U"]
+        self.parts = [*run_at(embedded[:1], 0.0, 0).writes(), MLP_OUT, "b_U"]
 
     def at(self, condition: Condition) -> dict[str, list[dict[str, object]]]:
         """Return the rows of each situation at one condition, one for each ablation."""
@@ -123,7 +123,7 @@ class _Situations:
         sums = [
             np.sum([self._sums(condition, rows, means) for rows in _batches(group)], 0) for group in groups
         ]
-        if (MLP, "mean") in self.variants:
+        if (MLP_OUT, "mean") in self.variants:
             self._ablate_mlp_to_mean(groups, sums)
         tables = {}
         for name, rows in self.rows.items():
@@ -152,7 +152,7 @@ class _Situations:
         which = [next(heads) if written else 0 for written in instead]
         mlp_out = out.mlp_out[which]
         for k, (component, how) in enumerate(self.variants):
-            if component == MLP:
+            if component == MLP_OUT:
                 mlp_out[k] = {"resample": out.mlp_out[1], "feature mean": out.mlp_feature_mean[0]}.get(
                     how, torch.zeros(())
                 )
@@ -173,13 +173,13 @@ class _Situations:
 
     def _ablate_mlp_to_mean(self, groups: Sequence[slice], sums: Sequence[np.ndarray]) -> None:
         """Put in what the MLP's mean output gives, now that all of it is known: `_sums` left zero ablation there."""
-        k, whole = self.variants.index((MLP, "mean")), self.mlp_mean
+        k, whole = self.variants.index((MLP_OUT, "mean")), self.mlp_mean
         for group, total in zip(groups, sums, strict=True):
             probabilities = (self.direct[:, group] + whole[:, None]).softmax(0)
             share = self.folded.cast(torch.from_numpy(self.weights[group]))
             self.forward[k, group] = probabilities[FORWARD].numpy()
             total[k, : len(ACTIONS)] = (probabilities[: len(ACTIONS)] @ share).numpy()
-            total[k, len(ACTIONS) + self.parts.index(MLP)] = float(self.direction @ whole * share.sum())
+            total[k, len(ACTIONS) + self.parts.index(MLP_OUT)] = float(self.direction @ whole * share.sum())
 
     def _table(self, situation: str, condition: Condition, sums: np.ndarray) -> list[dict[str, object]]:
         rows = self.rows[situation]
@@ -219,8 +219,7 @@ def _instead(variant: Variant, run: Run, donor: Run, means: Writes) -> dict[str,
     if how == "resample":
         return {name: donor.head(head)}
     if how == "feature mean":
-        scale = mean_z(f, run.head(head))
-        return {name: nothing(f)._replace(vector=f.feature_mean[head], scale=scale)}
+        return {name: to_feature_mean(f, head, run.head(head))}
     return {name: nothing(f)}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dtbook.analysis import sums
-from dtbook.gridworld.decomposition import EMPTY_CELL, Parts, decompose
+from dtbook.gridworld.decomposition import EMPTY_CELL, Parts, take_apart
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import OBSTACLE
 from dtbook.gridworld.situations import row_batches
@@ -118,7 +118,7 @@ class FoldedWeights:
         Raises ValueError for observations of another view size.
         """
         parts = (
-            decompose(np.asarray(observations))
+            take_apart(np.asarray(observations))
             if not isinstance(observations, ObservationSet)
             else observations.parts
         )

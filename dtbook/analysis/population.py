@@ -24,7 +24,7 @@ from dtbook.artifacts.parameters import Count, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.model.transformer import DecisionTransformer
 
-STATE, MLP = "state", "L0 MLP"
+STATE, MLP_OUT = "state", "L0 MLP"
 
 
 class Condition(NamedTuple):
@@ -101,7 +101,7 @@ class Run(NamedTuple):
         """
         f, writes = self.embedded.folded, self.writes()
         parts = {name: direct(f, written) for name, written in writes.items()}
-        parts |= {MLP: run_all(f, [writes]).mlp_out[0], "b_U": f.b_U[:, None]}
+        parts |= {MLP_OUT: run_all(f, [writes]).mlp_out[0], "b_U": f.b_U[:, None]}
         return {name: part.expand(-1, len(self.embedded)).T for name, part in parts.items()}
 
 

@@ -77,7 +77,7 @@ def add_weights(view, obstacle, weight, to_view, to_obstacle):
 
 @partial(compiled, fastmath=True)
 @no_type_check
-def run_all(
+def sum_runs(
     view,
     obstacle,
     of_view,

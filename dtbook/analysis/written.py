@@ -88,7 +88,7 @@ def mean_z(f: FoldedWeights, written: Written) -> Float[Tensor, " *#n"]:
     return written.columns(slice(f.n_read, None))[0]
 
 
-def feature_mean(f: FoldedWeights, head: int, written: Written) -> Written:
+def to_feature_mean(f: FoldedWeights, head: int, written: Written) -> Written:
     """Return what a head writes with the mean of its z in all features (the post's mean ablation)."""
     return Written(f.nothing, vector=f.feature_mean[head], scale=mean_z(f, written))
 
@@ -108,7 +108,7 @@ class Outputs(NamedTuple):
 
 
 def run_all(f: FoldedWeights, runs: Sequence[Writes], with_mean: int = 0) -> Outputs:
-    """Evaluate runs given by what their components write, all in one go over the observations (`sums.run_all`).
+    """Evaluate runs given by what their components write, all in one go over the observations (`sums.sum_runs`).
 
     Of the first `with_mean` runs the MLP's feature mean is returned too.
     """
@@ -132,7 +132,7 @@ def run_all(f: FoldedWeights, runs: Sequence[Writes], with_mean: int = 0) -> Out
     wanted[:with_mean] = len(W)
     out = torch.empty(len(runs), len(W) + n_actions, n, dtype=f.dtype)
     numbers = (f.cast(x).numpy() for x in (torch.stack(weight), torch.stack(scale), columns))
-    sums.run_all(*rows, source, part, *numbers, vector, constant, choice, W.numpy(), wanted, out.numpy())
+    sums.sum_runs(*rows, source, part, *numbers, vector, constant, choice, W.numpy(), wanted, out.numpy())
     mlp_out = out[:, :n_actions] + f.b_mlp[:, None]
     _, bias, on_logits = f.mlp_mean
     mean = on_logits[:, None] * (out[:with_mean, n_actions, None] + bias)

@@ -107,9 +107,9 @@ def cast(name: str, values: Any, dtype: Any) -> np.ndarray:
 
 
 def check_finite(name: str, weights: Mapping[str, Any]) -> None:
-    """Raise ValueError for the weights of a network that is to act and has diverged."""
+    """Raise ValueError naming the model and the first weight that holds a number which is not finite."""
     if wrong := not_finite(weights):
-        raise ValueError(f"{name} has diverged: its {wrong} holds numbers that are not finite.")
+        raise ValueError(f"{name} has numbers in {wrong} that are not finite; every weight must be finite.")
 
 
 def not_finite(weights: Mapping[str, Any]) -> str:

@@ -20,10 +20,10 @@ from dtbook.analysis.population import Run, per_observation, run_at
 from dtbook.analysis.stats import Line, check_table, least_squares, weighted_correlation
 from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
 from dtbook.analysis.written import nothing, run_all
+from dtbook.artifacts.parameters import check_finite
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import select, showing, weights
-from dtbook.model.files import check_finite
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
 from dtbook.trajectories.recording import Trajectories

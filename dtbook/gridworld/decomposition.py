@@ -37,7 +37,7 @@ class Parts:
         return Parts(self.views, self.obstacles, self.view[rows], self.obstacle[rows])
 
 
-def decompose(images: UInt8[np.ndarray, "n side side 3"]) -> Parts:
+def take_apart(images: UInt8[np.ndarray, "n side side 3"]) -> Parts:
     """Return the parts of each observation; view + obstacles gives the image back, byte for byte."""
     n, side = len(images), images.shape[1]
     cells = np.ascontiguousarray(images).reshape(n, side * side, 3)

@@ -26,7 +26,7 @@ from minigrid.envs import DynamicObstaclesEnv
 
 from dtbook.artifacts.parameters import Count, checked
 from dtbook.gridworld import kernels
-from dtbook.gridworld.decomposition import Parts, decompose
+from dtbook.gridworld.decomposition import Parts, take_apart
 from dtbook.gridworld.kernels import VIEW_SIZE
 from dtbook.gridworld.rules import (
     ACTIONS,
@@ -63,7 +63,7 @@ class ObservationSet:
     @cached_property
     def parts(self) -> Parts:
         """Each image as a view without obstacles and its obstacles, found when first asked for."""
-        return decompose(self.images)
+        return take_apart(self.images)
 
     def __len__(self) -> int:
         return len(self.images)

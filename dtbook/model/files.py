@@ -5,7 +5,6 @@ Nothing here knows the architecture; `model.DecisionTransformer` does. No pickle
 """
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +15,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor
 
+from dtbook.artifacts.parameters import check_finite
 from dtbook.artifacts.post_weights import (
     NONE,
     POST_MODEL_SHA256,
@@ -131,12 +131,6 @@ def read_post_checkpoint(path: str | Path | None = None) -> tuple[Any, str]:
             f"{file} is not read: it is no file of torch.save, or holds other things than tensors and texts; save the "
             "state dict alone."
         ) from error
-
-
-def check_finite(what: str, weights: Mapping[str, Tensor]) -> None:
-    """Raise ValueError naming the model and the first weight that holds a number which is not finite."""
-    if wrong := next((name for name, value in weights.items() if not value.isfinite().all()), None):
-        raise ValueError(f"{what} has numbers in {wrong} that are not finite; every weight must be finite.")
 
 
 def check_sha256(path: Path, expected: str) -> None:

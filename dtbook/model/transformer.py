@@ -35,10 +35,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from dtbook.artifacts.parameters import Integer, Integers, Whole, check, checked
+from dtbook.artifacts.parameters import Integer, Integers, Whole, check, check_finite, checked
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256, POST_MODEL_URL
 from dtbook.model.config import Actions, DTConfig, Rtgs, States, Timesteps, check_inputs, one_hot
-from dtbook.model.files import FolderMixin, check_finite, read_folder, read_post_checkpoint
+from dtbook.model.files import FolderMixin, read_folder, read_post_checkpoint
 from dtbook.model.fused import Weights, is_plain, one_timestep
 from dtbook.model.original import convert
 

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from dtbook.analysis.interventions import STATE_TOKENS, Site, mean_output
+from dtbook.artifacts.parameters import check_finite
 from dtbook.gridworld.env import ObservationSet, to_minigrid
 from dtbook.gridworld.rules import GridState, Task, check_state, observe, reset
 from dtbook.model.config import DTConfig
-from dtbook.model.files import check_finite
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.playground.scenes import COMPASS, check_scene
 
