@@ -195,6 +195,10 @@ def test_logits_are_the_hooked_models_at_every_condition(model, observations, ba
         close(values, model(*inputs(observations.images, *condition))[:, 0])
 
 
+def test_plain_pytorch_on_a_device_gives_the_same(model, observations):
+    close(logits(model, observations, CONDITIONS, device="cpu"), logits(model, observations, CONDITIONS))
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_all_892298_observations_have_the_models_logits():

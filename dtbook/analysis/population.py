@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dtbook.analysis import sums
-from dtbook.analysis.folded import FAST_BATCH_SIZE, Embedded, FoldedWeights
+from dtbook.analysis.folded import BATCH_SIZE, FAST_BATCH_SIZE, Embedded, FoldedWeights
 from dtbook.analysis.written import Writes, Written, direct, run_all
 from dtbook.artifacts.parameters import Count, checked
 from dtbook.gridworld.env import ObservationSet
@@ -162,9 +162,50 @@ def logits(
     observations: ObservationSet,
     conditions: Iterable[tuple[float, int]],
     progress: bool = False,
+    device: str | None = None,
 ) -> Float[np.ndarray, "condition n action"]:
-    """Return the action logits of every observation at every (rtg, timestep); `model` itself, up to rounding."""
+    """Return the action logits of every observation at every (rtg, timestep); `model` itself, up to rounding.
+
+    With a `device` of PyTorch, such as "cuda", plain PyTorch makes them there.
+    """
+    if device is not None:
+        return _logits_on(torch.device(device), model, observations, list(conditions), progress)
     values = per_observation(
         model, observations, conditions, lambda run: {"logits": run.logits()}, progress=progress
     )
     return values["logits"]
+
+
+@torch.inference_mode()
+def _logits_on(
+    device: torch.device,
+    model: DecisionTransformer,
+    observations: ObservationSet,
+    conditions: list[tuple[float, int]],
+    progress: bool,
+) -> Float[np.ndarray, "condition n action"]:
+    """Do what `logits` does, with PyTorch's own functions on a device: rows are gathered, added up and kept."""
+    f = FoldedWeights(model)
+    embedded, result = f.embed(observations), np.empty((len(conditions), len(observations), len(f.b_U)))
+    tables = [
+        torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 1)).to(device) for t in embedded.tables[:2]
+    ]  # −1: a row of 0
+    W, bias = f.W_mlp.to(device), (f.b_mlp + f.b_U).to(device)
+    for rows, batch in embedded.batches(BATCH_SIZE, "observations" if progress else None):
+        view, obstacle = (
+            torch.from_numpy(x).long().to(device) for x in (batch.parts.view, batch.parts.obstacle)
+        )
+        state, *values = (tables[0][view] + tables[1][obstacle].sum(1))[:, :, : f.n_read].unbind(1)
+        for k, condition in enumerate(conditions):
+            run = run_at(batch, *condition)
+            given = (
+                (run.fixed + f.b_O)[: f.n_read],
+                run.rtg_result[:, : f.n_read],
+                run.time_result[:, : f.n_read],
+            )
+            fixed, rtg_result, time_result = (x.to(device) for x in given)
+            read = state + fixed + time_result.sum(0)
+            for value, pattern, of_rtg in zip(values, run.pattern.to(device), rtg_result, strict=True):
+                read = read + torch.lerp(value, of_rtg, pattern[:, None])
+            result[k, rows] = (f.pre(read).relu() @ W + f.direct_logits(read) + bias).cpu().numpy()
+    return result.astype(np.float64 if f.dtype == torch.float64 else np.float32)
