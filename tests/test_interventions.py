@@ -626,9 +626,14 @@ def without_type_checker(script):
 
 def test_every_intervention_refuses_what_is_no_site():
     said = without_type_checker("""
-    for where in (["L0H1"], 1, None, Site(HEAD, 1.0), Site(HEAD, 1, [1])):
+    for where in (["L0H1"], 1, None):
         contexts = ablate(model, where), edited(model, (where, torch.zeros_like)), patch(model, cache, where)
         print(*{enter(context) for context in contexts}, sep=" and ")
+    for arguments in ((1.5,), (1, [1])):
+        try:
+            Site(HEAD, *arguments)
+        except ValueError as error:
+            print(error)
     for to in ("mean", None, [0.0]):
         print(enter(ablate(model, "L0H1", to=to)))
     print(enter(path_patch(model, cache, cache, ["L0H1"], "logits")))
@@ -640,8 +645,8 @@ def test_every_intervention_refuses_what_is_no_site():
     )
     assert said == [
         *(no_site.format(where) for where in ("['L0H1']", "1", "None")),
-        "head is 1.0 in 'blocks.0.attn.hook_z'; this model has heads 0 to 1.",
-        f"positions is [1] at {HEAD_1}; this model has positions 0 to 7: give one of them, a slice or None.",
+        "Site.head is 1.5; it must be an integer.",
+        "Site.positions is [1]; it must be an integer.",
         *(
             f"to is {to!r}; it must be a number, a tensor or an edit, such as feature_mean."
             for to in ("mean", None, [0.0])

@@ -410,8 +410,8 @@ def test_one_thread_gives_the_threads_back():
         ("entropy_coef", -0.1, "a finite number ≥ 0"),
         ("gamma", 1.01, "a finite number from 0 to 1"),
         ("gae_lambda", -0.5, "a finite number from 0 to 1"),
-        ("encoding", "scaled", "one of 'one-hot', 'index'"),
-        ("truncation", "stop", "one of 'terminate', 'bootstrap', 'ignore'"),
+        ("encoding", "scaled", "one of 'index', 'one-hot'"),
+        ("truncation", "stop", "one of 'bootstrap', 'ignore', 'terminate'"),
     ],
 )
 def test_config_refuses(as_users_run_it, name, value, allowed):

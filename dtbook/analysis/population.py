@@ -20,7 +20,7 @@ from torch import Tensor
 from dtbook.analysis import sums
 from dtbook.analysis.folded import BATCH_SIZE, FAST_BATCH_SIZE, Embedded, FoldedWeights
 from dtbook.analysis.written import Writes, Written, direct, run_all
-from dtbook.artifacts.parameters import Count, checked
+from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.model.transformer import DecisionTransformer
 
@@ -105,7 +105,8 @@ class Run(NamedTuple):
         return {name: part.expand(-1, len(self.embedded)).T for name, part in parts.items()}
 
 
-def run_at(embedded: Embedded, rtg: float, timestep: int) -> "Run":
+@checked
+def run_at(embedded: Embedded, rtg: float, timestep: Whole) -> "Run":
     """Return the run of these observations at an RTG and a timestep. Raises ValueError where there is none such."""
     f = embedded.folded
     if not 0 <= timestep < len(f.time):

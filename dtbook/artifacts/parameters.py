@@ -120,7 +120,7 @@ def not_finite(weights: Mapping[str, Any]) -> str:
 def _allowed(schema: Mapping[str, Any]) -> str:
     """Return in words what a JSON schema allows."""
     if "enum" in schema:
-        return f"one of {', '.join(map(repr, schema['enum']))}"
+        return f"one of {', '.join(sorted(map(repr, schema['enum'])))}"
     if "items" in schema:
         return f"a list{' that is not empty' if 'minItems' in schema else ''}, each item {_allowed(schema['items'])}"
     low, high = schema.get("minimum"), schema.get("maximum")
