@@ -16,9 +16,11 @@ import pandas as pd
 import torch
 from training import ours
 
+from dtbook.analysis.folded import FoldedWeights
+from dtbook.analysis.population import run_at
 from dtbook.artifacts import ArtifactStore
-from dtbook.gridworld import DynamicObstaclesVectorEnv
-from dtbook.model import DTConfig
+from dtbook.gridworld import DynamicObstaclesVectorEnv, all_observations
+from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.training import Sampler, TrainConfig
 from dtbook.trajectories import Trajectories
 from dtbook.trajectories.ppo import PPOConfig, one_thread, train
@@ -52,6 +54,14 @@ def updates(data: Trajectories, number: int, **shape: int) -> Work:
     return lambda: [step(batch) for batch in batches]
 
 
+def one_pass(size: int = 8, n_obstacles: int = 4, **shape: int) -> Work:
+    """A pass over 20,000 observations, from where the listing is half through."""
+    observations = all_observations(size, n_obstacles)
+    rows = (len(observations) // 2 + np.arange(20_000)) % len(observations)
+    embedded = FoldedWeights(DecisionTransformer(DTConfig(**shape))).embed(observations)[np.sort(rows)]
+    return lambda: run_at(embedded, 0.9, 10).logits()
+
+
 def works(number: int) -> Iterator[tuple[str, int, Work]]:
     data = Trajectories.load(ArtifactStore().path("seed_0/trajectories.npz"))
     for n in (1, 2, 4):
@@ -63,6 +73,14 @@ def works(number: int) -> Iterator[tuple[str, int, Work]]:
     for width in (32, 64, 128, 256, 512):
         shape = {"d_model": width, "d_head": width // 2, "d_mlp": 2 * width}
         yield "width of the stream (an update)", width, updates(data, number, **shape)
+    for size in (6, 8, 12, 16):
+        yield "grid, cells a side (a pass)", size, one_pass(size, 2)
+    for n_obstacles in (1, 2, 3, 4):
+        yield "obstacles (a pass)", n_obstacles, one_pass(8, n_obstacles)
+    for n_heads in (1, 2, 4, 8):
+        yield "heads (a pass)", n_heads, one_pass(n_heads=n_heads)
+    for d_mlp in (64, 128, 256, 512, 1024):
+        yield "neurons (a pass)", d_mlp, one_pass(d_mlp=d_mlp)
 
 
 def least(work: Work, rounds: int) -> float:
