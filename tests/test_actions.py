@@ -19,6 +19,7 @@ from dtbook.analysis import (
 from dtbook.analysis import program as programs
 from dtbook.analysis.dynamics import forward_probability
 from dtbook.analysis.interventions import ablate
+from dtbook.analysis.neurons import neuron_table
 from dtbook.analysis.weights import embeddings, front_cell_table, state_maps
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.situations import batches, select, weights
@@ -59,7 +60,7 @@ MEASURES = {
     "embeddings": lambda m, _: pd.DataFrame(embeddings(m).on("F-R")["time"]),
     "causal_table": lambda m, seen: counterfactuals.causal_table(m, seen, [CASE]),
     "situation_table": lambda m, seen: ablations.situation_table(m, seen, **AT),
-    "neurons": lambda m, seen: ablations.neurons(m, seen, **AT, situations=("obstacle",)),
+    "neurons": lambda m, seen: neuron_table(m, seen, **AT, situations=("obstacle",)),
     "over_time": lambda m, seen: behaviour.over_time(m, seen, **AT),
     "exceptions": lambda m, seen: behaviour.exceptions(m, seen, timesteps=(10,)),
     "log_odds": lambda m, seen: behaviour.log_odds_distributions(m, seen, **AT),
@@ -114,7 +115,7 @@ def test_forward_is_as_likely_as_all_the_models_actions_make_it(three, observati
         row[["left", "right", "forward"]].astype(float), share @ chance[:, :3].detach(), rtol=1e-9
     )
 
-    each = ablations.neurons(seven, observations, **AT, situations=("obstacle",), how=("zero",)).set_index(
+    each = neuron_table(seven, observations, **AT, situations=("obstacle",), how=("zero",)).set_index(
         "neuron"
     )
     for neuron in range(3):

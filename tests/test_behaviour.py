@@ -11,6 +11,7 @@ from planted import scattered
 from dtbook.analysis import ablations, behaviour
 from dtbook.analysis.attribution import contrast, decompose
 from dtbook.analysis.interventions import ablate
+from dtbook.analysis.neurons import NEURON_WAYS, neuron_table
 from dtbook.gridworld import Task, all_observations
 from dtbook.gridworld.situations import select, showing, weights
 from dtbook.model import DecisionTransformer, DTConfig
@@ -172,14 +173,14 @@ def posts(model, observations, rtg, timestep):
 @torch.no_grad()
 def test_a_neuron_ablated_alone_is_a_hooked_run(model, observations):
     asked = dict(rtgs=(0.9, -1.0), timesteps=(3, 10), situations=("goal", "obstacle"), seed=7)
-    table = ablations.neurons(model, observations, **asked).set_index(["situation", "rtg", "how", "neuron"])
+    table = neuron_table(model, observations, **asked).set_index(["situation", "rtg", "how", "neuron"])
     assert len(table) == 2 * 2 * 3 * CFG.d_mlp
     chosen, share = select(observations, "obstacle"), weights(select(observations, "obstacle"))
     drawn = np.random.default_rng(7).choice(len(observations.images), len(share), p=weights(observations))
     direction, share = contrast("F-R").double(), torch.from_numpy(share)
     everywhere = torch.from_numpy(weights(observations))
     for neuron in (0, 5, 11):
-        expected = {how: torch.zeros(4).double() for how in ablations.NEURON_WAYS}
+        expected = {how: torch.zeros(4).double() for how in NEURON_WAYS}
         for t in (3, 10):
             intact, own = run(model, chosen, 0.9, t), posts(model, chosen, 0.9, t)[:, neuron]
             instead = {"zero": 0 * own, "mean": everywhere @ posts(model, observations, 0.9, t)[:, neuron]}
@@ -203,7 +204,7 @@ def test_a_neuron_ablated_alone_is_a_hooked_run(model, observations):
 
 def test_zero_ablation_of_a_neuron_is_that_of_the_interventions(model, observations):
     asked = dict(rtgs=(0.9,), timesteps=(3,), situations=("goal",), how=("zero",))
-    table = ablations.neurons(model, observations, **asked)
+    table = neuron_table(model, observations, **asked)
     goal = select(observations, "goal")
     with ablate(model, "L0N5"):
         without = run(model, goal, 0.9, 3).softmax(-1)[:, 2]
@@ -215,7 +216,7 @@ def test_an_unknown_way_to_ablate_a_neuron_is_named(model, observations):
     with pytest.raises(
         ValueError, match="how is 'feature mean'; it must be one of 'zero', 'mean', 'resample'"
     ):
-        ablations.neurons(model, observations, how=("zero", "feature mean"))
+        neuron_table(model, observations, how=("zero", "feature mean"))
 
 
 def test_play_without_a_head_is_play_with_its_output_weights_at_zero():

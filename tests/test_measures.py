@@ -12,6 +12,7 @@ from dtbook import cli
 from dtbook.analysis import ablations
 from dtbook.analysis.attribution import preference_direction
 from dtbook.analysis.head_circuit import Circuit, measure_circuit
+from dtbook.analysis.neurons import neuron_table
 from dtbook.analysis.weights import Embeddings
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.claims import CLAIMS, RULES
@@ -103,7 +104,7 @@ def test_tables_are_kept_by_the_models_hash(tmp_path):
         entry = store.entries()["seed_0/neurons.parquet"]["parameters"]
         assert entry["from"] == {"seed_0/model": store.entries()["seed_0/model"]["sha256"]}
         assert (entry["task"]["size"], entry["timesteps"], entry["seed"]) == (5, [3], 0)
-    expected = ablations.neurons(model, all_observations(5, 2), **small)
+    expected = neuron_table(model, all_observations(5, 2), **small)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "seed_0/neurons.parquet"), expected)
     played = pd.read_parquet(tmp_path / "seed_0/ablated_play.parquet")
     assert set(played["ablated"]) == {"none", "L0H0", "L0H1", "L0 MLP"}

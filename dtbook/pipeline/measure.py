@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from dtbook.analysis import ablations, behaviour, counterfactuals, faithfulness, frames, program
+from dtbook.analysis import ablations, behaviour, counterfactuals, faithfulness, frames, neurons, program
 from dtbook.analysis.head_circuit import measure_circuit
 from dtbook.analysis.weights import embeddings
 from dtbook.artifacts.store import ArtifactStore
@@ -162,9 +162,9 @@ BEHAVIOUR = (
     ),
     _of(
         "neurons",
-        _over(ablations.neurons),
+        _over(neurons.neuron_table),
         **_EVERYWHERE,
-        how=ablations.NEURON_WAYS,
+        how=neurons.NEURON_WAYS,
         seed=0,
     ),
     _of("frames", _over(frames.median_frames), timestep=10, preference="F-R"),
