@@ -19,7 +19,8 @@ from dtbook.gridworld.rules import ACTIONS, FRONT, Task
 from dtbook.model.config import DTConfig
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.trajectories.anytask import Envs, check_envs, check_rewards, first_images
-from dtbook.trajectories.recording import Trajectories, play
+from dtbook.trajectories.episodes import Trajectories
+from dtbook.trajectories.recording import play
 
 CALIBRATION_RTGS = tuple(round(float(rtg), 1) for rtg in np.linspace(-1, 1, 21))
 """The RTGs of the post's Fig. 5: −1 to 1 in steps of 0.1."""

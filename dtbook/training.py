@@ -40,7 +40,7 @@ from dtbook.model.config import DTConfig, check_one_hot
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.rollout import check_task, rollout
 from dtbook.trajectories.anytask import ImageEpisodes
-from dtbook.trajectories.recording import CLASS_NAMES, Trajectories
+from dtbook.trajectories.episodes import CLASS_NAMES, Trajectories
 
 Row = dict[str, float | int]
 Recorded = Trajectories | ImageEpisodes

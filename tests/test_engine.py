@@ -24,7 +24,7 @@ from dtbook.pipeline import name_of, replicate, replication
 from dtbook.pipeline.engine import Job, Outcome, Stage, failures, run_graph
 from dtbook.pipeline.replication import BARS, CONTROLS, REPLICATION_ROWS, load_snapshots, parse_seeds, summary
 from dtbook.rollout import calibration_row
-from dtbook.trajectories.recording import Trajectories
+from dtbook.trajectories.episodes import Trajectories
 
 pytestmark = pytest.mark.slow  # processes of its own
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.training import Batch, Sampler, TrainConfig
-from dtbook.trajectories.recording import Trajectories
+from dtbook.trajectories.episodes import Trajectories
 
 KINDS = ("RTG", "state", "action")
 EXCHANGES = ("RTG", "earlier states", "earlier actions", "last state")

@@ -25,7 +25,8 @@ from dtbook.gridworld.rules import ACTIONS, FRONT, Task
 from dtbook.gridworld.situations import IN_FRONT, Images, row_batches, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import ACTING, RTGS, printed
-from dtbook.trajectories.recording import Trajectories, play
+from dtbook.trajectories.episodes import Trajectories
+from dtbook.trajectories.recording import play
 
 FITTED_RTGS = (-1.0, -0.5, 0.0, 0.3, 0.6, 0.9)
 """The returns that tables are fitted on, equally weighted."""

@@ -26,7 +26,7 @@ from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
-from dtbook.trajectories.recording import Trajectories
+from dtbook.trajectories.episodes import Trajectories
 
 FRONT_ROWS = {"object": 26, "colour": 75}
 """Rows of W_E_state for the cell in front, in the index encoding."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256
 from dtbook.artifacts.store import ArtifactStore, describe
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.trajectories.recording import Trajectories
+from dtbook.trajectories.episodes import Trajectories
 
 POST = "post"
 """The name of the post's own weights."""

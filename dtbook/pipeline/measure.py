@@ -32,7 +32,7 @@ from dtbook.pipeline.replication import (
 )
 from dtbook.protocol import HIGH, RTGS, TIMESTEPS
 from dtbook.rollout import CALIBRATION_RTGS
-from dtbook.trajectories.recording import Trajectories
+from dtbook.trajectories.episodes import Trajectories
 
 UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
 """Control models without training, by the seed of their weights."""

@@ -26,7 +26,7 @@ from dtbook.pipeline.engine import Job, Stage, Writer
 from dtbook.pipeline.replication import Recipe, calibrate, calibration_of, with_heads_in_order
 from dtbook.rollout import calibration_row
 from dtbook.trajectories import ppo
-from dtbook.trajectories.recording import Trajectories
+from dtbook.trajectories.episodes import Trajectories
 
 _Row = dict[str, Any]
 _Run = Callable[[Mapping[str, Any], Path, Path], _Row]

@@ -25,8 +25,9 @@ from dtbook.rollout import CALIBRATION_RTGS, calibration_curve, calibration_row
 from dtbook.training import TrainConfig
 from dtbook.trajectories import ppo
 from dtbook.trajectories.collection import QuotaConfig, collect_by_quota
+from dtbook.trajectories.episodes import Trajectories
 from dtbook.trajectories.ppo import PPOConfig
-from dtbook.trajectories.recording import RecordEpisodes, Trajectories
+from dtbook.trajectories.recording import RecordEpisodes
 
 NOT_SHIPPED = ("checkpoints.safetensors", "trained")
 """What `data/` holds of no replication: PPO's checkpoints are too large for git, the model's heads are in no order."""

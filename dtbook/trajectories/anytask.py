@@ -16,7 +16,7 @@ from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
 
 from dtbook.artifacts.parameters import Count, Whole, checked, refuse, require
 from dtbook.gridworld.rules import check_actions
-from dtbook.trajectories.recording import check_columns
+from dtbook.trajectories.episodes import check_columns
 
 Envs = VectorEnv[Any, Any, Any]
 

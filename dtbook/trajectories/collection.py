@@ -30,7 +30,8 @@ from dtbook.artifacts.parameters import (
 from dtbook.gridworld.kernels import GOAL
 from dtbook.gridworld.rules import FRONT, Task
 from dtbook.trajectories.agent import ActorCritic
-from dtbook.trajectories.recording import CLASS_NAMES, Trajectories, play
+from dtbook.trajectories.episodes import CLASS_NAMES, Trajectories
+from dtbook.trajectories.recording import play
 
 
 @dataclass(frozen=True)
