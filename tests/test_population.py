@@ -300,6 +300,19 @@ def test_only_one_layer_can_be_folded():
         FoldedWeights(DecisionTransformer(DTConfig(d_model=8, d_head=4, d_mlp=8, n_layers=2)))
 
 
+def test_half_precision_is_not_folded():
+    with pytest.raises(
+        ValueError, match=r"model is in torch.float16; only float32 and float64 can be folded"
+    ):
+        FoldedWeights(DecisionTransformer(DTConfig(d_model=8, d_head=4, d_mlp=8)).half())
+
+
+def test_no_observation_has_no_logits(model, observations):
+    assert logits(model, observations[:0], CONDITIONS).shape == (3, 0, model.cfg.n_actions)
+    run = run_at(FoldedWeights(model).embed(observations.images[:0]), 0.9, 10)
+    assert run.post().shape == (0, model.cfg.d_mlp)
+
+
 def test_a_model_with_hooks_or_exchanged_parts_is_not_folded():
     """What is attached or exchanged is in no weight, so that every number would be silently another model's."""
     for change in (

@@ -39,17 +39,21 @@ class FoldedWeights:
     """The weights of a one-layer model, multiplied out to what W_in and W_U read (in float64, then the model's dtype).
 
     A model with a longer context is taken as it is with a single timestep. Raises ValueError for another number of
-    layers, and for a model with hooks or parts that were exchanged, which would be overlooked.
+    layers or precision, and for a model with hooks or parts that were exchanged, which would be overlooked.
     """
 
     def __init__(self, model: DecisionTransformer) -> None:
         if model.cfg.n_layers != 1:
             raise ValueError(f"model has {model.cfg.n_layers} layers; only one can be folded.")
+        self.model, self.dtype = model, model.W_U.dtype
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"model is in {self.dtype}; only float32 and float64 can be folded: take `model.float()`."
+            )
         if not model.is_plain():
             raise ValueError(
                 "model has hooks or exchanged parts; only a plain DecisionTransformer can be folded."
             )
-        self.model, self.dtype = model, model.W_U.dtype
         self.head_names = [f"L0H{head}" for head in range(model.cfg.n_heads)]
         with torch.no_grad():
             self._fold({name: weight.detach().double() for name, weight in model.named_parameters()})
@@ -200,9 +204,9 @@ class Embedded:
     ) -> Iterator[tuple[slice, "Embedded"]]:
         """Yield the rows of each batch, and the batch; `progress` names the bar that is shown."""
         with tqdm(total=len(self), desc=progress, disable=progress is None, unit_scale=True) as bar:
-            for rows in row_batches(len(self), size):
+            for rows in row_batches(max(len(self), 1), size):  # of none, one batch of none
                 yield rows, self[rows]
-                bar.update(rows.stop - rows.start)
+                bar.update(len(self[rows]))
 
     def _sum(self, of_view: Tensor, of_obstacle: Tensor) -> Tensor:
         """Return (n, …), the sum of each observation's rows."""
