@@ -81,6 +81,7 @@ def printed(notebook):
 # Running
 
 
+@pytest.mark.slow
 def test_notebooks_run_in_order_with_a_line_each_and_then_are_up_to_date(checkout):
     write_notebook(checkout / "notebooks/10_late.ipynb", "1 + 1")
     write_notebook(checkout / "notebooks/02_middle.ipynb", "2 + 2")
@@ -130,6 +131,7 @@ def test_two_runs_write_the_same_bytes(checkout):
     assert copies[0] == copies[1]
 
 
+@pytest.mark.slow
 def test_what_is_run_again_is_compared_with_the_books_copies(checkout):
     write_notebook(checkout / "notebooks/02_time.ipynb", "import time; time.time_ns()")
     early = dtbook("run", "--again")
@@ -228,6 +230,7 @@ def outcomes():
     return [line.partition(": ")[2][:4] for line in dtbook("run").output.splitlines()[:3]]
 
 
+@pytest.mark.slow
 def test_a_copy_is_stale_when_the_weights_that_its_kernel_would_read_are_others(post, checkout, monkeypatch):
     with listening(monkeypatch) as attempts:
         assert outcomes() == ["done", "done", "done"]

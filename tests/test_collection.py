@@ -53,6 +53,7 @@ def test_temperature_and_epsilon():
         assert (np.abs(share - p) < 4 * np.sqrt(p * (1 - p) / n)).all(), mode
 
 
+@pytest.mark.slow
 def test_every_class_reaches_its_quota_and_no_more():
     config = QuotaConfig(steps_per_class=3_000, round_episodes=500, max_rounds=200)
     collected = collect_by_quota(CHECKPOINTS, TASK, config, seed=0, progress=False)

@@ -233,7 +233,7 @@ def state_of_the_checkout():
 
 
 TWICE = ("03_training", "06_ablations", "13_play")
-"""Chapters that train, measure and play: they are run by both runners here. `make reproduce` runs each chapter twice."""
+"""They train, measure and play, and are run by both runners here; `make reproduce` runs every chapter twice."""
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

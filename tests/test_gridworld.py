@@ -320,6 +320,7 @@ def test_all_observations_are_those_of_every_state(size, n_obstacles):
     np.testing.assert_array_equal(found.multiplicity[order], counts)
 
 
+@pytest.mark.slow
 def test_the_posts_task_has_892298_observations():
     found = gridworld.all_observations()
     keys = np.random.default_rng(0).integers(0, 2**63, 49)  # sums of these tell different observations apart

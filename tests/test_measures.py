@@ -172,6 +172,7 @@ def test_a_folder_that_cannot_be_measured_is_one_sentence_at_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_gets_the_tables_that_the_shipped_ones_have(tmp_path):
     """A copy of seed 1 with its heads exchanged: they come back in order, and the table is that of `data/`."""
     shipped = ArtifactStore()

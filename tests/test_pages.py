@@ -3,6 +3,7 @@
 import os
 import re
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ import yaml
 from axe_playwright_python.sync_playwright import Axe
 from browser import draw_all, served, visit
 from bs4 import BeautifulSoup
+from playwright.sync_api import TimeoutError
 
 pytestmark = pytest.mark.slow
 
@@ -132,13 +134,18 @@ KEEP_FIRST_ROWS = """for (const row of document.querySelectorAll("details.figure
   row.remove();"""
 
 
+ALL_REACHED = """[...document.querySelectorAll("pre, .cell_output > .output, .pst-scrollable-table-container")].every(
+  (box) => (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight) === (box.tabIndex === 0))"""
+
+
 def violations(page):
     """What axe-core finds that keeps people out: its serious and critical violations, with where they are.
 
     It fetches the style sheets once more, so what the page itself complains of is looked at before. The theme lets the
     keyboard reach what scrolls 300 ms after the last change of window or page.
     """
-    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 400)))")
+    with suppress(TimeoutError):  # then axe-core says what cannot be reached
+        page.wait_for_function(ALL_REACHED, timeout=20_000)
     found = Axe().run(page).response["violations"]
     return [
         (violation["id"], [node["target"] for node in violation["nodes"]])

@@ -178,6 +178,7 @@ def run_in_ci(folder, test, ci="true", **variables):
 NEEDS_WEIGHTS = "@pytest.mark.post_weights\ndef test_it():\n    pytest.skip('no browser')"
 
 
+@pytest.mark.slow
 def test_in_ci_a_test_is_skipped_only_for_want_of_the_posts_weights(tmp_path):
     without = run_in_ci(tmp_path, NEEDS_WEIGHTS, DTBOOK_POST_MODEL="")
     assert (without.returncode, "1 skipped" in without.stdout) == (0, True), without.stdout
@@ -192,6 +193,7 @@ def test_in_ci_a_test_is_skipped_only_for_want_of_the_posts_weights(tmp_path):
 @pytest.mark.parametrize(
     "skip", ["def test_it():\n    pytest.skip('no browser')", "pytest.importorskip('no_browser')"]
 )
+@pytest.mark.slow
 def test_a_skip_fails_in_ci_and_nowhere_else(tmp_path, skip):
     def run(ci):
         return run_in_ci(tmp_path, skip, ci)

@@ -158,6 +158,7 @@ train(data, shape, config, 2, folder, progress=False).model.save_pretrained(fold
 """
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bytes(data, tmp_path):
     data.save(tmp_path / "data.npz")
     command = [sys.executable, "-c", TRAIN_IN_FOLDER, str(tmp_path / "data.npz")]
