@@ -69,10 +69,12 @@ def clocked(work: str, do: Callable[[], Any], scale: float = 1.0, best_of: int =
 @partial(compiled, fastmath=True)
 @no_type_check
 def multiply_add(a, b, c, rounds):
-    """Add a·b to c, over and over."""
-    for _ in range(rounds):
-        for j in range(len(c)):
-            c[j] += a[j] * b[j]
+    """Add the product of a and b to c[0], over and over."""
+    for r in range(rounds):
+        total = a[0] * 0
+        for j in range(len(a)):
+            total += a[j] * b[j]
+        c[r % len(c)] += total
 
 
 def operations(model: DecisionTransformer, observations: ObservationSet) -> float:

@@ -23,7 +23,7 @@ from dtbook.analysis.written import nothing, run_all
 from dtbook.artifacts.parameters import check_finite
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
-from dtbook.gridworld.situations import select, showing, weights
+from dtbook.gridworld.situations import MODEL_BATCH, row_batches, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
 from dtbook.trajectories.episodes import Trajectories
@@ -125,7 +125,9 @@ class Evidence:
     def state_contribution(self, situation: str) -> float:
         """Return the mean direct contribution of the state embedding to F−R (logits): that of the mean image."""
         seen = select(self.observations, situation)
-        mean = np.tensordot(weights(seen), seen.images.astype(np.float64), 1)
+        share, mean = weights(seen), np.zeros(seen.images.shape[1:])
+        for rows in row_batches(len(seen), MODEL_BATCH):
+            mean += np.tensordot(share[rows], seen.images[rows].astype(np.float64), 1)
         return float((state_maps(self.model, "F-R").double().numpy() * mean.transpose(2, 0, 1)).sum())
 
     @cached_property
