@@ -1,5 +1,7 @@
 """Two artifacts held against each other: the same bytes, the same up to rounding, or not the same."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -66,3 +68,25 @@ def test_folders_tensors_and_arrays(tmp_path):
     assert largest_difference(one, two) == np.inf
     (one / "README.md").unlink()
     assert largest_difference(one, two) == np.inf
+
+
+def test_numbers_in_json_may_be_rounded_and_texts_may_not(tmp_path):
+    """As in a model's config.json, whose scores are measured and whose weights are compared themselves."""
+    ours = {
+        "score": {"L0H0": 0.5, "L0H1": None},
+        "order": [1, 0],
+        "means": [2.0, 2.1e-5],
+        "name": "a",
+        "weights_sha256": "0",
+    }
+    (tmp_path / "ours.json").write_text(json.dumps(ours))
+    for change, expected in (
+        ({"score": {"L0H0": 0.5000001, "L0H1": None}, "weights_sha256": "1"}, 2e-7),
+        ({"means": [2.0, 2e-5]}, 5e-7),  # of the largest beside it
+        ({"order": [0, 1]}, np.inf),
+        ({"name": "b"}, np.inf),
+        ({"score": {"L0H0": 0.5}}, np.inf),
+    ):
+        (tmp_path / "theirs.json").write_text(json.dumps(ours | change))
+        distance = largest_difference(tmp_path / "ours.json", tmp_path / "theirs.json")
+        assert distance == pytest.approx(expected)

@@ -1,7 +1,8 @@
 """How alike artifacts are that were made twice: byte for byte, or up to rounding, as on another processor."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def largest_difference(ours: Path, theirs: Path) -> float:
     """Return the largest difference between two artifacts' numbers, each relative to its column's or tensor's largest.
 
     Infinite where anything else is not the same: names, shapes, texts, whole numbers, which numbers are missing, or
-    files that hold neither tables nor tensors.
+    files that hold neither tables nor tensors nor JSON.
     """
     inside, others = _files(ours), _files(theirs)
     if inside != others:
@@ -69,10 +70,28 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             return dict(arrays)
+    if path.suffix == ".json":
+        return dict(sorted(_leaves("", json.loads(path.read_text(encoding="utf-8")))))
     if path.suffix not in (".parquet", ".csv"):
         return {}
     table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     return {str(name): column.to_numpy() for name, column in table.items()}
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield what a JSON file holds, the fractions side by side in one mapping or list as one column.
+
+    The hash of weights is left out: they are compared themselves.
+    """
+    if not isinstance(value, dict | list):
+        yield name, np.array([value])
+        return
+    items = dict(value.items() if isinstance(value, dict) else enumerate(value))
+    numbers = {key: item for key, item in items.items() if isinstance(item, float)}
+    if numbers:
+        yield f"{name}: {', '.join(map(str, numbers))}", np.array([*numbers.values()])
+    for key in items.keys() - numbers.keys() - {"weights_sha256"}:
+        yield from _leaves(f"{name}/{key}", items[key])
 
 
 def _apart(ours: np.ndarray, theirs: np.ndarray) -> float:
