@@ -64,6 +64,15 @@ def test_other_rooms_are_taken_apart_too(images, what):
     np.testing.assert_array_equal(put_together(parts), images)
 
 
+def test_more_obstacles_than_two_bytes_count_are_told_apart():
+    images = np.zeros((2000, 5, 5, 3), np.uint8)
+    images[..., 0] = OBSTACLE
+    images[..., 1:] = np.random.default_rng(5).integers(0, 256, (2000, 5, 5, 2))
+    parts = take_apart(images)
+    assert len(parts.obstacles) > 2**15
+    np.testing.assert_array_equal(put_together(parts), images)
+
+
 def test_neighbours_begin_with_the_same_obstacles(images):
     """Where one obstacle moves, the others come first: the sums of a listing add little more than a row each."""
     parts = all_observations(6, 3).parts

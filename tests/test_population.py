@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from bridge import bridge_of
+from planted import scattered
 
 from dtbook.analysis.attribution import decompose
 from dtbook.analysis.counterfactuals import Pair, ablations, activation_patches, path_patches
@@ -28,15 +29,6 @@ CONDITIONS = [(0.9, 10), (-1.0, 0), (0.25, 20)]
 HEAD_SITES = {"Q": "q", "K": "k", "V": "v", "pattern": "pattern"}
 
 
-def loud(cfg):
-    """A model in float64 whose every parameter, biases included, is far from zero."""
-    model, generator = DecisionTransformer(cfg).double(), torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def observations():
     return all_observations(size=5, n_obstacles=2)
@@ -44,7 +36,7 @@ def observations():
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request):
-    return loud(CONFIGS[request.param])
+    return scattered(CONFIGS[request.param])
 
 
 def inputs(images, rtg, timestep):
@@ -203,7 +195,7 @@ def test_plain_pytorch_on_a_device_gives_the_same(model, observations):
 @torch.no_grad()
 def test_all_892298_observations_have_the_models_logits():
     """A model of the post's shape: the logits of all, every quantity and intervention on 20,000 at random."""
-    model, observations = loud(DTConfig()), all_observations()
+    model, observations = scattered(DTConfig()), all_observations()
     rows = np.sort(np.random.default_rng(8).choice(len(observations), 20_000, replace=False))
     ours = torch.from_numpy(logits(model, observations, [(0.9, 10)])[0])
     for batch in batches(observations, 0.9, 10):
@@ -220,7 +212,7 @@ def test_all_892298_observations_have_the_models_logits():
 
 @torch.no_grad()
 def test_a_thousand_observations_have_the_activations_of_transformerlens():
-    model, drawn = loud(DTConfig()), all_observations(6, 3)
+    model, drawn = scattered(DTConfig()), all_observations(6, 3)
     images = drawn.images[np.random.default_rng(2).choice(len(drawn), 1000, replace=False)]
     given = inputs(images, 0.9, 10)
     expected, cache = bridge_of(model).run_with_cache(model.embed(*given), start_at_layer=0)
@@ -244,7 +236,7 @@ def test_rooms_that_the_task_never_shows_have_the_models_logits(model, observati
 @torch.no_grad()
 def test_runs_evaluated_together_are_those_evaluated_alone(observations):
     """Whatever they share: observations, tables, terms, constants; two at a time or an odd number."""
-    model = loud(CONFIGS["two heads"])
+    model = scattered(CONFIGS["two heads"])
     f = FoldedWeights(model)
     embedded, other = f.embed(observations), f.embed(observations.images[::-1])
     runs = [run_at(one, *condition).writes() for one in (embedded, other) for condition in CONDITIONS]
@@ -298,6 +290,13 @@ def test_observations_of_another_view_get_one_sentence(model):
 def test_only_one_layer_can_be_folded():
     with pytest.raises(ValueError, match="model has 2 layers; only one can be folded"):
         FoldedWeights(DecisionTransformer(DTConfig(d_model=8, d_head=4, d_mlp=8, n_layers=2)))
+
+
+def test_runs_of_constants_alone_get_one_sentence(model, observations):
+    f = FoldedWeights(model)
+    writes = run_at(f.embed(observations), 0.9, 10).writes()
+    with pytest.raises(ValueError, match="runs hold constants alone; one part at least"):
+        run_all(f, [dict.fromkeys(writes, nothing(f))])
 
 
 def test_half_precision_is_not_folded():

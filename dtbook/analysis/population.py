@@ -6,7 +6,7 @@ Only the attention's softmax and the neurons' ReLU are evaluated for each observ
 Only the state token's query is needed. RTG and state token differ by δ = R·W_E_rtg + W_pos[0] − W_pos[1] − state
 embedding, as time and biases cancel in their difference, so attention to RTG is sigmoid(q · δW_K / √d_head).
 
-In float32 logits differ from the model's own by about 1e-6 of the largest term that they are a sum of.
+In float32 logits differ from those in float64 by less than 1e-5 of the largest term that they are a sum of.
 """
 
 from collections.abc import Callable, Iterable, Mapping

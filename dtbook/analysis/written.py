@@ -110,12 +110,14 @@ class Outputs(NamedTuple):
 def run_all(f: FoldedWeights, runs: Sequence[Writes], with_mean: int = 0) -> Outputs:
     """Evaluate runs given by what their components write, all in one go over the observations (`sums.sum_runs`).
 
-    Of the first `with_mean` runs the MLP's feature mean is returned too.
+    Of the first `with_mean` runs the MLP's feature mean is returned too. Raises ValueError for runs of constants alone.
     """
     terms, choice = _terms(f, runs)
     sources = list(
         {id(one.embedded.parts): one.embedded for one in terms if one.embedded is not None}.values()
     )
+    if not sources:
+        raise ValueError("runs hold constants alone; one part at least must be what an observation gives.")
     n, width, n_actions = len(sources[0]), f.n_read + 1, len(f.b_U)
     one, none = torch.ones(n), torch.zeros(n)
     weight = [none if t.embedded is None else one if t.weight is None else t.weight for t in terms]
@@ -177,7 +179,7 @@ def _side_by_side(sources: Sequence[Embedded]) -> tuple[np.ndarray, ...]:
     first = np.cumsum([[0, 0], *lengths], 0)
     most = max(one.parts.obstacle.shape[1] for one in sources)
     view = np.empty((len(sources), len(sources[0])), np.int32)
-    obstacle = np.full((*view.shape, most), -1, np.int16)
+    obstacle = np.full((*view.shape, most), -1, np.int32)
     for k, one in enumerate(sources):
         views, obstacles = first[[one.tables is table for table in tables].index(True)]
         seen = one.parts.obstacle

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import numpy as np
-from jaxtyping import Int16, Int32, UInt8
+from jaxtyping import Int32, UInt8
 
 from dtbook.gridworld.kernels import EMPTY, OBSTACLE, compiled
 
@@ -26,7 +26,7 @@ class Parts:
     """The distinct obstacles: column and row of the view, colour, state."""
     view: Int32[np.ndarray, " n"]
     """Which view each observation is."""
-    obstacle: Int16[np.ndarray, "n most"]
+    obstacle: Int32[np.ndarray, "n most"]
     """Which obstacles are added to it, −1 where there are no more. First come those that the observation before has as
     well, as far as they go, so that neighbours share the beginning of their sums."""
 
@@ -41,9 +41,9 @@ def take_apart(images: UInt8[np.ndarray, "n side side 3"]) -> Parts:
     """Return the parts of each observation; view + obstacles gives the image back, byte for byte."""
     n, side = len(images), images.shape[1]
     cells = np.ascontiguousarray(images).reshape(n, side * side, 3)
-    obstacle = np.full((n, _most_obstacles(cells)), -1, np.int16)
+    obstacle = np.full((n, _most_obstacles(cells)), -1, np.int32)
     keys = np.random.default_rng(0).integers(2**64, size=(side * side, 3), dtype=np.uint64)
-    known = np.full((side * side) << 16, -1, np.int16)
+    known = np.full((side * side) << 16, -1, np.int32)
     prints, codes = np.empty(n, np.uint64), np.empty(len(known), np.int32)
     codes = codes[: _find_obstacles(cells, keys, known, prints, codes, obstacle)]
     first, view = _distinct(prints)
@@ -93,7 +93,7 @@ def _find_obstacles(
     the sum of the bytes times random keys, modulo 2⁶⁴: among a million views, two share one with probability 3e-8.
     """
     n_codes = 0
-    seen = np.empty(obstacle.shape[1], np.int16)
+    seen = np.empty(obstacle.shape[1], np.int32)
     for i in range(len(cells)):
         total, n_seen = np.uint64(0), 0
         for c in range(cells.shape[1]):
