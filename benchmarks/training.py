@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Callable
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from dtbook.artifacts import ArtifactStore
 from dtbook.model import DecisionTransformer, DTConfig
-from dtbook.training import Batch, Sampler, TrainConfig, evaluate, make_optimizer, update
+from dtbook.training import Batch, Sampler, TrainConfig, Updater, evaluate
 from dtbook.trajectories import Trajectories
 from dtbook.trajectories.ppo import one_thread
 
@@ -66,10 +65,10 @@ def plain(cfg: DTConfig, config: TrainConfig) -> Callable[[Batch], object]:
 
 def ours(cfg: DTConfig, config: TrainConfig, hooked: bool) -> Callable[[Batch], object]:
     model = DecisionTransformer(cfg)
-    optimizer = make_optimizer(model, config)
     if hooked:
-        model.fast_forward = model.forward  # type: ignore[method-assign]
-    return lambda batch: update(model, optimizer, batch, config.lr)
+        model.is_plain = lambda: False  # type: ignore[method-assign]
+    update = Updater(model, config)
+    return lambda batch: update(batch, config.lr)
 
 
 def products(cfg: DTConfig, config: TrainConfig) -> Callable[[Batch], object]:
@@ -106,9 +105,9 @@ def measure(updates: int, seed: int = 0) -> tuple[pd.DataFrame, dict[str, float]
     data = Trajectories.load(ArtifactStore().path("seed_0/trajectories.npz"))
     cfg, config = DTConfig(), TrainConfig()
     sampler = Sampler(data, cfg.n_timesteps, config)
-    sampler.batch(np.random.default_rng(seed))  # compile the simulator
+    next(sampler.batches(seed, 0, 1))  # compile the simulator
     start = time.process_time()
-    batches = [sampler.batch(np.random.default_rng([seed, i])) for i in range(updates)]
+    batches = list(sampler.batches(seed, 0, updates))
     other = {"batch": (time.process_time() - start) / updates}
     runs = {
         "ours, an update": ours(cfg, config, hooked=False),

@@ -37,6 +37,7 @@ from dtbook.artifacts.parameters import (
 from dtbook.artifacts.store import atomic_write
 from dtbook.gridworld.rules import Task
 from dtbook.model.config import DTConfig, check_one_hot
+from dtbook.model.gradients import Gradients
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.rollout import check_task, rollout
 from dtbook.trajectories.anytask import ImageEpisodes
@@ -45,6 +46,8 @@ from dtbook.trajectories.episodes import CLASS_NAMES, Trajectories
 Row = dict[str, float | int]
 Recorded = Trajectories | ImageEpisodes
 """What can be trained on: episodes of the book's own task, or of any."""
+LOOKED_UP_AT_ONCE = 64
+"""Steps whose batches are taken from the data together."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,10 @@ class Sampler:
 
     def batch(self, rng: np.random.Generator) -> Batch:
         """Draw one batch of windows."""
-        end = self.rows(rng)
+        return self.windows(self.rows(rng))
+
+    def windows(self, end: Int64[np.ndarray, " batch"]) -> Batch:
+        """Return the windows that end at some step rows."""
         first = np.maximum(end - self.context + 1, self.start_row[end])
         rows = first[:, None] + np.arange(self.context)
         real = rows <= end[:, None]
@@ -138,6 +144,17 @@ class Sampler:
             torch.from_numpy(self.data.actions[rows].astype(np.int64)),
             torch.from_numpy(real),
         )
+
+    def batches(self, seed: int, begin: int, end: int) -> Iterator[Batch]:
+        """Yield the batches of steps `begin` … `end` − 1, each drawn by a generator seeded with (seed, step).
+
+        What is drawn is looked up for many steps together, which is faster.
+        """
+        for first in range(begin, end, LOOKED_UP_AT_ONCE):
+            steps = range(first, min(first + LOOKED_UP_AT_ONCE, end))
+            drawn = [self.rows(np.random.default_rng([seed, step])) for step in steps]
+            columns = (column.split(self.config.batch_size) for column in self.windows(np.concatenate(drawn)))
+            yield from map(Batch._make, zip(*columns, strict=True))
 
 
 class TrainResult(NamedTuple):
@@ -172,21 +189,20 @@ def train(
     check_fit(data, model_config, config)
     sampler = Sampler(data, model_config.n_timesteps, config)
     model = DecisionTransformer(model_config, seed=seed)
-    optimizer = make_optimizer(model, config)
+    update = Updater(model, config)
     run = _Run(folder, {"model": asdict(model_config), "train": asdict(config), "seed": seed})
     run.settings["snapshots"] = list(snapshots)
-    curve, evaluations, begin = run.resume(model, optimizer)
+    curve, evaluations, begin = run.resume(model, update.optimizer)
     if begin == 0 and 0 in snapshots:
         run.keep(0, model)
     torch.set_flush_denormal(True)  # the unused state channel decays to denormals, which cost a factor of two
     try:
         with tqdm(total=config.steps, initial=begin, desc="training", disable=not progress) as bar:
-            for step in range(begin, config.steps):
-                batch = sampler.batch(np.random.default_rng([seed, step]))
+            for step, batch in enumerate(sampler.batches(seed, begin, config.steps), begin):
                 lr = config.learning_rate(step)
-                loss, accuracy = update(model, optimizer, batch, lr)
-                curve.append({"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "lr": lr})
-                if not math.isfinite(curve[-1]["loss"]):
+                loss, accuracy = update(batch, lr)
+                curve.append({"step": step + 1, "loss": loss, "accuracy": accuracy, "lr": lr})
+                if not math.isfinite(loss):
                     _refuse_divergence(step + 1, config, "the loss")
                 bar.update()
                 at_end = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
@@ -201,9 +217,10 @@ def train(
                     bar.set_postfix(
                         {k: f"{v:.2f}" for k, v in evaluations[-1].items() if k.startswith("greedy")}
                     )
-                    run.save(step + 1, model, optimizer, curve, evaluations)
+                    run.save(step + 1, model, update.optimizer, curve, evaluations)
     finally:
         torch.set_flush_denormal(False)
+    model.zero_grad()
     return TrainResult(model.eval(), pd.DataFrame(curve), pd.DataFrame(evaluations), run.snapshots)
 
 
@@ -261,28 +278,33 @@ def _refuse_divergence(step: int, config: TrainConfig, what: str) -> NoReturn:
     )
 
 
-def make_optimizer(model: DecisionTransformer, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return Adam or AdamW over all parameters."""
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+class Updater:
+    """Takes optimiser steps on a model: by `gradients` where one layer sees one timestep, else by autograd."""
 
+    def __init__(self, model: DecisionTransformer, config: TrainConfig) -> None:
+        """Make Adam or AdamW over all weights."""
+        self.model = model
+        fused = model.cfg.n_timesteps == 1 and model.is_plain() and model.W_U.device.type == "cpu"
+        self.gradients = Gradients(model, config.batch_size) if fused else None
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        self.optimizer = kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
-def update(
-    model: DecisionTransformer, optimizer: torch.optim.Optimizer, batch: Batch, lr: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one optimiser step and return loss and accuracy of the batch before it."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    logits = model.fast_forward(batch.states, batch.rtgs, batch.timesteps, batch.actions[:, :-1])
-    if batch.actions.shape[1] == 1:  # a window of one step has no padding
-        logits, target = logits[:, 0], batch.actions[:, 0]
-    else:
+    def __call__(self, batch: Batch, lr: float) -> tuple[float, float]:
+        """Take one step and return loss and accuracy of the batch before it."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        result = self._differentiate(batch)
+        self.optimizer.step()
+        return result
+
+    def _differentiate(self, batch: Batch) -> tuple[float, float]:
+        if self.gradients:
+            return self.gradients(*(column[:, 0] for column in batch[:4]))
+        logits = self.model(batch.states, batch.rtgs, batch.timesteps, batch.actions[:, :-1])
         logits, target = logits[batch.real], batch.actions[batch.real]
-    loss = F.cross_entropy(logits, target)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach(), (logits.detach().argmax(-1) == target).float().mean()
+        loss = F.cross_entropy(logits, target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss.item(), (logits.detach().argmax(-1) == target).float().mean().item()
 
 
 class _Run:

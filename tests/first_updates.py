@@ -14,7 +14,7 @@ def first_updates():
 
     from dtbook.gridworld import DynamicObstaclesVectorEnv
     from dtbook.model import DecisionTransformer, DTConfig
-    from dtbook.training import Sampler, TrainConfig, make_optimizer, update
+    from dtbook.training import Sampler, TrainConfig, Updater
     from dtbook.trajectories.ppo import PPOConfig, one_thread, train
     from dtbook.trajectories.recording import RecordEpisodes
 
@@ -23,10 +23,9 @@ def first_updates():
         diagnostics = train(envs, PPOConfig(total_steps=3 * 64 * 128), 0, progress=False).diagnostics
         data, config = envs.trajectories(), TrainConfig(steps=20, balance_classes=False)
         model = DecisionTransformer(DTConfig(), seed=0)
-        sampler, optimizer = Sampler(data, 1, config), make_optimizer(model, config)
-        for step in range(config.steps):
-            batch = sampler.batch(np.random.default_rng([0, step]))
-            update(model, optimizer, batch, config.learning_rate(step))
+        update = Updater(model, config)
+        for step, batch in enumerate(Sampler(data, 1, config).batches(0, 0, config.steps)):
+            update(batch, config.learning_rate(step))
     numbers = [diagnostics.select_dtypes("number").to_numpy(dtype=np.float64), data.actions]
     numbers += [parameter.detach().numpy() for parameter in model.parameters()]
     parts = [np.ascontiguousarray(each).tobytes() for each in numbers]

@@ -465,7 +465,7 @@ def test_on_doorkey_greedy_actions_are_the_likeliest_of_seven():
 def test_data_model_and_evaluation_are_held_to_each_other_before_the_first_step(
     doorkey, monkeypatch, shape, settings, sentence
 ):
-    monkeypatch.setattr(training, "update", never)
+    monkeypatch.setattr(training.Updater, "__call__", never)
     cfg = replace(KEY_SHAPE, **shape)
     config = TrainConfig(**({"balance_classes": False} | settings))
     if settings or shape:
@@ -474,7 +474,7 @@ def test_data_model_and_evaluation_are_held_to_each_other_before_the_first_step(
 
 
 def test_a_state_without_a_bit_is_refused_before_the_first_step(doorkey, monkeypatch):
-    monkeypatch.setattr(training, "update", never)
+    monkeypatch.setattr(training.Updater, "__call__", never)
     images = doorkey[0].images.copy()
     images[-1, 0, 0, 2] = 3  # the direction of an agent, which a whole grid shows
     data = replace(doorkey[0], images=images)

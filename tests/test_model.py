@@ -19,7 +19,7 @@ from transformer_lens import patching
 
 from dtbook.model import DecisionTransformer, DTConfig, fetch_post_checkpoint
 from dtbook.model.config import one_hot
-from dtbook.model.fused import Weights, one_timestep
+from dtbook.model.gradients import UNUSED, Gradients
 
 SHAPES = {
     "the post's": DTConfig(),
@@ -251,39 +251,23 @@ def test_fast_forward_equals_forward(encoding, n_timesteps):
 
 @pytest.mark.parametrize("encoding", ["index", "one-hot"])
 @pytest.mark.parametrize("n_heads", [1, 2, 4])
-def test_fast_forward_has_forwards_logits_and_gradients(encoding, n_heads):
-    """The hand-written backward pass against autograd through the hooked path, in float64."""
-    model = loud(DTConfig(d_model=24, n_heads=n_heads, d_head=8, d_mlp=40, encoding=encoding), torch.float64)
-    batch = inputs(model.cfg, batch=16)
-    target = torch.randint(3, (16,), generator=torch.Generator().manual_seed(0))
-
-    def gradients(logits):
-        loss = torch.nn.functional.cross_entropy(logits[:, 0], target)
-        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
-
-    torch.testing.assert_close(model.fast_forward(*batch), model(*batch), atol=1e-12, rtol=1e-12)
-    for fast, slow in zip(gradients(model.fast_forward(*batch)), gradients(model(*batch)), strict=True):
-        torch.testing.assert_close(fast, slow, atol=1e-13, rtol=1e-9)
-
-
-@pytest.mark.parametrize("n_heads", [1, 3])
-def test_the_fused_paths_gradients_are_finite_differences(n_heads):
-    """All of them, those of its inputs included; asked for a gradient of a gradient it refuses."""
-    model = loud(DTConfig(d_model=5, n_heads=n_heads, d_head=3, d_mlp=6, max_steps=4), torch.float64)
-    parameters = {name.split(".")[-1]: p.detach() for name, p in model.named_parameters()}
-    generator = torch.Generator().manual_seed(1)
-    embeddings = [torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
-    rtgs = torch.tensor([-1.0, 0.0, 0.5, 0.9], dtype=torch.float64)
-    everything = [*embeddings, rtgs, *(parameters[name] for name in Weights._fields)]
-    everything = [x.clone().requires_grad_() for x in everything]
-
-    def logits(state, time, rtgs, *weights):
-        return one_timestep(state, time, rtgs, Weights(*weights))
-
-    assert torch.autograd.gradcheck(logits, everything)
-    (first,) = torch.autograd.grad(logits(*everything).sum(), everything[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        torch.autograd.grad(first.sum(), everything[0])
+@pytest.mark.parametrize("d_head", [3, 20])
+def test_gradients_by_hand_are_those_of_autograd(encoding, n_heads, d_head):
+    """Twice, in arrays that hold the first batch's numbers; through the hooked path, in float64."""
+    shape = DTConfig(d_model=37, n_heads=n_heads, d_head=d_head, d_mlp=40, encoding=encoding, n_actions=4)
+    model, target = loud(shape, torch.float64), torch.arange(16) % 4
+    plain, by_hand = copy.deepcopy(model), Gradients(model, batch_size=16)
+    names = [name for name, _ in plain.named_parameters() if name.rpartition(".")[2] not in UNUSED]
+    for seed in range(2):
+        states, rtgs, timesteps, _ = inputs(shape, batch=16, seed=seed)
+        loss, accuracy = by_hand(states[:, 0], rtgs[:, 0], timesteps[:, 0], target)
+        logits = plain(states, rtgs, timesteps)[:, 0]
+        expected = torch.nn.functional.cross_entropy(logits, target)
+        weights = [plain.get_parameter(name) for name in names]
+        for name, slow in zip(names, torch.autograd.grad(expected, weights), strict=True):
+            torch.testing.assert_close(model.get_parameter(name).grad, slow, atol=1e-13, rtol=1e-9, msg=name)
+        assert loss == pytest.approx(expected.item(), rel=1e-12)
+        assert accuracy == (logits.argmax(-1) == target).double().mean()
 
 
 def test_fast_forward_takes_the_fused_path_only_where_it_holds(monkeypatch):
@@ -294,7 +278,8 @@ def test_fast_forward_takes_the_fused_path_only_where_it_holds(monkeypatch):
     for cfg in (SHAPES["two layers, three timesteps"], DTConfig(n_timesteps=3), DTConfig(n_layers=0)):
         model = loud(cfg)
         torch.testing.assert_close(model.fast_forward(*inputs(cfg)), model(*inputs(cfg)))
-    with pytest.raises(AssertionError, match="fused"):
+    loud(SMALL).fast_forward(*inputs(SMALL)).sum().backward()
+    with pytest.raises(AssertionError, match="fused"), torch.no_grad():
         loud(SMALL).fast_forward(*inputs(SMALL))
 
 
@@ -416,12 +401,14 @@ def follow(mlp):
 
 
 def results(model, run):
-    """The logits of a run, and the gradient of every weight."""
+    """The logits of a run without gradients, and of one with those of every weight."""
     model.zero_grad()
+    with torch.no_grad():
+        alone = run(*inputs(SMALL))
     logits = run(*inputs(SMALL))
     logits.float().logsumexp(-1).sum().backward()
     grads = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in model.parameters()]
-    return [logits.detach(), *grads]
+    return [alone, logits.detach(), *grads]
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -443,7 +430,7 @@ def test_whatever_is_attached_or_exchanged_is_obeyed(as_users_run_it, name):
 
 def test_autocast_is_obeyed():
     model = loud(SMALL)
-    with torch.autocast("cpu"):
+    with torch.autocast("cpu"), torch.no_grad():
         torch.testing.assert_close(model.fast_forward(*inputs(SMALL)), model(*inputs(SMALL)), atol=0, rtol=0)
 
 
@@ -461,7 +448,8 @@ def test_the_fast_path_is_taken_by_what_this_package_makes(monkeypatch, tmp_path
     made += [copy.deepcopy(model).double(), copy.deepcopy(model).requires_grad_(False)]
     monkeypatch.setattr(DecisionTransformer, "forward", None)
     for each in made:
-        each.fast_forward(*inputs(SMALL))
+        with torch.no_grad():
+            each.fast_forward(*inputs(SMALL))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.bool])

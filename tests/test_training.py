@@ -65,6 +65,17 @@ def test_share_of_last_steps(data, share):
 
 
 @pytest.mark.parametrize("context", [1, 3])
+def test_batches_of_steps_are_those_drawn_one_by_one(data, context, monkeypatch):
+    monkeypatch.setattr(training, "LOOKED_UP_AT_ONCE", 3)
+    sampler = Sampler(data, context, TrainConfig(batch_size=8))
+    together = list(sampler.batches(4, 2, 9))
+    assert len(together) == 7
+    for step, batch in enumerate(together, 2):
+        alone = sampler.batch(np.random.default_rng([4, step]))
+        assert all(torch.equal(a, b) for a, b in zip(batch, alone, strict=True))
+
+
+@pytest.mark.parametrize("context", [1, 3])
 def test_windows_hold_consecutive_steps_of_one_episode(data, context):
     sampler = Sampler(data, context, TrainConfig(batch_size=256))
     batch = sampler.batch(np.random.default_rng(5))
@@ -90,8 +101,7 @@ def test_two_steps_against_the_update_written_out(data, optimizer):
     result = train(data, DTConfig(**SMALL), config, seed=7, progress=False)
     model = DecisionTransformer(DTConfig(**SMALL), seed=7).double()
     sampler, moments = Sampler(data, 1, config), {n: (0.0, 0.0) for n, _ in model.named_parameters()}
-    for step in range(2):
-        batch = sampler.batch(np.random.default_rng([7, step]))
+    for step, batch in enumerate(sampler.batches(7, 0, 2)):
         log_probs = model(batch.states, batch.rtgs.double(), batch.timesteps)[:, 0].log_softmax(-1)
         loss = -log_probs[torch.arange(64), batch.actions[:, 0]].mean()
         model.zero_grad()
@@ -218,7 +228,7 @@ def test_data_that_do_not_fit_are_refused(data):
 
 
 def test_evaluation_that_the_model_cannot_play_is_refused_before_the_first_step(data, monkeypatch):
-    monkeypatch.setattr(training, "update", None)
+    monkeypatch.setattr(training.Updater, "__call__", None)
     short = data.episodes(data.lengths <= 20)
     config = TrainConfig(steps=1, balance_classes=False)
     for shape, sentence in (
@@ -240,15 +250,15 @@ def test_evaluation_that_the_model_cannot_play_is_refused_before_the_first_step(
 
 def explode(monkeypatch, at, how):
     """Let a weight become nan or infinite by the update of one step, after its loss was taken."""
-    plain, step = training.update, iter(range(1, 1000))
+    plain, step = training.Updater.__call__, iter(range(1, 1000))
 
-    def update(model, *rest):
-        done = plain(model, *rest)
+    def update(self, *rest):
+        done = plain(self, *rest)
         if next(step) == at:
-            model.W_E_rtg.data[2] = how
+            self.model.W_E_rtg.data[2] = how
         return done
 
-    monkeypatch.setattr(training, "update", update)
+    monkeypatch.setattr(training.Updater, "__call__", update)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -289,8 +299,8 @@ def test_an_update_obeys_what_is_attached_to_a_model(data):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     logits = model(batch.states, batch.rtgs, batch.timesteps)[:, 0]
     expected = torch.nn.functional.cross_entropy(logits, batch.actions[:, 0]).item()
-    loss, _ = training.update(model, training.make_optimizer(model, config), batch, 1e-2)
-    assert loss.item() == expected
+    loss, _ = training.Updater(model, config)(batch, 1e-2)
+    assert loss == expected
     moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert {"W_U", "W_E_state"} <= moved
     assert not any(name.startswith("blocks.0.attn") for name in moved)

@@ -1,4 +1,4 @@
-"""One timestep through one layer, forward and backward by hand: the Decision Transformer's fast path.
+"""One timestep through one layer, by hand: the Decision Transformer's fast path.
 
 RTG and state token differ by δ = R·W_E_rtg + W_pos[0] − W_pos[1] − state embedding: time and biases cancel in the
 difference of their keys and values. Only the state token's query is needed, so with s its residual stream
@@ -9,15 +9,15 @@ difference of their keys and values. Only the state token's query is needed, so 
     logits = m W_U + relu(m W_in + b_in) (W_out W_U) + b_out W_U + b_U
 
 Of the d_model numbers that the MLP writes only the three logits are read, so W_out W_U is multiplied out once instead
-of row by row. Up to rounding this is `DecisionTransformer.forward`; the tests hold logits and gradients against it.
+of row by row. Up to rounding this is `DecisionTransformer.forward`; the tests hold the logits against it. The way back
+is `gradients`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -70,40 +70,18 @@ class Weights(NamedTuple):
     b_U: Float[Tensor, " action"]
 
 
-class _Activations(NamedTuple):
-    """The activations that the backward pass reads again."""
-
-    stream: Float[Tensor, "batch d_model"]
-    delta: Float[Tensor, "batch d_model"]
-    q: Float[Tensor, "batch head d_head"]
-    dk: Float[Tensor, "batch head d_head"]
-    to_rtg: Float[Tensor, "head batch 1"]
-    """a_h."""
-    mixed: Float[Tensor, "head batch d_model"]
-    """s + a_h δ."""
-    z: Float[Tensor, "batch head*d_head"]
-    mid: Float[Tensor, "batch d_model"]
-    post: Float[Tensor, "batch d_mlp"]
+def _wide(weight: Tensor) -> Tensor:
+    """Return weights (head, d_model, d_head) as one matrix (d_model, head · d_head)."""
+    return weight.transpose(0, 1).flatten(1)
 
 
 def one_timestep(
     state: Float[Tensor, "batch d_model"],
     time: Float[Tensor, "batch d_model"],
     rtgs: Float[Tensor, " batch"],
-    weights: Weights,
+    w: Weights,
 ) -> Float[Tensor, "batch action"]:
-    """Return the logits, given state and time embeddings; all arguments receive gradients, of first order only."""
-    if not torch.is_grad_enabled():
-        return _forward(state, time, rtgs, weights)[0]
-    return _OneTimestep.apply(state, time, rtgs, *weights)
-
-
-def _wide(weight: Tensor) -> Tensor:
-    """Return weights (head, d_model, d_head) as one matrix (d_model, head · d_head)."""
-    return weight.transpose(0, 1).flatten(1)
-
-
-def _forward(state: Tensor, time: Tensor, rtgs: Tensor, w: Weights) -> tuple[Tensor, _Activations]:
+    """Return the logits, given state and time embeddings."""
     heads, d_head = w.b_Q.shape
     stream = (state + time).add_(w.W_pos[1])
     delta = torch.addcmul(w.W_pos[0] - w.W_pos[1], rtgs.unsqueeze(1), w.W_E_rtg).sub_(state)
@@ -115,65 +93,4 @@ def _forward(state: Tensor, time: Tensor, rtgs: Tensor, w: Weights) -> tuple[Ten
     mid = torch.addmm(stream, z, w.W_O.flatten(0, 1)).add_(w.b_O)
     post = torch.addmm(w.b_in, mid, w.W_in).relu_()
     W_U = w.W_U.T.contiguous()  # products with 3 long rows are four times as fast as with 3 short columns
-    logits = torch.addmm(W_U @ w.b_out + w.b_U, mid, W_U.T).addmm_(post, (W_U @ w.W_out.T).T)
-    return logits, _Activations(stream, delta, q, dk, to_rtg, mixed, z, mid, post)
-
-
-class _OneTimestep(torch.autograd.Function):
-    """In `backward` a variable holds the gradient of what it is named after."""
-
-    @staticmethod
-    def forward(ctx: Any, state: Tensor, time: Tensor, rtgs: Tensor, *weights: Tensor) -> Tensor:
-        logits, activations = _forward(state, time, rtgs, Weights(*weights))
-        ctx.save_for_backward(rtgs, *weights, *activations)
-        return logits
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, logits: Tensor) -> tuple[Tensor, ...]:
-        rtgs, *saved = ctx.saved_tensors
-        w, x = Weights(*saved[: len(Weights._fields)]), _Activations(*saved[len(Weights._fields) :])
-        mid, end = _mlp_backward(logits, w, x)
-        stream, delta, attention = _attention_backward(mid, w, x)
-        W_pos, of_delta = torch.zeros_like(w.W_pos), delta.sum(0)
-        W_pos[0], W_pos[1] = of_delta, stream.sum(0) - of_delta
-        weights = Weights(W_E_rtg=rtgs @ delta, W_pos=W_pos, **attention, **end)
-        return stream - delta, stream, delta @ w.W_E_rtg, *weights
-
-
-def _mlp_backward(logits: Tensor, w: Weights, x: _Activations) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the gradients of the stream before the MLP, and of the weights from there to the logits."""
-    W_U, rows, b_U = w.W_U.T.contiguous(), logits.T.contiguous(), logits.sum(0)
-    product = rows @ x.post  # the gradient of (W_out W_U)ᵀ
-    pre = torch.ops.aten.threshold_backward(logits @ (W_U @ w.W_out.T), x.post, 0)  # zero where post is
-    mid = (logits @ W_U).addmm_(pre, w.W_in.T)
-    return mid, {
-        "W_in": x.mid.T @ pre,
-        "b_in": pre.sum(0),
-        "W_out": product.T @ W_U,
-        "b_out": b_U @ W_U,
-        "W_U": (rows @ x.mid).addmm_(product, w.W_out).addr_(b_U, w.b_out).T,
-        "b_U": b_U,
-    }
-
-
-def _attention_backward(mid: Tensor, w: Weights, x: _Activations) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the gradients of the stream before attention, of δ, and of the layer's attention weights."""
-    by_head = w.b_Q.shape
-    z = (mid @ w.W_O.flatten(0, 1).T).unflatten(1, by_head).transpose(0, 1)
-    mixed = z @ w.W_V.transpose(1, 2)
-    slope = x.to_rtg * (1 - x.to_rtg) / by_head[1] ** 0.5  # of the sigmoid, and of the scores' scale
-    scores = ((mixed * x.delta).sum(-1, keepdim=True) * slope).transpose(0, 1)
-    q, dk = (scores * x.dk).flatten(1), (scores * x.q).flatten(1)
-    gradients = {
-        "W_Q": (x.stream.T @ q).unflatten(1, by_head).transpose(0, 1),
-        "b_Q": q.sum(0).view(by_head),
-        "W_K": (x.delta.T @ dk).unflatten(1, by_head).transpose(0, 1),
-        "W_V": x.mixed.transpose(1, 2) @ z,
-        "b_V": z.sum(1),
-        "W_O": (x.z.T @ mid).view_as(w.W_O),
-        "b_O": mid.sum(0),
-    }
-    stream = mid.add_(mixed.sum(0)).addmm_(q, _wide(w.W_Q).T)
-    delta = mixed.mul_(x.to_rtg).sum(0).addmm_(dk, _wide(w.W_K).T)
-    return stream, delta, gradients
+    return torch.addmm(W_U @ w.b_out + w.b_U, mid, W_U.T).addmm_(post, (W_U @ w.W_out.T).T)

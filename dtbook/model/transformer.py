@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformer_lens import ActivationCache, HookedRootModule
@@ -214,10 +214,15 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         index-encoded model. One-hot channels are OneHotPartialObsWrapper's: 11 objects, 6 colours, 3 states.
         """
         view, m = self.cfg.view_size, self.cfg.d_model
-        x = one_hot(states) if self.cfg.encoding == "one-hot" else states
         # permuting 147 rows of weights is cheaper than permuting every observation
         weight = self.W_E_state.view(-1, view, view, m).permute(1, 2, 0, 3).reshape(-1, m)
-        return x.flatten(-3).to(weight.dtype) @ weight
+        return self.encode_states(states).flatten(-3).to(weight.dtype) @ weight
+
+    def encode_states(
+        self, states: UInt8[Tensor, "*batch view view channel"]
+    ) -> Shaped[Tensor, "*batch view view encoded"]:
+        """Return the numbers that a cell enters with: minigrid's indices as they are, or their 20 bits."""
+        return one_hot(states) if self.cfg.encoding == "one-hot" else states
 
     def run_blocks(
         self, resid: Float[Tensor, "batch pos d_model"], start_at_layer: int = 0
@@ -234,12 +239,12 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
     def fast_forward(
         self, states: States, rtgs: Rtgs, timesteps: Timesteps, actions: Actions | None = None
     ) -> Float[Tensor, "batch time action"]:
-        """Return `forward`'s logits, up to rounding, faster where one layer sees one timestep.
+        """Return `forward`'s logits, up to rounding; faster for one layer of one timestep, where no gradient is wanted.
 
         That path knows nothing but this class as it stands here, so wherever a model is anything else, by hooks, parts
         or weights of another kind, `forward` itself runs. Raises as `forward`.
         """
-        if states.ndim != 5 or states.shape[1] != 1 or not self.is_plain():
+        if torch.is_grad_enabled() or states.ndim != 5 or states.shape[1] != 1 or not self.is_plain():
             return self(states, rtgs, timesteps, actions)
         timesteps, _ = check_inputs(self.cfg, states, rtgs, timesteps, actions)
         return self._fused_logits(states[:, 0], rtgs[:, 0], timesteps[:, 0]).unsqueeze(1)
