@@ -62,9 +62,11 @@ class TrainConfig(Checked):
     batch_size: Count = 384
     """Windows (for a context of one timestep: state–action pairs) a step."""
     lr: Positive = 8e-4
-    """Highest learning rate, reached after the warm-up and followed by a cosine to zero."""
+    """Highest learning rate, reached after the warm-up."""
     warmup_steps: Whole = 100
     """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: half a cosine down to zero, or the highest rate to the end."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """`adam` adds the weight decay to the gradient (coupled L2), as the post did; `adamw` decouples it."""
     weight_decay: NotNegative = 1e-5
@@ -78,10 +80,31 @@ class TrainConfig(Checked):
     evaluation_episodes: Whole = 100
     """Episodes for each RTG at an evaluation, greedy and sampled; 0 for none."""
 
+    @classmethod
+    def post(cls) -> "TrainConfig":
+        """Return the original's settings: 5,000 passes of about 14 batches, the rate constant.
+
+        Source: `scripts/reproduce_initial_decision_transformer.sh` and `src/decision_transformer/train.py` in
+        github.com/jbloomAus/DecisionTransformerInterpretability.
+        """
+        return cls(
+            steps=70_000,
+            batch_size=128,
+            lr=1e-4,
+            warmup_steps=0,
+            schedule="constant",
+            weight_decay=1e-3,
+            last_step_share=0.1,
+            balance_classes=False,
+            checkpoint_every=10_000,
+        )
+
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then half a cosine down to zero."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        """Return the learning rate of a step: linear warm-up, then half a cosine down to zero, or nothing else."""
+        rate = self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return (
+            rate if self.schedule == "constant" else rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        )
 
 
 class Batch(NamedTuple):

@@ -58,6 +58,27 @@ def inputs(cfg, batch=6, time=None, seed=0):
     )
 
 
+# Where training starts
+
+
+def test_the_posts_start_is_the_originals():
+    """Mean and standard deviation of each weight, from the code of the original (`design`: W_pos around 0.8/√128)."""
+    model = DecisionTransformer(DTConfig.post(), seed=3)
+    expected = {"W_E_rtg": (0, 1 / 128), "W_E_state": (0, 0.02), "W_E_time": (0, 1), "W_pos": (0.0707, 1)}
+    expected |= {"W_E_action": (0, 1 / 512), "W_U": (0, 128**-0.5 / 3**0.5), "b_U": (0, 128**-0.5 / 3**0.5)}
+    for name, weight in model.named_parameters():
+        last, sample = name.rpartition(".")[2], weight.detach().flatten().double()
+        if last[0] == "b" and last != "b_U":
+            assert not sample.any(), name
+            continue
+        mean, std = expected.get(last, (0, 0.0707))
+        assert abs(sample.mean() - mean) < 4 * std / len(sample) ** 0.5, name
+        assert abs(sample.std() - std) < 4 * std / (2 * len(sample)) ** 0.5 or last == "b_U", name
+    uniform = torch.cat([model.W_U.flatten(), model.b_U])
+    assert uniform.abs().max() < 128**-0.5 < 1.02 * uniform.abs().max()
+    assert replace(model.cfg, init="book") == DTConfig()
+
+
 # Against TransformerLens
 
 

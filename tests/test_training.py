@@ -92,6 +92,14 @@ def test_windows_hold_consecutive_steps_of_one_episode(data, context):
         assert (batch.rtgs[i].numpy() == data.returns[episode]).all()
 
 
+def test_the_posts_settings_are_the_originals():
+    """As read from its script and its `train.py`; the rate neither rises nor falls."""
+    config = TrainConfig.post()
+    assert {config.learning_rate(step) for step in (0, 1, 35_000, 69_999)} == {1e-4}
+    assert (config.steps, config.batch_size, config.optimizer) == (70_000, 128, "adam")
+    assert (config.weight_decay, config.last_step_share, config.balance_classes) == (1e-3, 0.1, False)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_two_steps_against_the_update_written_out(data, optimizer):
     """Adam with coupled L2, and AdamW, from their papers' formulas in float64 (Kingma & Ba; Loshchilov & Hutter)."""

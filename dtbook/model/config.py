@@ -43,6 +43,8 @@ class DTConfig(Checked):
     """Actions: left, right, forward."""
     view_size: Count = 7
     """Side of the agent's view, in cells."""
+    init: Literal["book", "post"] = "book"
+    """How a new model's weights are drawn: see `DecisionTransformer`."""
 
     # What TransformerLens's ActivationCache and patching functions ask a configuration.
     act_fn: ClassVar[str] = "relu"
@@ -50,6 +52,11 @@ class DTConfig(Checked):
     normalization_type: ClassVar[None] = None
     n_key_value_heads: ClassVar[None] = None
     device: ClassVar[None] = None
+
+    @classmethod
+    def post(cls) -> "DTConfig":
+        """Return the post's shape with the original's initial weights (its `src/decision_transformer/model.py`)."""
+        return cls(init="post")
 
     @property
     def n_ctx(self) -> int:

@@ -24,7 +24,7 @@ Chen et al. 2021, https://arxiv.org/abs/2106.01345; Elhage et al. 2021 (the circ
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ def _linear(n_inputs: int, *shape: int, generator: torch.Generator) -> nn.Parame
     return nn.Parameter((2 * torch.rand(*shape, generator=generator) - 1) / n_inputs**0.5)
 
 
-def _normal(std: float, *shape: int, generator: torch.Generator) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape, generator=generator) * std)
+def _normal(std: float, *shape: int, generator: torch.Generator, mean: float = 0.0) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, generator=generator) * std + mean)
 
 
 def _zeros(*shape: int) -> nn.Parameter:
@@ -145,13 +145,18 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
     def __init__(
         self, cfg: DTConfig, seed: int | torch.Generator = 0, metadata: dict[str, Any] | None = None
     ) -> None:
-        """Draw the weights of a new model from `seed`, an integer or a torch.Generator on the CPU.
+        """Draw the weights of a new model from `seed`, an integer or a torch.Generator on the CPU, as `cfg.init` says.
 
-        The maps of RTG and observation are drawn as PyTorch draws a linear layer, uniformly within
+        "book": the maps of RTG and observation are drawn as PyTorch draws a linear layer, uniformly within
         ±1/√inputs: an RTG embedding that starts small leaves returns near 0 hard to tell apart. All else is
-        normal with standard deviation 0.02 (W_U: 0.8/√d_model), biases 0. (The original drew its time and
-        positional embeddings with standard deviation 1.) `metadata` is a JSON-like dict saved with the
-        weights: where the model comes from, which head is which.
+        normal with standard deviation 0.02 (W_U: 0.8/√d_model), biases 0.
+
+        "post", as the original has it: normal with standard deviation 1 for time and positions, these around
+        0.8/√d_model (which its call of `normal_` gives as the mean), 1/d_model for RTG, 1/((n_actions + 1)·d_model)
+        for actions, 0.02 for observations, 0.8/√d_model for attention and MLP, whose biases are 0; W_U and b_U
+        uniformly within ±1/√d_model.
+
+        `metadata` is a JSON-like dict saved with the weights: where the model comes from, which head is which.
         """
         super().__init__()
         self.cfg, self.metadata = cfg, dict(metadata or {})
@@ -159,16 +164,18 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
             generator = seed
         else:
             generator = torch.Generator().manual_seed(check("seed", seed, Whole))
-        m, std, n_inputs = cfg.d_model, 0.02, cfg.n_channels * cfg.view_size**2
-        self.W_E_rtg = _linear(1, m, generator=generator)
-        self.W_E_state = _linear(n_inputs, n_inputs, m, generator=generator)
-        self.W_E_action = _normal(std, cfg.n_actions, m, generator=generator)
-        self.W_E_time = _normal(std, cfg.max_steps + 1, m, generator=generator)
-        self.W_pos = _normal(std, cfg.n_ctx, m, generator=generator)
-        blocks = nn.ModuleList(Block(cfg, std, generator) for _ in range(cfg.n_layers))
+        linear, normal = partial(_linear, generator=generator), partial(_normal, generator=generator)
+        m, n_inputs, post = cfg.d_model, cfg.n_channels * cfg.view_size**2, cfg.init == "post"
+        std, scale = 0.02, 0.8 / m**0.5
+        self.W_E_rtg = normal(1 / m, m) if post else linear(1, m)
+        self.W_E_state = normal(std, n_inputs, m) if post else linear(n_inputs, n_inputs, m)
+        self.W_E_action = normal(1 / ((cfg.n_actions + 1) * m) if post else std, cfg.n_actions, m)
+        self.W_E_time = normal(1.0 if post else std, cfg.max_steps + 1, m)
+        self.W_pos = normal(1.0, cfg.n_ctx, m, mean=scale) if post else normal(std, cfg.n_ctx, m)
+        blocks = nn.ModuleList(Block(cfg, scale if post else std, generator) for _ in range(cfg.n_layers))
         self.blocks = blocks  # type: ignore[assignment]
-        self.W_U = _normal(0.8 / m**0.5, m, cfg.n_actions, generator=generator)
-        self.b_U = _zeros(cfg.n_actions)
+        self.W_U = linear(m, m, cfg.n_actions) if post else normal(scale, m, cfg.n_actions)
+        self.b_U = linear(m, cfg.n_actions) if post else _zeros(cfg.n_actions)
         self.hook_rtg_embed, self.hook_state_embed, self.hook_action_embed = (HookPoint() for _ in range(3))
         self.hook_time_embed, self.hook_embed, self.hook_pos_embed = (HookPoint() for _ in range(3))
         self.setup()

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -60,16 +60,24 @@ class LongContext(Checked):
     """A window has nine actions to predict, so that 64 have more of them than a batch of 384 single steps."""
 
 
+LOGARITHMIC = (0, *np.unique(np.geomspace(20, 70_000, 41).round().astype(int)).tolist())
+"""Training steps on a logarithmic grid, from the start to the end of the post's training."""
+
+
 @dataclass(frozen=True)
 class Recipe(Checked):
     """All settings of what is made, but the seeds."""
 
+    folder: str = ""
+    """Where its replications lie in a store: "" for those of the book, `seed_0` …"""
     task: Task = Task()
     ppo: PPOConfig = PPOConfig(
         checkpoint_every=1
     )  # survivors, which return 0, are there for a few updates only
     envs: Count = 64
     """Environments that PPO learns in at once."""
+    episodes: Literal["quota", "history"] = "quota"
+    """What is learnt from: episodes collected from PPO's checkpoints by `quota`, or all that PPO played on its way."""
     quota: QuotaConfig = QuotaConfig()
     model: DTConfig = DTConfig()
     train: TrainConfig = TrainConfig()
@@ -82,6 +90,19 @@ class Recipe(Checked):
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Stage → those of its settings that are others than in the table of stages."""
 
+    @classmethod
+    def post(cls) -> "Recipe":
+        """Return the post's recipe, nothing tuned: the original's PPO and its history, start, drawing and optimiser."""
+        return cls(
+            "recipe_post",
+            ppo=PPOConfig.post(),
+            envs=30,
+            episodes="history",
+            model=DTConfig.post(),
+            train=TrainConfig.post(),
+            snapshots=LOGARITHMIC,
+        )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         kinds = {"rtgs": Annotated[list[Number], Field(min_length=1)], "episodes": Count, "max_steps": Count}
@@ -92,9 +113,9 @@ class Recipe(Checked):
         object.__setattr__(self, "calibration", settings)
 
 
-def folder_of(seed: int) -> str:
-    """Where a replication's artifacts lie in a store: `seed_0`, `seed_1` …"""
-    return f"seed_{seed}"
+def folder_of(seed: int, recipe: Recipe | None = None) -> str:
+    """Where a replication's artifacts lie in a store: `seed_0`, `seed_1` …, in the recipe's folder if it has one."""
+    return "/".join([*filter(None, [recipe.folder if recipe else ""]), f"seed_{seed}"])
 
 
 def name_of(seed: int, file: str) -> str:
@@ -152,7 +173,7 @@ def _collection(job: Job) -> list[Writer]:
 
 
 def _training(job: Job) -> list[Writer]:
-    recipe, data = job.recipe, Trajectories.load(job.path("{of}/trajectories.npz"))
+    recipe, data = job.recipe, Trajectories.load(job.path(*job.stage.needs))
     result = training.train(
         data, recipe.model, recipe.train, job.seed, job.resume, job.progress, recipe.snapshots
     )
@@ -273,10 +294,12 @@ REPLICATION = ("ppo", "collection", "training", "heads", "calibration")
 @checked
 def replication(store: ArtifactStore, seed: Whole, recipe: Recipe, progress: bool = False) -> list[Job]:
     """Return the jobs of one replication, in order."""
-    of = folder_of(seed)
-    return [
-        Job(REPLICATION_ROWS[name], store, of, recipe, (seed,), progress=progress) for name in REPLICATION
-    ]
+    rows = [REPLICATION_ROWS[name] for name in REPLICATION]
+    if recipe.episodes == "history":
+        training = replace(REPLICATION_ROWS["training"], needs=("{of}/history.npz",))
+        rows = [training if row.name == "training" else row for row in rows if row.name != "collection"]
+    of = folder_of(seed, recipe)
+    return [Job(row, store, of, recipe, (seed,), progress=progress) for row in rows]
 
 
 def around(store: ArtifactStore, recipe: Recipe) -> list[Job]:
