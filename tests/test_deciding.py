@@ -1,6 +1,6 @@
 """Which seeds decide by the post's recipe, and that their replications are made from PPO's own history."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -8,9 +8,12 @@ import pytest
 from small import RECIPE
 
 from dtbook.artifacts import ArtifactStore
+from dtbook.artifacts.store import CHECKOUT
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.pipeline import deciding
+from dtbook.pipeline.points import POINT_KINDS, recipe_of, run_replication
 from dtbook.pipeline.replication import Recipe
+from dtbook.pipeline.sweep import read_sweep
 from dtbook.training import TrainConfig
 from dtbook.trajectories import Trajectories
 from dtbook.trajectories.ppo import PPOConfig
@@ -53,3 +56,29 @@ def test_the_first_seeds_with_every_class_are_replicated(tmp_path, monkeypatch):
     assert DecisionTransformer.from_pretrained(store.path("recipe_post/seed_2/model")).cfg.init == "post"
     sources = store.entries()["recipe_post/seed_2/training.parquet"]["parameters"]["from"]
     assert list(sources) == ["recipe_post/seed_2/history.npz"]
+
+
+def test_the_sweep_of_recipes_goes_from_the_posts_to_the_books():
+    points = read_sweep(CHECKOUT / "sweeps" / "recipes.yml", CHECKOUT / "notebooks")
+    assert len(points) == 8 * 5
+    recipes = [recipe_of({**POINT_KINDS["replication"].defaults, **point.parameters}) for point in points]
+    for found, expected in ((recipes[0], Recipe.post()), (recipes[-1], Recipe())):
+        beside = {name: getattr(found.train, name) for name in ("checkpoint_every", "evaluation_episodes")}
+        expected = replace(expected, train=replace(expected.train, **beside), folder="")
+        assert found == replace(expected, snapshots=found.snapshots)
+
+
+@pytest.mark.slow
+def test_a_point_that_is_a_replication_has_its_claims(tmp_path):
+    parts = {name: asdict(getattr(SMALL, name)) for name in ("task", "ppo", "model", "train")}
+    given = {f"{part}.{name}": value for part, settings in parts.items() for name, value in settings.items()}
+    given |= {f"calibration.{name}": value for name, value in SMALL.calibration.items()}
+    given |= {"seed": 2, "envs": SMALL.envs, "episodes": "history"}
+    row = run_replication(
+        {**POINT_KINDS["replication"].defaults, **given}, tmp_path / "kept", tmp_path / "made"
+    )
+    kept = ArtifactStore(tmp_path / "kept")
+    findings = pd.read_parquet(kept.path("seed_2/claims.parquet")).set_index("claim")
+    assert row["C09"] == findings["effect"]["C09"]
+    assert [row[f"{claim} passed"] for claim in ("C11", "C20")] == findings["passed"][["C11", "C20"]].tolist()
+    assert not [name for name in kept.entries() if name.endswith(("trained", "history.npz"))]

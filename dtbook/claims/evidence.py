@@ -24,6 +24,7 @@ from dtbook.artifacts.parameters import check_finite
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import MODEL_BATCH, row_batches, select, showing, weights
+from dtbook.model.config import DTConfig
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
 from dtbook.trajectories.episodes import Trajectories
@@ -32,10 +33,15 @@ FRONT_ROWS = {"object": 26, "colour": 75}
 """Rows of W_E_state for the cell in front, in the index encoding."""
 
 
+def are_claims_about(cfg: DTConfig) -> bool:
+    """Return whether the claims are about models of a shape: of these layers, heads and encoding."""
+    return (cfg.n_layers, cfg.n_heads, cfg.encoding) == (1, 2, "index")
+
+
 def check_shape(model: DecisionTransformer) -> None:
     """Raise ValueError for a model that the claims are not about: of other layers, heads or encoding."""
     cfg = model.cfg
-    if (cfg.n_layers, cfg.n_heads, cfg.encoding) != (1, 2, "index"):
+    if not are_claims_about(cfg):
         raise ValueError(
             f"model has {cfg.n_layers} layers, {cfg.n_heads} heads and the {cfg.encoding} encoding; the claims are "
             "about one layer, two heads and the index encoding."

@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 
 from dtbook import training
 from dtbook.artifacts.store import ArtifactStore, describe
+from dtbook.claims.evidence import are_claims_about
 from dtbook.gridworld.rules import Task
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pages.notebooks import Parameter, accept_all
 from dtbook.pipeline import replication
 from dtbook.pipeline.engine import Job, Stage, Writer
+from dtbook.pipeline.measure import CLAIMS_STAGE
 from dtbook.pipeline.replication import Recipe, calibrate, calibration_of, with_heads_in_order
 from dtbook.rollout import calibration_row
 from dtbook.trajectories import ppo
@@ -88,19 +90,23 @@ def locate(artifact: str) -> Path:
 
 
 def flat_defaults(*parts: str) -> _Row:
-    """Return the recipe's settings by dotted name, those of the given parts: {"train.lr": 0.0008, …}."""
-    settings = asdict(Recipe())
-    flat = {
-        f"{part}.{name}": list(value) if isinstance(value, tuple) else value
-        for part in parts
-        for name, value in settings[part].items()
-    }
-    return flat | ({"envs": settings["envs"]} if "ppo" in parts else {})
+    """Return the recipe's settings by dotted name, those of the given parts: {"train.lr": 0.0008, …}.
+
+    A part that is one setting goes by its name alone.
+    """
+    settings, flat = asdict(Recipe()), {}
+    for part in parts:
+        if not isinstance(settings[part], Mapping):
+            flat[part] = settings[part]
+            continue
+        for name, value in settings[part].items():
+            flat[f"{part}.{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 def recipe_of(parameters: Mapping[str, Any]) -> Recipe:
     """Return the recipe with the settings that have these dotted names; others are left alone."""
-    recipe = Recipe(**({"envs": parameters["envs"]} if "envs" in parameters else {}))
+    recipe = Recipe(**{name: parameters[name] for name in ("envs", "episodes") if name in parameters})
     for part in ("task", "ppo", "quota", "model", "train", "calibration"):
         chosen = {
             name.removeprefix(f"{part}."): value
@@ -164,16 +170,22 @@ def run_ppo(parameters: Mapping[str, Any], folder: Path, resume: Path) -> _Row:
 
 
 def run_replication(parameters: Mapping[str, Any], folder: Path, resume: Path) -> _Row:
-    """Everything from nothing: PPO, collection, training, calibration, and the head scores."""
+    """Everything from nothing: PPO, collection, training, calibration, the head scores, and the claims."""
     recipe, seed = recipe_of(parameters), parameters["seed"]
     made, kept = ArtifactStore(resume), ArtifactStore(folder)
-    replication.replicate(made, seed, recipe, progress=False)
+    for job in replication.replication(made, seed, recipe):
+        job.ensure()
+    if are_claims_about(recipe.model):
+        Job(CLAIMS_STAGE, made, replication.folder_of(seed), recipe, (seed,)).ensure()
     for name in made.entries():
         if name.rpartition("/")[2] not in (*replication.NOT_SHIPPED, *replication.REFERENCE_ONLY):
             kept.take(name, made)
     at = kept.root / replication.folder_of(seed)
     scores = pd.read_parquet(at / "heads.parquet").to_dict("records")
     row = {f"score L{score['layer']}H{score['head']}": float(score["score"]) for score in scores}
+    if are_claims_about(recipe.model):
+        for claim, effect, passed in pd.read_parquet(at / "claims.parquet").itertuples(index=False):
+            row |= {claim: effect, f"{claim} passed": passed}
     return row | calibration_row(pd.read_parquet(at / "calibration.parquet"))
 
 
@@ -193,10 +205,13 @@ POINT_KINDS = {
         {"weights": "seed_0/model", "seed": 0, **flat_defaults("task", "calibration")},
         ("weights",),
     ),
-    "ppo": Kind(run_ppo, {"seed": 0, **flat_defaults("task", "ppo")}),
+    "ppo": Kind(run_ppo, {"seed": 0, **flat_defaults("task", "ppo", "envs")}),
     "replication": Kind(
         run_replication,
-        {"seed": 0, **flat_defaults("task", "ppo", "quota", "model", "train", "calibration")},
+        {
+            "seed": 0,
+            **flat_defaults("task", "ppo", "envs", "episodes", "quota", "model", "train", "calibration"),
+        },
     ),
 }
 """What a sweep can run, by name."""
