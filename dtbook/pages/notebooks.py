@@ -46,7 +46,8 @@ class Parameter:
         Limits are words of the meaning: "at least 1", "at most 9", "above 0", "below 1", "from 0 to 1",
         "one of greedy, sampled" (to the end or a semicolon). Of a list they hold for each item; items are of the type
         of the default's, and a list whose default has some has one. A text whose meaning begins with "folder" or
-        "file" is a path, which counts from the caller's folder: kernels run elsewhere. Raises ValueError.
+        "file" is a path, which counts from the caller's folder: kernels run elsewhere. Where it begins with "subject"
+        or "subjects", each text must be one that `Subject.find` finds. Raises ValueError.
         """
         if isinstance(value, str) and not isinstance(self.default, str):
             value = _literal(value)
@@ -57,6 +58,14 @@ class Parameter:
             raise ValueError(f"{self.name} must be of type {wanted}, not {value!r}") from None
         for item in value if isinstance(value, list) else [value]:
             self._check_limits(item)
+        return [self._found(item) for item in value] if isinstance(value, list) else self._found(value)
+
+    def _found(self, value: object) -> object:
+        """Return a text that is a path or names a subject so that a kernel finds it, anything else as it is."""
+        if isinstance(value, str) and _SUBJECT.match(self.meaning):
+            from dtbook.model import Subject  # imports torch and TransformerLens
+
+            return Subject.find(value).name
         if value and isinstance(value, str) and _PATH.match(self.meaning):
             return str(Path(value).expanduser().absolute())
         return value
@@ -92,6 +101,7 @@ _KEPT: dict[str, Callable[[float, float, float], bool]] = {
 _NUMBER = r"[-−]?\d[\d_]*(?:\.\d+)?(?:e-?\d+)?"
 _LIMIT = re.compile(rf"\b(at least|at most|above|below|from(?= \S+ to)) ({_NUMBER})(?: to ({_NUMBER}))?")
 _PATH = re.compile(r"(folder|file)\b")
+_SUBJECT = re.compile(r"subjects?\b")
 _CONFLICT = re.compile(r"^(<{7}|>{7})( |$)", re.MULTILINE)
 _CHOICE = re.compile(r"\bone of ([^;]+?)\s*(?:;|$)")
 

@@ -107,15 +107,15 @@ def _claims(job: Job) -> list[Writer]:
 def _control_claims(job: Job) -> list[Writer]:
     """Decide the claims for models that learnt nothing: untrained ones, and those trained on shuffled actions."""
     recipe, tables = job.recipe, []
-    untrained = [
-        Subject(name, DecisionTransformer(recipe.model, seed).eval(), "") for name, seed in UNTRAINED.items()
+    models = [
+        (name, seed, DecisionTransformer(recipe.model, seed).eval()) for name, seed in UNTRAINED.items()
     ]
-    trained = [Subject.find(name, job.origin) for name in CONTROLS]
-    for seed, subject in [*zip(UNTRAINED.values(), untrained, strict=True), *enumerate(trained)]:
-        ordered, _ = with_heads_in_order(subject.model, recipe.task)
+    models += [(name, seed, Subject.find(name, job.origin).model) for seed, name in enumerate(CONTROLS)]
+    for name, seed, model in models:
+        ordered, _ = with_heads_in_order(model, recipe.task)
         curves = calibrate(ordered, calibration_of(recipe), seed)
         found = measure(Evidence(ordered, observations_of(recipe.task), curves))
-        tables.append(found.assign(model=Path(subject.name).name))
+        tables.append(found.assign(model=Path(name).name))
     return [table_writer(pd.concat(tables, ignore_index=True))]
 
 
@@ -137,7 +137,7 @@ def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
 
 def _own_model(job: Job) -> list[Writer]:
     """Take a reader's model over, its heads in order."""
-    model = Subject.find(str(job.given)).model
+    model = Subject.find(job.given).model
     return [with_heads_in_order(model, job.recipe.task)[0].save_pretrained]
 
 
@@ -255,19 +255,16 @@ def causes(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: boo
     return [job for of in subjects for job in of_subject(store, of, recipe, CAUSES)]
 
 
-def of_folder(
-    folder: Path, store: ArtifactStore, recipe: Recipe | None = None, only: Sequence[str] = ()
+def tables_of(
+    subject: Subject, store: ArtifactStore, recipe: Recipe | None = None, only: Sequence[str] = ()
 ) -> list[Job]:
-    """Return the jobs that make every table, or only those of some stages, of a model of the reader's own.
+    """Return the jobs that make every table, or only those of some stages, of a subject in a store of the reader's.
 
     Raises FileNotFoundError or ValueError, one sentence, for a folder that holds no model, a damaged one, or one of
     another shape; ValueError for an unknown stage.
     """
-    recipe, rows = (
-        recipe or Recipe(),
-        (replication.REPLICATION_ROWS["calibration"], CLAIMS_STAGE, *BEHAVIOUR, *CAUSES),
-    )
-    subject = Subject.find(str(folder))
+    recipe = recipe or Recipe()
+    rows = (replication.REPLICATION_ROWS["calibration"], CLAIMS_STAGE, *BEHAVIOUR, *CAUSES)
     check_shape(subject.model)
     last = recipe.calibration["max_steps"]
     if subject.model.cfg.max_steps < last:
@@ -283,7 +280,7 @@ def of_folder(
         store,
         OWN_FOLDER,
         recipe,
-        given=folder,
+        given=subject.name,
         parameters={"model": subject.sha256},
     )
     return [own, *of_subject(store, OWN_FOLDER, recipe, [stage for stage in rows if stage.name in chosen])]
