@@ -273,7 +273,7 @@ def reproduce(
     folder = folder or CHECKOUT / "runs" / ("portable" if portable else "reproduce")
     made, shipped = ArtifactStore(folder.absolute()), ArtifactStore()
     with _goes_on(made.root):
-        names = reproduce.reproduce(made, shipped, seeds, workers, scheduler, everything, say=click.echo)
+        names = reproduce.reproduce_data(made, shipped, seeds, workers, scheduler, everything, say=click.echo)
     over_all = (*measure.SCORECARD, TABLE)
     card = shipped.entries().get(over_all[0], {"seeds": seeds})
     if not publish and card["seeds"] != seeds:
@@ -294,7 +294,7 @@ def causes(seeds: list[int], workers: int) -> None:
     from dtbook.pipeline.replication import Recipe
 
     store = ArtifactStore()
-    _run_jobs(measure.causes(store, seeds, Recipe()), workers, store.root)
+    _run_jobs(measure.causal_jobs(store, seeds, Recipe()), workers, store.root)
 
 
 @main.command()

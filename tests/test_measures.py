@@ -17,7 +17,7 @@ from dtbook.analysis.weights import Embeddings
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.claims import CLAIMS, RULES
 from dtbook.claims.evidence import Evidence
-from dtbook.claims.rules import measure as decide_claims
+from dtbook.claims.rules import decide_claims
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.rules import Task
 from dtbook.model import DecisionTransformer, DTConfig

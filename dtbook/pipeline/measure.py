@@ -13,7 +13,7 @@ from dtbook.analysis.head_circuit import measure_circuit
 from dtbook.analysis.weights import embeddings
 from dtbook.artifacts.store import ArtifactStore
 from dtbook.claims.evidence import Evidence, check_shape
-from dtbook.claims.rules import measure
+from dtbook.claims.rules import decide_claims
 from dtbook.claims.scorecard import scorecard
 from dtbook.gridworld.env import ObservationSet, all_observations
 from dtbook.gridworld.rules import Task
@@ -100,7 +100,9 @@ def _claims(job: Job) -> list[Writer]:
     """Decide the claims for one subject; C01 where there is PPO's own history."""
     calibration, history = job.table("{of}/calibration.parquet"), "{of}/history.npz"
     played = Trajectories.load(job.path(history)) if job.has(history) else None
-    found = measure(Evidence(job.subject().model, observations_of(job.recipe.task), calibration, played))
+    found = decide_claims(
+        Evidence(job.subject().model, observations_of(job.recipe.task), calibration, played)
+    )
     return [table_writer(found)]
 
 
@@ -114,7 +116,7 @@ def _control_claims(job: Job) -> list[Writer]:
     for name, seed, model in models:
         ordered, _ = with_heads_in_order(model, recipe.task)
         curves = calibrate(ordered, calibration_of(recipe), seed)
-        found = measure(Evidence(ordered, observations_of(recipe.task), curves))
+        found = decide_claims(Evidence(ordered, observations_of(recipe.task), curves))
         tables.append(found.assign(model=Path(name).name))
     return [table_writer(pd.concat(tables, ignore_index=True))]
 
@@ -240,7 +242,7 @@ def measured(
         jobs = [Job(MEASURE_ROWS["control claims"], store, recipe=recipe)]
         jobs += [Job(stage, store, of, recipe) for stage in BEHAVIOUR for of in looked_at]
     if everything:
-        jobs += causes(store, seeds, recipe, post)
+        jobs += causal_jobs(store, seeds, recipe, post)
     if post and 0 in seeds:
         calibration = replication.REPLICATION_ROWS["calibration"]
         jobs += of_subject(store, "post", recipe, (calibration, CLAIMS_STAGE))
@@ -249,7 +251,7 @@ def measured(
     return jobs + ([Job(MEASURE_ROWS["scorecard"], store, seeds=tuple(seeds))] if 0 in seeds else [])
 
 
-def causes(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: bool = True) -> list[Job]:
+def causal_jobs(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: bool = True) -> list[Job]:
     """Return the jobs of chapters 9 and 15: for these replications, and for the post's weights."""
     subjects = [*map(folder_of, seeds), *(["post"] if post else [])]
     return [job for of in subjects for job in of_subject(store, of, recipe, CAUSES)]
