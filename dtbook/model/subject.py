@@ -1,9 +1,11 @@
 """What is looked at: a model under a name, whoever trained it, and what was measured of it where that is at hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+
+import pandas as pd
 
 from dtbook.artifacts.parameters import refuse
 from dtbook.artifacts.post_weights import POST_MODEL_SHA256
@@ -86,5 +88,14 @@ class Subject:
         if self.store is not None and self.has(file):
             return self.store.path(f"{self.folder}/{file}")
         having = [name.rpartition("/")[0] for name in ArtifactStore().entries() if name.endswith(f"/{file}")]
-        measured = "a folder like the `own` that `dtbook measure` leaves"
-        refuse("subject", self.name, f"one with {file}: {', '.join(having)}, or {measured}")
+        others = "a folder that holds it, as `dtbook measure` and `dtbook reproduce` leave them"
+        refuse("subject", self.name, f"one with {file}: {', '.join(having)}, or {others}")
+
+
+def gather(subjects: Iterable[Subject], file: str) -> pd.DataFrame:
+    """Return one table of what was measured of several subjects, such as "causal.parquet"; `model` says of which.
+
+    Raises ValueError naming the first of which there is no such table.
+    """
+    tables = {each.name: pd.read_parquet(each.path(file)) for each in subjects}
+    return pd.concat(tables, names=["model"]).reset_index("model").reset_index(drop=True)

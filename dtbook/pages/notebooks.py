@@ -62,10 +62,10 @@ class Parameter:
 
     def _found(self, value: object) -> object:
         """Return a text that is a path or names a subject so that a kernel finds it, anything else as it is."""
-        if isinstance(value, str) and _SUBJECT.match(self.meaning):
+        if _SUBJECT.match(self.meaning):
             from dtbook.model import Subject  # imports torch and TransformerLens
 
-            return Subject.find(value).name
+            return Subject.find(str(value)).name
         if value and isinstance(value, str) and _PATH.match(self.meaning):
             return str(Path(value).expanduser().absolute())
         return value

@@ -93,4 +93,5 @@ def _pattern(name: str, code: str) -> str:
     named = (
         rf'|(?:\(\s*|= |in \((?:"\w+", )*)"{stem}"' if '}.parquet"' in code else ""
     )  # of a loop, or a function's
-    return f'["/]{re.escape(file)}"{named}'
+    model = r"|(?<!dtbook)\.model\b" if file == "model" else ""
+    return f'["/]{re.escape(file)}"{named}{model}'
