@@ -311,6 +311,10 @@ def test_a_subject_is_a_name_or_a_path_from_the_callers_folder_and_a_wrong_one_i
         both = dtbook("run", "2", "-p", f"subject={given}", "-p", f'subjects=["post", "{given}"]')
         assert both.exit_code == 0, both.output
         assert printed(executed(checkout, "02_asks", "runs")) == [f"{there} ['post', '{there}']\n"]
+    said = [dtbook("run", "2", "-p", "subject=mine").output for _ in range(2)]
+    assert ["up to date" in each for each in said] == [False, True]
+    (tmp_path / "caller/mine/config.json").write_text("another model")
+    assert "done in" in dtbook("run", "2", "-p", "subject=mine").output
     (checkout / "runs/02_asks.ipynb").unlink()
     for wrong in ("subject=seed_77", 'subjects=["post", "seed_77"]'):
         said = dtbook("run", "2", "-p", wrong).output
