@@ -29,7 +29,7 @@ from dtbook.analysis.folded import FoldedWeights
 from dtbook.analysis.population import logits
 from dtbook.artifacts import ArtifactStore
 from dtbook.claims.evidence import Evidence
-from dtbook.claims.rules import measure as decide
+from dtbook.claims.rules import decide_claims
 from dtbook.gridworld import ObservationSet, all_observations
 from dtbook.gridworld.decomposition import take_apart
 from dtbook.gridworld.kernels import compiled
@@ -153,7 +153,9 @@ def measure(hooked_share: float, table: bool, device: str | None) -> pd.DataFram
     rows.append(clocked("one pass, hooked", lambda: hooked(model, some), 1 / hooked_share))
     if device:
         rows.append(on_device(model, observations, device))
-    rows.append(clocked("all claims of a model", lambda: decide(Evidence(model, observations, calibration))))
+    rows.append(
+        clocked("all claims of a model", lambda: decide_claims(Evidence(model, observations, calibration)))
+    )
     rows.append(grid(model, observations))
     if table:
         rows.append(clocked("table behind chapter 06", lambda: situation_table(model, observations)))

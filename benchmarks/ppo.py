@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from minigrid.wrappers import ImgObsWrapper
 
 from dtbook.gridworld import DynamicObstaclesVectorEnv
-from dtbook.trajectories.ppo import PPOConfig, evaluate, train
+from dtbook.trajectories.ppo import PPOConfig, evaluate_agent, train_ppo
 
 ENV_ID = "MiniGrid-Dynamic-Obstacles-8x8-v0"
 MINIGRID_STEPS = 20_480  # 5 updates, enough for a rate
@@ -31,9 +31,11 @@ def minigrid(num_envs: int) -> VectorEnv:
 
 def measure_one(name: str, envs: VectorEnv, config: PPOConfig, seed: int) -> dict[str, float | str]:
     wall, processor = time.perf_counter(), time.process_time()
-    result = train(envs, config, seed)
+    result = train_ppo(envs, config, seed)
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    returns = evaluate(result.agent, DynamicObstaclesVectorEnv(500), 500, greedy=True, seed=seed)["return"]
+    returns = evaluate_agent(result.agent, DynamicObstaclesVectorEnv(500), 500, greedy=True, seed=seed)[
+        "return"
+    ]
     steps = int(result.diagnostics["env_steps"].iloc[-1])
     return {
         "run": name,
@@ -50,7 +52,7 @@ def measure_one(name: str, envs: VectorEnv, config: PPOConfig, seed: int) -> dic
 def measure(steps: list[int], seeds: list[int]) -> pd.DataFrame:
     """One row a run: `steps` taken, `seconds`, the rates, and the finished agent's `greedy return`."""
     ours = DynamicObstaclesVectorEnv
-    train(ours(64), PPOConfig(total_steps=4096), progress=False)  # compile the simulator
+    train_ppo(ours(64), PPOConfig(total_steps=4096), progress=False)  # compile the simulator
     runs = [
         ("defaults, 64 environments", ours(64), PPOConfig(total_steps=n), seed)
         for n in sorted(steps)

@@ -23,7 +23,7 @@ from dtbook.gridworld import DynamicObstaclesVectorEnv, all_observations
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.training import Sampler, TrainConfig
 from dtbook.trajectories import Trajectories
-from dtbook.trajectories.ppo import PPOConfig, one_thread, train
+from dtbook.trajectories.ppo import PPOConfig, one_thread, train_ppo
 
 Work = Callable[[], object]
 
@@ -33,7 +33,7 @@ def seeds(number: int) -> Work:
 
     def work() -> None:
         for seed in range(number):
-            train(DynamicObstaclesVectorEnv(64), PPOConfig(total_steps=12_288), seed, progress=False)
+            train_ppo(DynamicObstaclesVectorEnv(64), PPOConfig(total_steps=12_288), seed, progress=False)
 
     return work
 

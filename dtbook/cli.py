@@ -273,7 +273,7 @@ def reproduce(
     folder = folder or CHECKOUT / "runs" / ("portable" if portable else "reproduce")
     made, shipped = ArtifactStore(folder.absolute()), ArtifactStore()
     with _goes_on(made.root):
-        names = reproduce.reproduce(made, shipped, seeds, workers, scheduler, everything, say=click.echo)
+        names = reproduce.reproduce_data(made, shipped, seeds, workers, scheduler, everything, say=click.echo)
     over_all = (*measure.SCORECARD, TABLE)
     card = shipped.entries().get(over_all[0], {"seeds": seeds})
     if not publish and card["seeds"] != seeds:
@@ -294,29 +294,31 @@ def causes(seeds: list[int], workers: int) -> None:
     from dtbook.pipeline.replication import Recipe
 
     store = ArtifactStore()
-    _run_jobs(measure.causes(store, seeds, Recipe()), workers, store.root)
+    _run_jobs(measure.causal_jobs(store, seeds, Recipe()), workers, store.root)
 
 
 @main.command()
-@click.argument("folder", type=_PATH)
-@click.option("--out", type=_PATH, help="Where the tables go.  [default: runs/measure/FOLDER]")
+@click.argument("subject")
+@click.option("--out", type=_PATH, help="Where the tables go.  [default: runs/measure/SUBJECT]")
 @click.option("--only", multiple=True, metavar="STAGE", help="Only what this stage makes; repeatable.")
 @_workers
-def measure(folder: Path, out: Path | None, only: tuple[str, ...], workers: int) -> None:
-    """Make every table of chapters 4 to 9 and 15 for a model of your own, in a FOLDER that `save_pretrained` wrote.
+def measure(subject: str, out: Path | None, only: tuple[str, ...], workers: int) -> None:
+    """Make every table of chapters 4 to 9 and 15 for SUBJECT: a folder that `save_pretrained` wrote, or "seed_4".
 
     A checkpoint of the original may take its place, where the architecture is the post's.
     What is there already, of the same model, is not made again, so an interrupted call goes on where it stopped.
     """
+    from dtbook.model import Subject
     from dtbook.pipeline import measure as rooms
 
-    out = (out or CHECKOUT / "runs" / "measure" / folder.resolve().name).absolute()
+    out = (out or CHECKOUT / "runs" / "measure" / Path(subject).resolve().name).absolute()
     try:
-        jobs = rooms.of_folder(folder, ArtifactStore(out), only=only)
+        jobs = rooms.tables_of(Subject.find(subject), ArtifactStore(out), only=only)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     _run_jobs(jobs, workers, out)
-    click.echo(f"The tables are in {out / rooms.OWN_FOLDER}")
+    own = out / rooms.OWN_FOLDER
+    click.echo(f"The tables are in {own}; chapters take them by `dtbook run NN -p subject={own}`")
 
 
 @main.command()

@@ -15,12 +15,12 @@ def first_updates():
     from dtbook.gridworld import DynamicObstaclesVectorEnv
     from dtbook.model import DecisionTransformer, DTConfig
     from dtbook.training import Sampler, TrainConfig, Updater
-    from dtbook.trajectories.ppo import PPOConfig, one_thread, train
+    from dtbook.trajectories.ppo import PPOConfig, one_thread, train_ppo
     from dtbook.trajectories.recording import RecordEpisodes
 
     with one_thread():
         envs = RecordEpisodes(DynamicObstaclesVectorEnv(64))
-        diagnostics = train(envs, PPOConfig(total_steps=3 * 64 * 128), 0, progress=False).diagnostics
+        diagnostics = train_ppo(envs, PPOConfig(total_steps=3 * 64 * 128), 0, progress=False).diagnostics
         data, config = envs.trajectories(), TrainConfig(steps=20, balance_classes=False)
         model = DecisionTransformer(DTConfig(), seed=0)
         update = Updater(model, config)

@@ -205,7 +205,7 @@ def test_other_observations_and_actions_are_refused_before_any_step(wrapper, sen
     model = DecisionTransformer(DTConfig(d_model=8, d_head=4, d_mlp=8, view_size=side[0]))
     refused(sentence, record, envs(), never, 1, seed=0)
     refused(sentence, rollout_in, envs(), model, [0.0])
-    refused(sentence, ppo.train, envs(), ppo.PPOConfig(8, 8, minibatches=2), progress=False)
+    refused(sentence, ppo.train_ppo, envs(), ppo.PPOConfig(8, 8, minibatches=2), progress=False)
 
 
 class NoStep(gymnasium.Wrapper):
@@ -302,8 +302,8 @@ def test_rewards_that_are_not_finite_stop_the_game(reward):
     refused(sentence, record, envs, turning, 1, seed=0)
     refused(sentence, rollout_in, envs, model, [0])
     config = ppo.PPOConfig(8, 8, minibatches=2, encoding="index")
-    refused(sentence, ppo.train, envs, config, progress=False)
-    refused(sentence, ppo.evaluate, ppo.ActorCritic(7, encoding="index"), envs, 1, True, 0)
+    refused(sentence, ppo.train_ppo, envs, config, progress=False)
+    refused(sentence, ppo.evaluate_agent, ppo.ActorCritic(7, encoding="index"), envs, 1, True, 0)
 
 
 @pytest.mark.parametrize(

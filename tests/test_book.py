@@ -14,7 +14,7 @@ import yaml
 from bs4 import BeautifulSoup
 from sphinx.application import Sphinx
 
-from dtbook.pages.notebooks import declared_parameters, notebook_digest
+from dtbook.pages.notebooks import declared_parameters, notebook_digest, python_of
 
 ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())
@@ -402,7 +402,7 @@ def test_notebook_is_stripped_and_begins_as_all_do(path):
 
 # What has two ends by nature: returns, shares, timesteps of an episode, numbers of what data/ or a model holds.
 TWO_SIDED = re.compile(
-    "replications?|rtgs?|asked_for|slow_return|bar|timesteps?|last_timestep|late|noise|certified_to|size|"
+    "rtgs?|asked_for|slow_return|bar|timesteps?|last_timestep|late|noise|certified_to|size|"
     "n_obstacles|state|exported|few|every|control_every"
 )
 N_REPLICATIONS = len(list((ROOT / "data").glob("seed_*/model")))
@@ -410,17 +410,17 @@ N_REPLICATIONS = len(list((ROOT / "data").glob("seed_*/model")))
 
 def refuses(parameter, value):
     given = [value] if isinstance(parameter.default, list) else value
-    with pytest.raises(ValueError, match=f"^{parameter.name} must be (at least|from|one of) .*, not "):
+    said = f"^{parameter.name} must be (at least|from|one of) .*, not |^there is no subject '{value}': give "
+    with pytest.raises(ValueError, match=said):
         parameter.accept(given)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_one_may_set_has_limits(path):
     for name, parameter in declared_parameters(path).items():
-        value = parameter.default[0] if isinstance(parameter.default, list) else parameter.default
+        value = (*parameter.default, "")[0] if isinstance(parameter.default, list) else parameter.default
         if isinstance(value, str):
-            if not parameter.meaning.startswith("folder of"):
-                refuses(parameter, "no such thing")
+            refuses(parameter, "no such thing")
         elif not isinstance(value, bool):
             refuses(parameter, type(value)(-(10**9)))
             if TWO_SIDED.fullmatch(name):
@@ -428,10 +428,14 @@ def test_what_one_may_set_has_limits(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_replications_are_those_of_data(path):
+def test_what_is_looked_at_has_one_name_in_all_chapters(path):
+    """One that finds a model, or the tables of some, takes it by `subject`, several by `subjects`."""
     declared = declared_parameters(path)
-    if "replication" in declared:
-        refuses(declared["replication"], N_REPLICATIONS)
-    if "replications" in declared:
-        assert declared["replications"].accept(N_REPLICATIONS) == N_REPLICATIONS
-        refuses(declared["replications"], N_REPLICATIONS + 1)
+    defaults = {"subject": "seed_0", "subjects": []}
+    taken = {name: declared[name].default for name in defaults if name in declared}
+    assert taken.items() <= defaults.items()
+    assert bool(taken) == ("Subject.find" in python_of(path))
+    for name in taken:
+        shipped = [f"seed_{n}" for n in range(N_REPLICATIONS)]
+        assert declared[name].accept(shipped if name == "subjects" else "post")
+        refuses(declared[name], f"seed_{N_REPLICATIONS}")

@@ -138,7 +138,7 @@ def test_its_calibration_is_of_that_task(made):
 def test_the_chapter_takes_a_model_from_a_folder(tmp_path):
     model = DecisionTransformer(DTConfig(n_timesteps=2, **SMALL), seed=5)
     model.save_pretrained(tmp_path / "model")
-    parameters = small_parameters(CHAPTER) | {"weights": str(tmp_path / "model"), "seed": 2}
+    parameters = small_parameters(CHAPTER) | {"subject": str(tmp_path / "model"), "seed": 2}
     run_notebook(CHAPTER, tmp_path / "executed.ipynb", parameters, "inputs")
     shown = cell(tmp_path / "executed.ipynb", "load").outputs[-1]["data"]["text/plain"]
     curve = calibration_curve(model, [-1.0, 0.0, 0.9], parameters["episodes"], max_steps=MAX_STEPS, seed=2)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from dtbook.analysis.attribution import contrast, decompose, forward_preference
 from dtbook.analysis.interventions import Site, ablate, patch
-from dtbook.claims import CLAIMS, RULES, measure
+from dtbook.claims import CLAIMS, RULES, decide_claims
 from dtbook.claims.evidence import CircuitParts, Evidence
 from dtbook.claims.rules import A_SHARE_OF_NOTHING, meets
 from dtbook.claims.scorecard import decide, scorecard
@@ -194,7 +194,7 @@ def test_the_posts_weights_give_the_posts_numbers(post, observations):
 def test_claims_about_head_1_fail_without_an_obstacle_head(model, observations):
     evidence = Evidence(model.permute_heads(0, [0, 1]), observations, timesteps=TIMESTEPS)
     evidence.head_scores = (0.1, 0.2)
-    findings = measure(evidence).set_index("claim")
+    findings = decide_claims(evidence).set_index("claim")
     about_head_1 = [id for id, claim in CLAIMS.items() if claim.needs_head]
     assert (findings.loc[about_head_1, "passed"] == 0).all()
     assert findings.loc[["C01", "C02", "C03", "C04"], "passed"].isna().all()

@@ -287,21 +287,41 @@ def test_paths_count_from_the_callers_folder(post, checkout, monkeypatch):
     monkeypatch.setenv("HOME", str(post.parent))
     post.write_text("weights")
     monkeypatch.setenv(post_weights.COPY, "../post.pt")
-    parameters = (
-        'model_folder = ""  # folder of another model; empty: the book\'s\ntitle = ""  # of the folder'
-    )
-    write_notebook(
-        checkout / "notebooks/02_asks.ipynb", ASK, "print(model_folder, title)", parameters=parameters
-    )
+    parameters = 'sweep = ""  # folder of a sweep; empty: none\ntitle = ""  # of the folder'
+    write_notebook(checkout / "notebooks/02_asks.ipynb", ASK, "print(sweep, title)", parameters=parameters)
     for given, there in (
         ("../mine", post.parent / "caller/../mine"),
         ("~/mine", post.parent / "mine"),
         ("", ""),
     ):
-        assert dtbook("run", "2", "-p", f"model_folder={given}", "-p", "title=../a").exit_code == 0
+        assert dtbook("run", "2", "-p", f"sweep={given}", "-p", "title=../a").exit_code == 0
         weights, paths = printed(executed(checkout, "02_asks", "runs"))
         assert weights.startswith("weights /")
         assert paths == f"{there} ../a\n"
+
+
+def test_a_subject_is_a_name_or_a_path_from_the_callers_folder_and_a_wrong_one_is_refused(
+    checkout, tmp_path, monkeypatch
+):
+    (tmp_path / "caller/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "caller")
+    parameters = 'subject = "seed_0"  # subject looked at\nsubjects = ["seed_0"]  # subjects compared'
+    write_notebook(checkout / "notebooks/02_asks.ipynb", "print(subject, subjects)", parameters=parameters)
+    for given, there in (("post", "post"), ("mine", tmp_path / "caller/mine")):
+        both = dtbook("run", "2", "-p", f"subject={given}", "-p", f'subjects=["post", "{given}"]')
+        assert both.exit_code == 0, both.output
+        assert printed(executed(checkout, "02_asks", "runs")) == [f"{there} ['post', '{there}']\n"]
+    said = [dtbook("run", "2", "-p", "subject=mine").output for _ in range(2)]
+    assert ["up to date" in each for each in said] == [False, True]
+    (tmp_path / "caller/mine/config.json").write_text("another model")
+    assert "done in" in dtbook("run", "2", "-p", "subject=mine").output
+    (checkout / "runs/02_asks.ipynb").unlink()
+    for wrong in ("subject=seed_77", 'subjects=["post", "seed_77"]'):
+        said = dtbook("run", "2", "-p", wrong).output
+        assert re.fullmatch(
+            r"Error: 02_asks: there is no subject 'seed_77': give post, or a model's folder\n", said
+        )
+    assert not (checkout / "runs/02_asks.ipynb").exists()
 
 
 def test_a_digest_ignores_what_running_a_notebook_leaves():

@@ -44,8 +44,9 @@ def test_what_chapters_read_by_its_name_is_said_to_be_theirs(rows):
         cells = nbformat.read(path, as_version=4).cells
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
         number = str(int(path.stem[:2]))
-        for folder, file in re.findall(r'store\.path\(f?"([^"/]+)/([\w.]+)"\)', code):
-            name = f"{folder}/{file}" if f"{folder}/{file}" in rows.index else f"SUBJECT/{file}"
+        for folder, file in re.findall(r'\.path\(f?"(?:([^"/]+)/)?([\w.]+)"\)', code):
+            named = f"{folder}/{file}" if folder else file
+            name = named if named in rows.index else f"SUBJECT/{file}"
             assert number in rows["chapters"][name].split(", "), (path.stem, name)
 
 

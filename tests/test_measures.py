@@ -17,7 +17,7 @@ from dtbook.analysis.weights import Embeddings
 from dtbook.artifacts import ArtifactError, ArtifactStore
 from dtbook.claims import CLAIMS, RULES
 from dtbook.claims.evidence import Evidence
-from dtbook.claims.rules import measure as decide_claims
+from dtbook.claims.rules import decide_claims
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.rules import Task
 from dtbook.model import DecisionTransformer, DTConfig
@@ -139,16 +139,39 @@ def test_absent_controls_are_named(tmp_path):
 
 def test_a_subject_is_found_by_its_name_or_its_folder(tmp_path):
     shipped, entries = Subject.find("seed_1"), ArtifactStore().entries()
-    assert (shipped.name, shipped.sha256, shipped.data) == ("seed_1", entries["seed_1/model"]["sha256"], None)
-    assert len(Subject.find("seed_0").data.lengths) > 1000
+    assert (shipped.name, shipped.sha256) == ("seed_1", entries["seed_1/model"]["sha256"])
     assert Subject.find("controls/shuffled_0").sha256 == entries["controls/shuffled_0"]["sha256"]
     own = Subject.find(str(ArtifactStore().path("seed_1/model")))
     assert own.sha256 == shipped.sha256
     assert (own.model.W_E_rtg == shipped.model.W_E_rtg).all()
-    with pytest.raises(
-        ValueError, match=r"there is no subject 'seed_77': give post, .*seed_0, .* or a model's folder"
-    ):
-        Subject.find("seed_77")
+    allowed = "give post, controls/shuffled_0, .*seed_0, .* or a model's folder"
+    for absent in ("seed_77", str(tmp_path / "nowhere"), ""):
+        with pytest.raises(ValueError, match=f"^there is no subject '{absent}': {allowed}"):
+            Subject.find(absent)
+
+
+def test_what_was_measured_of_a_subject_is_found_with_it(tmp_path, monkeypatch):
+    """In `data/`, and where another store holds it; of the post's weights without the weights."""
+    monkeypatch.setattr(DecisionTransformer, "from_post_checkpoint", lambda: pytest.fail("weights were read"))
+    of_post, shipped = Subject.find("post"), ArtifactStore()
+    assert of_post.path("causal.parquet") == shipped.path("post/causal.parquet")
+    assert (of_post.has("circuit"), of_post.has("model")) == (True, False)
+    other = ArtifactStore(tmp_path)
+    for artifact in ("seed_1/model", "seed_1/calibration.parquet"):
+        other.take(artifact, shipped)
+    monkeypatch.chdir(tmp_path.parent)
+    own = Subject.find(f"{tmp_path.name}/seed_1")
+    assert own.name == str(tmp_path / "seed_1")
+    assert own.path("calibration.parquet") == tmp_path / "seed_1/calibration.parquet"
+    assert (own.model.W_E_rtg == Subject.find("seed_1").model.W_E_rtg).all()
+    alone = Subject.find(str(tmp_path / "seed_1/model"))
+    assert not alone.has("calibration.parquet")
+    for subject in (own, alone):
+        sentence = (
+            f"subject is '{subject.name}'; it must be one with turns.parquet: post, seed_0, or a folder "
+        )
+        with pytest.raises(ValueError, match=sentence):
+            subject.path("turns.parquet")
 
 
 def test_a_folder_that_cannot_be_measured_is_one_sentence_at_once(tmp_path):
@@ -204,7 +227,7 @@ def test_all_tables_of_a_small_model_are_made(tmp_path):
     )
     model.save_pretrained(tmp_path / "mine")
     store = ArtifactStore(tmp_path / "out")
-    jobs = measure.of_folder(tmp_path / "mine", store, small.RECIPE)
+    jobs = measure.tables_of(Subject.find(str(tmp_path / "mine")), store, small.RECIPE)
     assert failures(run_graph(jobs, 2)) == []
     files = {name.removeprefix("own/") for name in store.entries()}
     reference = {name.removeprefix("post/") for name in ArtifactStore().entries() if name.startswith("post/")}

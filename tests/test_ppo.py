@@ -31,11 +31,11 @@ from dtbook.trajectories.ppo import (
     PPOConfig,
     PreparedBatch,
     collect,
-    evaluate,
+    evaluate_agent,
     gae,
     one_thread,
     ppo_losses,
-    train,
+    train_ppo,
 )
 
 N = 32  # environments of a probe
@@ -49,13 +49,13 @@ def rng(seed=0):
 
 
 def learnt_values(envs, states, config=CRITIC):
-    agent = train(envs, config, progress=False).agent
+    agent = train_ppo(envs, config, progress=False).agent
     with torch.no_grad():
         return agent(torch.from_numpy(images_of(states)))[1].numpy()
 
 
 def learnt_policy(envs, states, config=ACTOR):
-    agent = train(envs, config, progress=False).agent
+    agent = train_ppo(envs, config, progress=False).agent
     with torch.no_grad():
         return agent(torch.from_numpy(images_of(states)))[0].softmax(1).numpy()
 
@@ -279,7 +279,7 @@ SHORT = PPOConfig(total_steps=3 * 16 * 32, num_steps=32, checkpoint_every=1)
 
 
 def short_run(seed):
-    return train(DynamicObstaclesVectorEnv(16, size=5, n_obstacles=2), SHORT, seed, progress=False)
+    return train_ppo(DynamicObstaclesVectorEnv(16, size=5, n_obstacles=2), SHORT, seed, progress=False)
 
 
 def test_the_same_seed_gives_the_same_bytes():
@@ -313,7 +313,7 @@ def test_one_million_steps_leave_122_checkpoints():
 
 
 def test_diagnostics_of_a_task_that_ends_every_step():
-    table = train(reward_by_observation(N, [0.0, 1.0]), CRITIC, progress=False).diagnostics
+    table = train_ppo(reward_by_observation(N, [0.0, 1.0]), CRITIC, progress=False).diagnostics
     assert (table["episodes"] == 10 * N).all()
     assert (table["mean_length"] == 1).all()
     assert table["mean_return"].mean() == pytest.approx(0.5, abs=0.02)
@@ -342,7 +342,7 @@ def test_evaluation_does_not_favour_short_episodes():
     """Episodes of 1 and of 10 steps start equally often; the first to end would nearly all be short."""
     chain = [[state + 1] for state in range(9)] + [[END]]
     envs = TabularVectorEnv(16, chain, [[0.0]] * 9 + [[1.0]], starts=[0, 9])
-    episodes = evaluate(ActorCritic(n_actions=1), envs, 1003, greedy=True, seed=0)
+    episodes = evaluate_agent(ActorCritic(n_actions=1), envs, 1003, greedy=True, seed=0)
     assert len(episodes) == 1003
     assert (episodes["return"] == 1).all()
     assert set(episodes["length"]) == {1, 10}
@@ -352,14 +352,14 @@ def test_evaluation_does_not_favour_short_episodes():
 def test_it_learns_the_task_on_a_small_grid():
     config = PPOConfig(total_steps=65_536)
     envs = DynamicObstaclesVectorEnv(64, size=5, n_obstacles=2)
-    result = train(envs, config, progress=False)
+    result = train_ppo(envs, config, progress=False)
     first, last = result.diagnostics["mean_return"].iloc[[0, -1]]
     assert first < -0.8 < 0.5 < last
-    untrained = evaluate(ActorCritic(), envs, 200, greedy=True, seed=1)["return"].mean()
+    untrained = evaluate_agent(ActorCritic(), envs, 200, greedy=True, seed=1)["return"].mean()
     assert untrained < 0.1
-    assert evaluate(result.agent, envs, 200, greedy=True, seed=1)["return"].mean() > 0.85
+    assert evaluate_agent(result.agent, envs, 200, greedy=True, seed=1)["return"].mean() > 0.85
     in_minigrid = SyncVectorEnv([minigrid_5x5] * 20, autoreset_mode=AutoresetMode.SAME_STEP)
-    assert evaluate(result.agent, in_minigrid, 40, greedy=True, seed=1)["return"].mean() > 0.75
+    assert evaluate_agent(result.agent, in_minigrid, 40, greedy=True, seed=1)["return"].mean() > 0.75
 
 
 def minigrid_5x5():
@@ -374,15 +374,15 @@ def test_observations_in_one_buffer_are_learnt_from_as_they_were():
     learnt, played = [], []
     for copy in (True, False):
         envs = SyncVectorEnv([minigrid_5x5] * 4, copy=copy, autoreset_mode=AutoresetMode.SAME_STEP)
-        result = train(envs, config, progress=False)
+        result = train_ppo(envs, config, progress=False)
         learnt.append(result.diagnostics)
-        played.append(evaluate(result.agent, envs, 9, greedy=False, seed=1))
+        played.append(evaluate_agent(result.agent, envs, 9, greedy=False, seed=1))
     pd.testing.assert_frame_equal(*learnt)
     pd.testing.assert_frame_equal(*played)
 
 
 def test_progress_shows_the_running_mean_return(capsys):
-    train(constant_reward(N), replace(CRITIC, total_steps=10 * N), progress=True)
+    train_ppo(constant_reward(N), replace(CRITIC, total_steps=10 * N), progress=True)
     assert "mean_return=1.000" in capsys.readouterr().err
 
 
@@ -432,12 +432,12 @@ def test_config_refuses(as_users_run_it, name, value, allowed):
 )
 def test_train_refuses_a_batch_that_does_not_fit(wrong, message):
     with pytest.raises(ValueError, match=message):
-        train(constant_reward(N), replace(CRITIC, **wrong))
+        train_ppo(constant_reward(N), replace(CRITIC, **wrong))
 
 
 def test_train_refuses_a_negative_seed():
     with pytest.raises(ValueError, match="seed is -1; it must be an integer ≥ 0"):
-        train(constant_reward(N), CRITIC, seed=-1)
+        train_ppo(constant_reward(N), CRITIC, seed=-1)
 
 
 def changed(name, value):
@@ -466,26 +466,26 @@ def changed(name, value):
 )
 def test_train_and_evaluate_refuse_environments_they_cannot_read(envs, message):
     with pytest.raises(ValueError, match=message):
-        train(envs, CRITIC)
+        train_ppo(envs, CRITIC)
     with pytest.raises(ValueError, match=message):
-        evaluate(ActorCritic(), envs, 5, greedy=True, seed=0)
+        evaluate_agent(ActorCritic(), envs, 5, greedy=True, seed=0)
 
 
 def test_evaluate_refuses_no_episodes():
     with pytest.raises(ValueError, match="episodes is 0; it must be an integer ≥ 1"):
-        evaluate(ActorCritic(), constant_reward(N), 0, greedy=True, seed=0)
+        evaluate_agent(ActorCritic(), constant_reward(N), 0, greedy=True, seed=0)
 
 
 def test_training_that_diverges_stops_and_says_where():
     config = replace(CRITIC, learning_rate=1e38, max_grad_norm=1e38)
     with pytest.raises(ValueError, match=r"PPO has diverged at step \d+: its \S+ is no longer finite\."):
-        train(reward_by_observation(N, [1e30, -1e30]), config, progress=False)
+        train_ppo(reward_by_observation(N, [1e30, -1e30]), config, progress=False)
 
 
 def test_an_agent_that_has_diverged_does_not_play():
     agent = ActorCritic(1)
     agent.actor[0].weight.data[3, 4] = math.nan
     with pytest.raises(ValueError, match=r"agent has numbers in actor\.0\.weight that are not finite"):
-        evaluate(agent, constant_reward(N), 1, greedy=True, seed=0)
+        evaluate_agent(agent, constant_reward(N), 1, greedy=True, seed=0)
     with pytest.raises(ValueError, match=r"checkpoint 64 has numbers in actor\.0\.weight"):
         Crew({64: agent.state_dict()}, (1.0,))

@@ -317,12 +317,6 @@ def test_a_notebook_is_stripped_and_its_parameters_are_plain(path):
     assert {name: declared[name].accept(value) for name, value in mocked.items()} == mocked
 
 
-SAME_NAME = {"train", "evaluate"}
-"""Of the PPO agent and of the transformer: they are used as `ppo.train` and `training.train`, as in chapter 14."""
-COMMANDS = "cli"
-"""Its functions are called as the commands are, which say what they run."""
-
-
 def public_names(path):
     """The functions, classes and constants that a module defines, those that begin with an underscore aside."""
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -341,9 +335,8 @@ def test_no_public_name_is_defined_in_two_modules():
     package, where = ROOT / "dtbook", defaultdict(set)
     for path in package.rglob("*.py"):
         module = path.relative_to(package).with_suffix("")
-        if str(module) != COMMANDS:
-            for name in public_names(path):
-                where[name].add(str(module))
+        for name in public_names(path):
+            where[name].add(str(module))
     assert len(where) > 400
     twice = {name: sorted(modules) for name, modules in where.items() if len(modules) > 1}
-    assert twice.keys() == SAME_NAME, twice
+    assert twice == {}

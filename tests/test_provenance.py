@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from dtbook.artifacts import provenance
-from dtbook.artifacts.provenance import code_behind, definitions_behind, dotted_name
+from dtbook.artifacts.provenance import code_behind, dotted_name
 
 TRAIN = """
 import numpy as np
@@ -41,11 +41,6 @@ def package(tmp_path, monkeypatch):
 
 def test_behind_a_definition_is_all_that_it_refers_to_and_no_more(package):
     before = package(train=TRAIN, grid=GRID)
-    assert definitions_behind(["dtbook.train.train"]) == [
-        "dtbook.grid.STONE",
-        "dtbook.grid.stride",
-        "dtbook.train.train",
-    ]
     assert code_behind(["dtbook.train.train"])["libraries"].keys() == {"numpy"}
     assert package(grid=GRID.replace("return 1", "return 2")) == before
     assert package(grid=GRID.replace("STONE = 2", "STONE = 3")) != before

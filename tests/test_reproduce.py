@@ -11,7 +11,7 @@ from dtbook.artifacts.store import ArtifactError, ArtifactStore
 from dtbook.pipeline import Recipe, replication
 from dtbook.pipeline.experiments import SWEEPS, read
 from dtbook.pipeline.measure import CONTROL_CLAIMS, EXPERIMENT_CLAIMS, POST_CLAIMS, SCORECARD
-from dtbook.pipeline.reproduce import STAGES, plan, reproduce
+from dtbook.pipeline.reproduce import STAGES, plan, reproduce_data
 
 pytestmark = pytest.mark.slow  # trainings
 
@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     store, said = ArtifactStore(tmp_path_factory.mktemp("made")), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DTBOOK_POST_MODEL", str(store.root / "nowhere"))
-        names = reproduce(store, ArtifactStore(), [0, 1], workers=2, recipe=RECIPE, say=said.append)
+        names = reproduce_data(store, ArtifactStore(), [0, 1], workers=2, recipe=RECIPE, say=said.append)
     return store, said, names
 
 
@@ -86,7 +86,7 @@ def test_a_second_call_makes_nothing(made, monkeypatch):
     monkeypatch.setenv("DTBOOK_POST_MODEL", str(store.root / "nowhere"))
     before = {path: path.stat().st_mtime_ns for path in store.root.rglob("*") if path.is_file()}
     said = []
-    again = reproduce(store, ArtifactStore(), [0, 1], workers=2, recipe=RECIPE, say=said.append)
+    again = reproduce_data(store, ArtifactStore(), [0, 1], workers=2, recipe=RECIPE, say=said.append)
     assert again == names
     assert [line.rpartition(": ")[2] for line in said] == ["up to date"] * len(first)
     assert before == {path: path.stat().st_mtime_ns for path in store.root.rglob("*") if path.is_file()}
@@ -97,7 +97,7 @@ def test_what_failed_is_named(tmp_path):
     with pytest.raises(
         ArtifactError, match=r"seed_1 ppo, seed_1 collection, .* failed; the same command goes on"
     ):
-        reproduce(ArtifactStore(tmp_path), ArtifactStore(), [1], recipe=RECIPE)
+        reproduce_data(ArtifactStore(tmp_path), ArtifactStore(), [1], recipe=RECIPE)
 
 
 def test_the_plan_of_everything_makes_each_file_of_data_once(tmp_path):

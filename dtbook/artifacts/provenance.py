@@ -45,11 +45,6 @@ def code_behind(code: Iterable[Code]) -> dict[str, Any]:
     }
 
 
-def definitions_behind(code: Iterable[Code]) -> list[str]:
-    """Return the dotted names of all definitions of dtbook behind some of them, sorted; raises as `code_behind`."""
-    return sorted(_behind(code).meanings)
-
-
 def _behind(code: Iterable[Code]) -> "_Behind":
     files = tuple((file, file.stat().st_mtime_ns) for file in sorted(PACKAGE.rglob("*.py")))
     return _all_behind(PACKAGE, files, tuple(sorted(map(dotted_name, code))))

@@ -2,6 +2,6 @@
 
 # the rules of claims add themselves when they are imported, in the scorecard's order
 from dtbook.claims import behaviour_rules, circuit_rules, training_rules  # noqa: F401
-from dtbook.claims.rules import CLAIMS, RULES, Claim, Finding, measure
+from dtbook.claims.rules import CLAIMS, RULES, Claim, Finding, decide_claims
 
-__all__ = ["CLAIMS", "RULES", "Claim", "Finding", "measure"]
+__all__ = ["CLAIMS", "RULES", "Claim", "Finding", "decide_claims"]

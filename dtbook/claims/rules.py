@@ -109,7 +109,7 @@ def meets(id: str, effect: float) -> bool:
     return bar.meets(effect)
 
 
-def measure(evidence: Evidence) -> pd.DataFrame:
+def decide_claims(evidence: Evidence) -> pd.DataFrame:
     """Return a model's findings, one row a claim: `claim`, `effect`, `passed` (as 1.0, 0.0; NaN: not decided)."""
     rows = []
     for id, rule in RULES.items():

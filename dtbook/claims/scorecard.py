@@ -53,9 +53,9 @@ def scorecard(
 ) -> pd.DataFrame:
     """Return one row a claim, in order.
 
-    `replications` has columns `model`, `claim`, `effect`, `passed` of `claims.measure`; `post` those of the post's own
-    weights; `controls` those of untrained models and models trained on shuffled actions; `experiments` the runs that
-    decide C25 to C28, in the same columns (`model` says which run).
+    `replications` has columns `model`, `claim`, `effect`, `passed` of `claims.decide_claims`; `post` those of the
+    post's own weights; `controls` those of untrained models and models trained on shuffled actions; `experiments` the
+    runs that decide C25 to C28, in the same columns (`model` says which run).
 
     Columns: `claim`, `group`, `statement`, `post` (its number), `where`, `effect_is`, `rule`, `none`; the effect on the
     post's weights and whether it passes, `posts_weights` and `posts_passed`; `passed` of `n` replications, their mean

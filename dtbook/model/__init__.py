@@ -2,7 +2,7 @@
 
 from dtbook.artifacts.post_weights import NoPostWeights, fetch_post_checkpoint
 from dtbook.model.config import DTConfig
-from dtbook.model.subject import Subject
+from dtbook.model.subject import Subject, gather
 from dtbook.model.transformer import DecisionTransformer
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "NoPostWeights",
     "Subject",
     "fetch_post_checkpoint",
+    "gather",
 ]

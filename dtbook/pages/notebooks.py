@@ -46,7 +46,8 @@ class Parameter:
         Limits are words of the meaning: "at least 1", "at most 9", "above 0", "below 1", "from 0 to 1",
         "one of greedy, sampled" (to the end or a semicolon). Of a list they hold for each item; items are of the type
         of the default's, and a list whose default has some has one. A text whose meaning begins with "folder" or
-        "file" is a path, which counts from the caller's folder: kernels run elsewhere. Raises ValueError.
+        "file" is a path, which counts from the caller's folder: kernels run elsewhere. Where it begins with "subject"
+        or "subjects", each text must be one that `Subject.find` finds. Raises ValueError.
         """
         if isinstance(value, str) and not isinstance(self.default, str):
             value = _literal(value)
@@ -57,6 +58,14 @@ class Parameter:
             raise ValueError(f"{self.name} must be of type {wanted}, not {value!r}") from None
         for item in value if isinstance(value, list) else [value]:
             self._check_limits(item)
+        return [self._found(item) for item in value] if isinstance(value, list) else self._found(value)
+
+    def _found(self, value: object) -> object:
+        """Return a text that is a path or names a subject so that a kernel finds it, anything else as it is."""
+        if _SUBJECT.match(self.meaning):
+            from dtbook.model import Subject  # imports torch and TransformerLens
+
+            return Subject.find(str(value)).name
         if value and isinstance(value, str) and _PATH.match(self.meaning):
             return str(Path(value).expanduser().absolute())
         return value
@@ -92,6 +101,7 @@ _KEPT: dict[str, Callable[[float, float, float], bool]] = {
 _NUMBER = r"[-−]?\d[\d_]*(?:\.\d+)?(?:e-?\d+)?"
 _LIMIT = re.compile(rf"\b(at least|at most|above|below|from(?= \S+ to)) ({_NUMBER})(?: to ({_NUMBER}))?")
 _PATH = re.compile(r"(folder|file)\b")
+_SUBJECT = re.compile(r"subjects?\b")
 _CONFLICT = re.compile(r"^(<{7}|>{7})( |$)", re.MULTILINE)
 _CHOICE = re.compile(r"\bone of ([^;]+?)\s*(?:;|$)")
 
@@ -245,12 +255,21 @@ def notebook_digest(notebook: Mapping[str, Any]) -> str:
 def inputs_digest(path: Path, parameters: Mapping[str, object], store: ArtifactStore) -> str:
     """Return the sha256 of all that a notebook's outputs follow from and that is known before it runs.
 
-    Those are its cells, its parameters, the code of dtbook and the libraries behind it, and the manifest. Whether it
-    reads the post's weights shows when it runs: `run_notebook` puts them into the digest that a copy carries.
+    Those are its cells, its parameters and what lies where they name a path, the code of dtbook and the libraries
+    behind it, and the manifest. Whether it reads the post's weights shows when it runs: `run_notebook` puts them into
+    the digest that a copy carries.
     """
     notebook = read_notebook(path)
     manifest = describe(store.manifest) if store.manifest.exists() else None
-    return digest([notebook_digest(notebook), parameters, code_behind(code_of(path)), manifest])
+    code = code_behind(code_of(path))
+    return digest([notebook_digest(notebook), parameters, _contents(parameters), code, manifest])
+
+
+def _contents(parameters: Mapping[str, object]) -> list[str]:
+    """Return the sha256 of each file and folder that parameters name: there may be another one the next time."""
+    each = [item for value in parameters.values() for item in (value if isinstance(value, list) else [value])]
+    paths = [Path(item) for item in each if isinstance(item, str) and Path(item).is_absolute()]
+    return [describe(path)["sha256"] for path in paths if path.exists()]
 
 
 def _with_weights(inputs: str, read: str | None) -> str:

@@ -19,7 +19,7 @@ ABSENT = "not in data/"
 def command_of(stage: Stage) -> str:
     """Return the command that runs a stage."""
     if stage.name == "own model":
-        return "dtbook measure FOLDER"
+        return "dtbook measure SUBJECT"
     if stage in measure.CAUSES:
         return "dtbook causes"
     return "dtbook experiments" if stage in experiments.EXPERIMENT_STAGES else "dtbook reproduce"
@@ -93,4 +93,5 @@ def _pattern(name: str, code: str) -> str:
     named = (
         rf'|(?:\(\s*|= |in \((?:"\w+", )*)"{stem}"' if '}.parquet"' in code else ""
     )  # of a loop, or a function's
-    return f'["/]{re.escape(file)}"{named}'
+    model = r"|(?<!dtbook)\.model\b" if file == "model" else ""
+    return f'["/]{re.escape(file)}"{named}{model}'

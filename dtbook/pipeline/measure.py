@@ -13,7 +13,7 @@ from dtbook.analysis.head_circuit import measure_circuit
 from dtbook.analysis.weights import embeddings
 from dtbook.artifacts.store import ArtifactStore
 from dtbook.claims.evidence import Evidence, check_shape
-from dtbook.claims.rules import measure
+from dtbook.claims.rules import decide_claims
 from dtbook.claims.scorecard import scorecard
 from dtbook.gridworld.env import ObservationSet, all_observations
 from dtbook.gridworld.rules import Task
@@ -100,22 +100,24 @@ def _claims(job: Job) -> list[Writer]:
     """Decide the claims for one subject; C01 where there is PPO's own history."""
     calibration, history = job.table("{of}/calibration.parquet"), "{of}/history.npz"
     played = Trajectories.load(job.path(history)) if job.has(history) else None
-    found = measure(Evidence(job.subject().model, observations_of(job.recipe.task), calibration, played))
+    found = decide_claims(
+        Evidence(job.subject().model, observations_of(job.recipe.task), calibration, played)
+    )
     return [table_writer(found)]
 
 
 def _control_claims(job: Job) -> list[Writer]:
     """Decide the claims for models that learnt nothing: untrained ones, and those trained on shuffled actions."""
     recipe, tables = job.recipe, []
-    untrained = [
-        Subject(name, DecisionTransformer(recipe.model, seed).eval(), "") for name, seed in UNTRAINED.items()
+    models = [
+        (name, seed, DecisionTransformer(recipe.model, seed).eval()) for name, seed in UNTRAINED.items()
     ]
-    trained = [Subject.find(name, job.origin) for name in CONTROLS]
-    for seed, subject in [*zip(UNTRAINED.values(), untrained, strict=True), *enumerate(trained)]:
-        ordered, _ = with_heads_in_order(subject.model, recipe.task)
+    models += [(name, seed, Subject.find(name, job.origin).model) for seed, name in enumerate(CONTROLS)]
+    for name, seed, model in models:
+        ordered, _ = with_heads_in_order(model, recipe.task)
         curves = calibrate(ordered, calibration_of(recipe), seed)
-        found = measure(Evidence(ordered, observations_of(recipe.task), curves))
-        tables.append(found.assign(model=Path(subject.name).name))
+        found = decide_claims(Evidence(ordered, observations_of(recipe.task), curves))
+        tables.append(found.assign(model=Path(name).name))
     return [table_writer(pd.concat(tables, ignore_index=True))]
 
 
@@ -137,7 +139,7 @@ def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
 
 def _own_model(job: Job) -> list[Writer]:
     """Take a reader's model over, its heads in order."""
-    model = Subject.find(str(job.given)).model
+    model = Subject.find(job.given).model
     return [with_heads_in_order(model, job.recipe.task)[0].save_pretrained]
 
 
@@ -240,7 +242,7 @@ def measured(
         jobs = [Job(MEASURE_ROWS["control claims"], store, recipe=recipe)]
         jobs += [Job(stage, store, of, recipe) for stage in BEHAVIOUR for of in looked_at]
     if everything:
-        jobs += causes(store, seeds, recipe, post)
+        jobs += causal_jobs(store, seeds, recipe, post)
     if post and 0 in seeds:
         calibration = replication.REPLICATION_ROWS["calibration"]
         jobs += of_subject(store, "post", recipe, (calibration, CLAIMS_STAGE))
@@ -249,25 +251,22 @@ def measured(
     return jobs + ([Job(MEASURE_ROWS["scorecard"], store, seeds=tuple(seeds))] if 0 in seeds else [])
 
 
-def causes(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: bool = True) -> list[Job]:
+def causal_jobs(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: bool = True) -> list[Job]:
     """Return the jobs of chapters 9 and 15: for these replications, and for the post's weights."""
     subjects = [*map(folder_of, seeds), *(["post"] if post else [])]
     return [job for of in subjects for job in of_subject(store, of, recipe, CAUSES)]
 
 
-def of_folder(
-    folder: Path, store: ArtifactStore, recipe: Recipe | None = None, only: Sequence[str] = ()
+def tables_of(
+    subject: Subject, store: ArtifactStore, recipe: Recipe | None = None, only: Sequence[str] = ()
 ) -> list[Job]:
-    """Return the jobs that make every table, or only those of some stages, of a model of the reader's own.
+    """Return the jobs that make every table, or only those of some stages, of a subject in a store of the reader's.
 
     Raises FileNotFoundError or ValueError, one sentence, for a folder that holds no model, a damaged one, or one of
     another shape; ValueError for an unknown stage.
     """
-    recipe, rows = (
-        recipe or Recipe(),
-        (replication.REPLICATION_ROWS["calibration"], CLAIMS_STAGE, *BEHAVIOUR, *CAUSES),
-    )
-    subject = Subject.find(str(folder))
+    recipe = recipe or Recipe()
+    rows = (replication.REPLICATION_ROWS["calibration"], CLAIMS_STAGE, *BEHAVIOUR, *CAUSES)
     check_shape(subject.model)
     last = recipe.calibration["max_steps"]
     if subject.model.cfg.max_steps < last:
@@ -283,7 +282,7 @@ def of_folder(
         store,
         OWN_FOLDER,
         recipe,
-        given=folder,
+        given=subject.name,
         parameters={"model": subject.sha256},
     )
     return [own, *of_subject(store, OWN_FOLDER, recipe, [stage for stage in rows if stage.name in chosen])]

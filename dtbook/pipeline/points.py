@@ -158,12 +158,12 @@ def _calibrate(model: DecisionTransformer, recipe: Recipe, task: Task, seed: int
 def run_ppo(parameters: Mapping[str, Any], folder: Path, resume: Path) -> _Row:
     """Train one PPO agent; its greedy return in 500 episodes says what it has learnt."""
     recipe, seed = recipe_of(parameters), parameters["seed"]
-    result, history = replication.train_ppo(recipe, seed)
+    result, history = replication.train_recorded(recipe, seed)
     history.save(folder / "history.npz")
     result.diagnostics.to_parquet(folder / "ppo.parquet", index=False)
     save_file(result.agent.state_dict(), folder / "agent.safetensors")
     envs = replication.environments(recipe.task, 500)
-    returns = ppo.evaluate(result.agent, envs, 500, greedy=True, seed=seed)["return"]
+    returns = ppo.evaluate_agent(result.agent, envs, 500, greedy=True, seed=seed)["return"]
     shares = np.bincount(history.classes, minlength=3) / len(history.classes)
     row = {"greedy": float(returns.mean()), "episodes": len(history.lengths)}
     return row | {f"share {name}": float(share) for name, share in zip("-0+", shares, strict=True)}

@@ -148,10 +148,10 @@ def is_shipped(name: str) -> bool:
 
 # ------------------------------------------------------------------------------------------- the stages' functions
 @checked
-def train_ppo(recipe: Recipe, seed: Whole, progress: bool = False) -> tuple[ppo.PPOResult, Trajectories]:
+def train_recorded(recipe: Recipe, seed: Whole, progress: bool = False) -> tuple[ppo.PPOResult, Trajectories]:
     """Train one PPO agent; return what came of it, and all that it played on its way."""
     recorder = RecordEpisodes(environments(recipe.task, recipe.envs))
-    return ppo.train(recorder, recipe.ppo, seed, progress), recorder.trajectories()
+    return ppo.train_ppo(recorder, recipe.ppo, seed, progress), recorder.trajectories()
 
 
 @checked
@@ -161,7 +161,7 @@ def environments(task: Task, number: Count) -> DynamicObstaclesVectorEnv:
 
 
 def _ppo(job: Job) -> list[Writer]:
-    result, history = train_ppo(job.recipe, job.seed, job.progress)
+    result, history = train_recorded(job.recipe, job.seed, job.progress)
     flat = {f"{at}/{name}": t for at, state in result.checkpoints.items() for name, t in state.items()}
     return [table_writer(result.diagnostics), history.save, lambda path: save_file(flat, path)]
 

@@ -35,7 +35,7 @@ def plan(
 
 
 @checked
-def reproduce(
+def reproduce_data(
     made: ArtifactStore,
     shipped: ArtifactStore,
     seeds: Sequence[int],

@@ -268,7 +268,7 @@ class PPOResult(NamedTuple):
 
 
 @checked
-def train(
+def train_ppo(
     envs: VectorEnv, config: PPOConfig | None = None, seed: Whole = 0, progress: bool = True
 ) -> PPOResult:
     """Train an agent from nothing; the same seed on the same machine gives the same bytes.
@@ -321,7 +321,9 @@ def _episode_row(rollout: Rollout, episodes: Episodes, recent: deque[float]) -> 
 
 
 @checked
-def evaluate(agent: ActorCritic, envs: VectorEnv, episodes: Count, greedy: bool, seed: Whole) -> pd.DataFrame:
+def evaluate_agent(
+    agent: ActorCritic, envs: VectorEnv, episodes: Count, greedy: bool, seed: Whole
+) -> pd.DataFrame:
     """Play whole episodes; return the `return` (undiscounted) and `length` (steps) of each, one a row.
 
     Each environment plays its share of the episodes and no more: taking whichever end first would favour
