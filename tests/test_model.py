@@ -19,7 +19,7 @@ from transformer_lens import patching
 
 from dtbook.model import DecisionTransformer, DTConfig, fetch_post_checkpoint
 from dtbook.model.config import one_hot
-from dtbook.model.gradients import UNUSED, Gradients
+from dtbook.model.gradients import WITHOUT_GRADIENT, Gradients
 
 SHAPES = {
     "the post's": DTConfig(),
@@ -278,7 +278,7 @@ def test_gradients_by_hand_are_those_of_autograd(encoding, n_heads, d_head):
     shape = DTConfig(d_model=37, n_heads=n_heads, d_head=d_head, d_mlp=40, encoding=encoding, n_actions=4)
     model, target = loud(shape, torch.float64), torch.arange(16) % 4
     plain, by_hand = copy.deepcopy(model), Gradients(model, batch_size=16)
-    names = [name for name, _ in plain.named_parameters() if name.rpartition(".")[2] not in UNUSED]
+    names = [name for name, _ in plain.named_parameters() if name.rpartition(".")[2] not in WITHOUT_GRADIENT]
     for seed in range(2):
         states, rtgs, timesteps, _ = inputs(shape, batch=16, seed=seed)
         loss, accuracy = by_hand(states[:, 0], rtgs[:, 0], timesteps[:, 0], target)

@@ -17,7 +17,7 @@ from dtbook.gridworld.kernels import compiled
 if TYPE_CHECKING:
     from dtbook.model.transformer import DecisionTransformer
 
-UNUSED = ("W_E_action", "b_K")
+WITHOUT_GRADIENT = ("W_E_action", "b_K")
 """The weights without a gradient: no action is read, and b_K adds the same to the scores of both tokens."""
 
 
@@ -28,7 +28,7 @@ class Gradients:
         """Make room for so many states; of the model, see `DecisionTransformer.is_plain`, on the CPU."""
         attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
         named: dict[str, Any] = model._parameters | attn._parameters | mlp._parameters
-        weights = {name: weight for name, weight in named.items() if name not in UNUSED}
+        weights = {name: weight for name, weight in named.items() if name not in WITHOUT_GRADIENT}
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight)
         self._encode = model.encode_states
