@@ -48,10 +48,11 @@ def repeated(state, times):
 # What the agent sees
 
 
+@pytest.mark.parametrize("states", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [5, 6, 8, 16])
-def test_observations_are_minigrids_bit_for_bit(size):
+def test_observations_are_minigrids_bit_for_bit(size, states):
     task = Task(size, n_obstacles=size // 2)
-    states = random_states(task, 20_000, seed=size)
+    states = random_states(task, states, seed=size)
     env = gridworld.to_minigrid(task, states)
     for index, image in enumerate(gridworld.observe(states, size)):
         gridworld.inject(env, states, index)

@@ -349,6 +349,7 @@ def test_evaluation_does_not_favour_short_episodes():
     assert (episodes["length"] == 1).mean() == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_it_learns_the_task_on_a_small_grid():
     config = PPOConfig(total_steps=65_536)
     envs = DynamicObstaclesVectorEnv(64, size=5, n_obstacles=2)
