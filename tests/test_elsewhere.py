@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NOTEBOOK = ROOT / "notebooks/04_calibration.ipynb"
+NOTEBOOK = ROOT / "notebooks/11_encodings.ipynb"
 COLAB = (
     "import sys, types\nfor name in ('google', 'google.colab'): sys.modules[name] = types.ModuleType(name)\n"
 )

@@ -371,7 +371,9 @@ def next_numbers(task, state, order):
         yield state_numbers(task.size, new)[~terminated]
 
 
-@pytest.mark.parametrize(("size", "n_obstacles"), [(5, 2), (5, 3), (6, 3)])
+@pytest.mark.parametrize(
+    ("size", "n_obstacles"), [(5, 2), (5, 3), pytest.param(6, 3, marks=pytest.mark.slow)]
+)
 def test_every_state_is_reached_from_the_fixed_start(size, n_obstacles):
     """Obstacles start in every order, so what is reached with them in one order is reached in all."""
     task, states = Task(size, n_obstacles), every_state(size, n_obstacles)

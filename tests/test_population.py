@@ -207,9 +207,9 @@ def test_all_892298_observations_have_the_models_logits():
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_model_of_the_posts_shape_has_its_logits_quantities_and_interventions():
-    """Of 20,000 observations at random: alone, and their logits also among all."""
+    """Of 5,000 observations at random: alone, and their logits also among all."""
     model, observations = scattered(DTConfig()), all_observations()
-    rows = np.sort(np.random.default_rng(8).choice(len(observations), 20_000, replace=False))
+    rows = np.sort(np.random.default_rng(8).choice(len(observations), 5_000, replace=False))
     some = observations[rows]
     ours = logits(model, some, [(0.9, 10)])[0]
     close(ours, model(*inputs(some.images, 0.9, 10))[:, 0])

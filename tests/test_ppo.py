@@ -93,6 +93,7 @@ def test_what_truncation_means(truncation):
     assert learnt_values(cut_short(N), [0, 1], config) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_critic_sees_a_finite_horizon_only_if_truncation_terminates():
     """One state that pays 1 for ever, cut every T steps: the mean of Σγ^k over what is left, or 1/(1−γ)."""
     horizon, gamma = 5, CRITIC.gamma
