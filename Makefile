@@ -2,32 +2,41 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST = "$(BIN)/python" -m pytest -n 2 --dist worksteal
 
 # One thread a process: two processes with two threads each stall one another.
 export OMP_NUM_THREADS = 1
 export NUMBA_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test check lint lab reproduce bench clean
+.PHONY: help venv book run test check units lint lab reproduce bench clean
 
 help:  ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-book: venv  ## Execute every notebook and build the book, with its PDF, into book/_build/html/
-	"$(BIN)/dtbook" run
+book: run  ## Execute every notebook and build the book, with its PDF, into book/_build/html/
 	"$(BIN)/dtbook" build --pdf
 
-test: lint book  ## Before a push: lint, build the book, then test the package, the notebooks and the built pages
-	"$(BIN)/python" -m pytest -n 2 --dist worksteal tests
+run: venv  ## Execute every notebook that is not up to date
+	"$(BIN)/dtbook" run
 
-check: lint  ## While editing: lint, then the tests that need no browser, no notebook and no long computation
-	"$(BIN)/python" -m pytest -n 2 --dist worksteal -m "not slow" tests
+# `make -j 2`: what keeps one core busy runs beside what keeps two.
+test: venv  ## Before a push: lint, build the book, then test the package, the notebooks and the built pages
+	$(MAKE) -j 2 lint run
+	$(MAKE) -j 2 book units
+	$(PYTEST) -m slow tests
+
+check: venv  ## While editing: lint, and the tests that need no browser, no notebook and no long computation
+	$(MAKE) -j 2 lint units
+
+units: venv  ## Those tests alone
+	$(PYTEST) -m "not slow" tests
 
 lint: venv  ## Check style, types and the layers of the package
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
-	"$(BIN)/mypy"
 	"$(BIN)/lint-imports"
+	"$(BIN)/mypy"
 
 lab: venv  ## Open the notebooks in JupyterLab, which runs them with this environment
 	"$(BIN)/jupyter" lab notebooks

@@ -71,6 +71,21 @@ def pytest_itemcollected(item):
         item.add_marker("slow")
 
 
+FIRST = (
+    "test_reproduce",
+    "test_pipeline",
+)  # their fixtures take longest, and a file that is begun stays together
+LAST = (
+    "test_pages",
+    "test_playground",
+    "test_playground_widget",
+)  # hundreds of short tests, with which two processes end together
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (item.path.stem in LAST) - (item.path.stem in FIRST))
+
+
 @pytest.fixture(scope="session")
 def browser():
     """The one browser of this process: Playwright allows a second at once in none."""
@@ -81,3 +96,11 @@ def browser():
         pytest.skip(HOW_TO_INSTALL)
     with launched(program) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Processes that start are forks of one that has imported the package; each test process has its own."""
+    from forked import serve
+
+    serve()

@@ -379,13 +379,19 @@ class Witness(gymnasium.Wrapper):
 
 
 @pytest.fixture(scope="module")
-def doorkey():
-    """Episodes of the handy agent, and what training made of them."""
+def recorded():
+    """Episodes of the handy agent."""
     envs = SyncVectorEnv([lambda: make(KEY_STEPS)] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
-    data = record(envs, handy(np.random.default_rng(0)), 60, seed=0)
-    return data, training.train(data, KEY_SHAPE, KEY_TRAINING, 0, progress=False)
+    return record(envs, handy(np.random.default_rng(0)), 60, seed=0)
 
 
+@pytest.fixture(scope="module")
+def doorkey(recorded):
+    """Those, and what training made of them."""
+    return recorded, training.train(recorded, KEY_SHAPE, KEY_TRAINING, 0, progress=False)
+
+
+@pytest.mark.slow
 def test_on_doorkey_the_loss_falls_to_the_entropy_of_who_was_recorded(doorkey):
     data, result = doorkey
     assert 0.1 < (data.returns > 0).mean() < 0.9
@@ -397,6 +403,7 @@ def test_on_doorkey_the_loss_falls_to_the_entropy_of_who_was_recorded(doorkey):
     assert losses[-20:].mean() == pytest.approx(wanders * entropy, abs=0.08)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_on_doorkey_it_has_learnt_when_to_pick_up_and_when_to_unlock(doorkey):
     data, result = doorkey
@@ -421,6 +428,7 @@ def replayed(model, asked, greedy):
     return played, images, actions, rewards, np.flatnonzero(np.concatenate([[True], over]))
 
 
+@pytest.mark.slow
 def test_on_doorkey_returns_and_lengths_are_minigrid_s(doorkey):
     asked = np.repeat([0.0, 0.9], 8)
     played, _, actions, rewards, starts = replayed(doorkey[1].model, asked, greedy=False)
@@ -463,21 +471,21 @@ def test_on_doorkey_greedy_actions_are_the_likeliest_of_seven():
     ],
 )
 def test_data_model_and_evaluation_are_held_to_each_other_before_the_first_step(
-    doorkey, monkeypatch, shape, settings, sentence
+    recorded, monkeypatch, shape, settings, sentence
 ):
     monkeypatch.setattr(training.Updater, "__call__", never)
     cfg = replace(KEY_SHAPE, **shape)
     config = TrainConfig(**({"balance_classes": False} | settings))
     if settings or shape:
         config = replace(config, evaluation_episodes=0)
-    refused(sentence, training.train, doorkey[0], cfg, config, 0, progress=False)
+    refused(sentence, training.train, recorded, cfg, config, 0, progress=False)
 
 
-def test_a_state_without_a_bit_is_refused_before_the_first_step(doorkey, monkeypatch):
+def test_a_state_without_a_bit_is_refused_before_the_first_step(recorded, monkeypatch):
     monkeypatch.setattr(training.Updater, "__call__", never)
-    images = doorkey[0].images.copy()
+    images = recorded.images.copy()
     images[-1, 0, 0, 2] = 3  # the direction of an agent, which a whole grid shows
-    data = replace(doorkey[0], images=images)
+    data = replace(recorded, images=images)
     refused(
         "states[..., 2] reaches from 0 to 3", training.train, data, KEY_SHAPE, KEY_TRAINING, 0, progress=False
     )

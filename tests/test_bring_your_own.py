@@ -54,8 +54,12 @@ def recipe_of(task, n_timesteps):
 
 @pytest.fixture(
     scope="module",
-    params=[(Task(6, 2, MAX_STEPS, random_start=True), 1), (Task(5, 1, MAX_STEPS), 3)],
-    ids=["another size, two obstacles, random starts", "three timesteps"],
+    params=[
+        pytest.param(
+            (Task(6, 2, MAX_STEPS, random_start=True), 1), id="another size, two obstacles, random starts"
+        ),
+        pytest.param((Task(5, 1, MAX_STEPS), 3), id="three timesteps", marks=pytest.mark.slow),
+    ],
 )
 def made(request, tmp_path_factory):
     """A store with all that `replicate` makes, and its recipe."""

@@ -555,7 +555,11 @@ def test_an_unknown_notebook_is_answered_with_the_known_ones(checkout):
             "x = -1\nraise ValueError(f'episodes must be positive, not {x}')",
             " in cell [2], `x = -1`: ValueError: episodes must be positive, not -1",
         ),
-        ("import os; os._exit(1)", " in cell [2], `import os; os._exit(1)`: Kernel died"),
+        pytest.param(
+            "import os; os._exit(1)",
+            " in cell [2], `import os; os._exit(1)`: Kernel died",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_failure_names_the_cell_keeps_the_run_and_stops(checkout, cell, sentence):

@@ -12,15 +12,17 @@ import sys
 import textwrap
 import time
 from contextlib import suppress
+from subprocess import PIPE, STDOUT
 
 import psutil
 import pytest
+from forked import Fork
 from test_cli import PARAMETERS, copies, dtbook, executed, printed, write_notebook
 
 from dtbook import cli
 from dtbook.artifacts import ArtifactStore, provenance
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]
 
 COMMAND = """
 import sys
@@ -44,17 +46,9 @@ def checkout(tmp_path, monkeypatch):
     return folder
 
 
-def start(checkout, *arguments, prefix=(), **options):
-    """The command on that checkout, in a process and a session of its own."""
-    command = [*prefix, sys.executable, "-c", COMMAND, str(checkout), *arguments]
-    return subprocess.Popen(
-        command,
-        start_new_session=True,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **options,
-    )
+def start(checkout, *arguments):
+    """The command on that checkout, in a process of its own."""
+    return Fork(COMMAND, checkout, *arguments)
 
 
 def kill_all(process):
@@ -165,7 +159,7 @@ while not pathlib.Path({str(tmp_path / "go")!r}).exists():
     time.sleep(0.05)""")  # fmt: skip
     process = start(checkout, "run", "--workers", "1")
     while not (tmp_path / "began").exists():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.said()
         time.sleep(0.05)
     kill_all(process)
     assert copies(checkout) == ["01_task.ipynb"]
@@ -193,7 +187,7 @@ def test_a_build_that_was_killed_leaves_the_former_book_and_the_next_one_carries
     for depth in ("*", "html", "html/book/intro.html"):
         process = start(checkout, "build")
         while not any(path for path in (checkout / "book").glob(f"._build.*.tmp/_build/{depth}")):
-            assert process.poll() is None, process.stdout.read()
+            assert process.poll() is None, process.said()
             time.sleep(0.01)
         killed_with_pages += bool(process.poll() is None)
         kill_all(process)
@@ -240,7 +234,7 @@ def test_of_two_builds_at_once_the_second_waits(checkout):
     while any(process.poll() is None for process in builds):
         drafts = max(drafts, len(list((checkout / "book").glob("._build.*.tmp"))))
         time.sleep(0.01)
-    assert [process.returncode for process in builds] == [0, 0]
+    assert [process.wait() for process in builds] == [0, 0]
     assert drafts == 1
     assert (checkout / "book/_build/html/book/intro.html").exists()
     assert [path.name for path in (checkout / "book").glob(".*")] == []
@@ -293,8 +287,9 @@ print(envs.step([0, 0])[1].tolist(), pathlib.Path(dtbook.__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": str(site)} | dict.fromkeys(names, str(home))
 
     def run(*arguments):
-        process = start(checkout, "run", *arguments, prefix=without_rights(), env=environment, cwd=home)
-        return process.communicate()[0], process.returncode
+        command = [*without_rights(), sys.executable, "-c", COMMAND, checkout, "run", *arguments]
+        done = subprocess.run(command, env=environment, cwd=home, text=True, stdout=PIPE, stderr=STDOUT)
+        return done.stdout, done.returncode
 
     output, code = run()
     assert code == 0, output

@@ -86,6 +86,7 @@ def test_saving_again_replaces_the_model_and_keeps_other_files(saved):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_a_save_that_was_killed_halfway_is_ended_by_whoever_reads(saved):
     _, folder = saved
     program = """

@@ -48,10 +48,11 @@ def repeated(state, times):
 # What the agent sees
 
 
+@pytest.mark.parametrize("states", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [5, 6, 8, 16])
-def test_observations_are_minigrids_bit_for_bit(size):
+def test_observations_are_minigrids_bit_for_bit(size, states):
     task = Task(size, n_obstacles=size // 2)
-    states = random_states(task, 20_000, seed=size)
+    states = random_states(task, states, seed=size)
     env = gridworld.to_minigrid(task, states)
     for index, image in enumerate(gridworld.observe(states, size)):
         gridworld.inject(env, states, index)
@@ -370,7 +371,9 @@ def next_numbers(task, state, order):
         yield state_numbers(task.size, new)[~terminated]
 
 
-@pytest.mark.parametrize(("size", "n_obstacles"), [(5, 2), (5, 3), (6, 3)])
+@pytest.mark.parametrize(
+    ("size", "n_obstacles"), [(5, 2), (5, 3), pytest.param(6, 3, marks=pytest.mark.slow)]
+)
 def test_every_state_is_reached_from_the_fixed_start(size, n_obstacles):
     """Obstacles start in every order, so what is reached with them in one order is reached in all."""
     task, states = Task(size, n_obstacles), every_state(size, n_obstacles)

@@ -2,9 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
-import textwrap
 from contextlib import ExitStack
 from itertools import product
 
@@ -599,46 +596,40 @@ def test_a_source_without_the_activation_gets_one_sentence():
 HEAD_1 = "blocks.0.attn.hook_z"
 
 
-def without_type_checker(script):
-    """The lines that a script prints where nothing checks types, as wherever the package is used but in tests."""
-    head = """
-    import numpy as np, torch
-    from dtbook.analysis.interventions import *
-    from dtbook.analysis.interventions import Site, edited, site
-    from dtbook.model import DecisionTransformer, DTConfig
+@pytest.fixture
+def entered(as_users_run_it):
+    """What entering a context of a model with three timesteps and running it gives: logits, or an error's sentence."""
     model = DecisionTransformer(DTConfig(d_model=16, n_heads=2, d_head=4, d_mlp=8, n_timesteps=3)).eval()
-    x = torch.zeros(2, 3, 7, 7, 3, dtype=torch.uint8), torch.ones(2, 3), *2 * [torch.zeros(2, 3, dtype=torch.int64)]
-    x = *x[:3], x[3][:, :2]
-    _, cache = model.run_with_cache(*x)
-    HEAD = "blocks.0.attn.hook_z"
-    def enter(context):
+    states, rtgs, timesteps = (
+        torch.zeros(2, 3, 7, 7, 3, dtype=torch.uint8),
+        torch.ones(2, 3),
+        torch.zeros(2, 3),
+    )
+    given = states, rtgs, timesteps.long(), timesteps.long()[:, :2]
+    _, cache = model.run_with_cache(*given)
+
+    def enter(intervention, *arguments, **options):
+        source = {patch: [cache], path_patch: [cache, cache]}.get(intervention, [])
         try:
-            with context:
-                return model(*x)
+            with intervention(model, *source, *arguments, **options):
+                return model(*given)
         except ValueError as error:
             return str(error)
-    """
-    program = textwrap.dedent(head) + textwrap.dedent(script)
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+
+    return enter
 
 
-def test_every_intervention_refuses_what_is_no_site():
-    said = without_type_checker("""
+def test_every_intervention_refuses_what_is_no_site(entered):
+    said = []
     for where in (["L0H1"], 1, None):
-        contexts = ablate(model, where), edited(model, (where, torch.zeros_like)), patch(model, cache, where)
-        print(*{enter(context) for context in contexts}, sep=" and ")
+        found = entered(ablate, where), entered(edited, (where, torch.zeros_like)), entered(patch, where)
+        said.append(" and ".join(set(found)))
     for arguments in ((1.5,), (1, [1])):
-        try:
-            Site(HEAD, *arguments)
-        except ValueError as error:
-            print(error)
-    for to in ("mean", None, [0.0]):
-        print(enter(ablate(model, "L0H1", to=to)))
-    print(enter(path_patch(model, cache, cache, ["L0H1"], "logits")))
-    print(enter(path_patch(model, cache, cache, "L0H1", 3)))
-    """)
+        with pytest.raises(ValueError, match="must be an integer") as error:
+            Site(HEAD_1, *arguments)
+        said.append(str(error.value))
+    said += [entered(ablate, "L0H1", to=to) for to in ("mean", None, [0.0])]
+    said += [entered(path_patch, ["L0H1"], "logits"), entered(path_patch, "L0H1", 3)]
     no_site = (
         'There is no hook or component {}; name a hook of the model, such as "blocks.0.attn.hook_z", or a component, '
         'such as "L0H1", "L0 MLP" or "L0N17", each by itself.'
@@ -657,13 +648,10 @@ def test_every_intervention_refuses_what_is_no_site():
     ]
 
 
-def test_numpy_numbers_are_numbers():
-    said = without_type_checker("""
+def test_numpy_numbers_are_numbers(entered):
     for number in (0, 1, -1):
-        plain, numpy = (enter(ablate(model, Site(HEAD, kind(1), kind(number)))) for kind in (int, np.int64))
-        print(torch.equal(plain, numpy))
-    """)
-    assert said == ["True"] * 3
+        plain, numpy = (entered(ablate, Site(HEAD_1, kind(1), kind(number))) for kind in (int, np.int64))
+        assert torch.equal(plain, numpy)
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,7 @@ def test_a_model_of_ones_own_gets_the_tables_that_the_shipped_ones_have(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_all_tables_of_a_small_model_are_made(tmp_path):
     model, _ = replication.with_heads_in_order(
         DecisionTransformer(small.RECIPE.model, seed=1).eval(), small.RECIPE.task

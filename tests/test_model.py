@@ -432,7 +432,10 @@ def results(model, run):
     return [alone, logits.detach(), *grads]
 
 
-@pytest.mark.parametrize("name", CHANGES)
+SLOW = {"compiled": pytest.mark.slow}  # imports the compiler
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in CHANGES])
 def test_whatever_is_attached_or_exchanged_is_obeyed(as_users_run_it, name):
     """`fast_forward` has the logits and gradients of the changed model, and the change does change one of them."""
     model = loud(SMALL)

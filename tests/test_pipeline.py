@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from forked import Fork
 
 from dtbook.artifacts import ArtifactStore
 from dtbook.artifacts.comparison import compare
@@ -18,7 +19,7 @@ from dtbook.pipeline import name_of
 from dtbook.pipeline.replication import REPLICATION, REPLICATION_ROWS
 from dtbook.trajectories import Trajectories
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]
 
 SMALL = """
 import sys
@@ -42,19 +43,15 @@ def dying(job):
 engine.Job.writers = dying
 replicate(Art""",
 )
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
 FILES = [name.format(of="seed_3") for stage in REPLICATION for name in REPLICATION_ROWS[stage].makes]
-
-
-def run(script, *arguments):
-    """Run a script in a process of its own."""
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """The bytes that all others are compared with, made under a seed of hashes that no fork has."""
     folder = tmp_path_factory.mktemp("whole")
-    assert run(SMALL, folder).wait() == 0
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    subprocess.run([sys.executable, "-c", SMALL, folder], env=environment, check=True)
     return ArtifactStore(folder)
 
 
@@ -81,13 +78,12 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(whole, tmp_path):
     """Killed four times, each at a random moment after one more artifact was there: nothing damaged lies about."""
     rng, kills = random.Random(5), 0
     for artifacts in (1, 3, 5, 7):
-        process = run(SMALL, tmp_path)
+        process = Fork(SMALL, tmp_path)
         while process.poll() is None and len(ArtifactStore(tmp_path).entries()) < artifacts:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))
         kills += process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
         for path in (tmp_path / "seed_3").glob("*"):
             if path.suffix == ".npz":
                 Trajectories.load(path)
@@ -96,7 +92,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(whole, tmp_path):
             elif path.name in ("model", "trained"):
                 DecisionTransformer.from_pretrained(path)
     assert kills >= 2, "the runs should have been killed on their way"
-    assert run(SMALL, tmp_path).wait() == 0
+    assert Fork(SMALL, tmp_path).wait() == 0
     assert compare(ArtifactStore(tmp_path), whole, FILES) == dict.fromkeys(FILES, "identical")
     assert ArtifactStore(tmp_path).verify() == []
 
@@ -104,18 +100,18 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(whole, tmp_path):
 def test_killed_while_each_stage_writes_it_keeps_what_is_whole(whole, tmp_path):
     had = -1
     for stage in REPLICATION:
-        assert run(DYING, tmp_path, stage).wait() == -signal.SIGKILL
+        assert Fork(DYING, tmp_path, stage).wait() == -signal.SIGKILL
         store = ArtifactStore(tmp_path)
         entries = set(store.entries())
         assert store.verify() == []
         assert len(entries) > had, "what the stages before made is there"
         assert not entries >= set(FILES)
         had = len(entries)
-    assert run(SMALL, tmp_path).wait() == 0
+    assert Fork(SMALL, tmp_path).wait() == 0
     assert compare(ArtifactStore(tmp_path), whole, FILES) == dict.fromkeys(FILES, "identical")
 
 
 def test_a_second_call_makes_nothing_again(whole):
     before = {name: (whole.root / name).stat().st_mtime_ns for name in FILES}
-    assert run(SMALL, whole.root).wait() == 0
+    assert Fork(SMALL, whole.root).wait() == 0
     assert before == {name: (whole.root / name).stat().st_mtime_ns for name in FILES}

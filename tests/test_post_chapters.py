@@ -1,6 +1,7 @@
 """Chapters that show the post's weights, executed without them: every number of the post's is that of `data/post`.
 
 The expected numbers are taken from the shipped tables here, and from the scorecard's findings where there are some.
+`test_elsewhere.py` holds each chapter to them, executed under the parameters that are shipped.
 """
 
 from functools import cache
@@ -234,7 +235,7 @@ def of_the_post(executed):
 
 def printed(executed):
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    return "".join(output["text"] for output in outputs if output.output_type == "stream")
+    return "".join(output["text"] for output in outputs if output.get("name") == "stdout")
 
 
 def figures(executed):
@@ -268,9 +269,8 @@ def without(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nothing was fetched
 
 
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_without_the_weights_every_number_of_the_posts_is_the_shipped_one(name, without, tmp_path):
-    executed = execute(name, tmp_path)
+def assert_shown_as_shipped(executed, name):
+    """A chapter executed without the weights; `test_elsewhere.py` executes each of them."""
     assert_numbers_are_shipped(executed, name)
     assert all(shown and shown[0] for shown in figures(executed).values()), "no panel is left out"
     assert printed(executed) == (SAID if name == "06_ablations" else "")

@@ -93,6 +93,7 @@ def test_what_truncation_means(truncation):
     assert learnt_values(cut_short(N), [0, 1], config) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_critic_sees_a_finite_horizon_only_if_truncation_terminates():
     """One state that pays 1 for ever, cut every T steps: the mean of Σγ^k over what is left, or 1/(1−γ)."""
     horizon, gamma = 5, CRITIC.gamma
@@ -349,6 +350,7 @@ def test_evaluation_does_not_favour_short_episodes():
     assert (episodes["length"] == 1).mean() == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_it_learns_the_task_on_a_small_grid():
     config = PPOConfig(total_steps=65_536)
     envs = DynamicObstaclesVectorEnv(64, size=5, n_obstacles=2)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -80,30 +81,46 @@ def test_everything_installed_for_the_book_is_pinned():
     assert packages - pins().keys() == set()
 
 
-def sources_behind(names):
-    """The source of every module of the package that importing `names` runs."""
-    queue, sources = list(names), {}
+@cache
+def names_in(file):
+    """The dotted names that a module of the package imports."""
+    return imported_names(file.read_text()) if file.is_file() else set()
+
+
+def names_behind(names):
+    """The dotted names that every module of the package imports which importing `names` runs."""
+    queue, files = list(names), {}
     while queue:
         parts = queue.pop().split(".")
         for at in (ROOT.joinpath(*parts[:n]) for n in range(1, len(parts) + 1) if parts[0] == "dtbook"):
-            for file in {at / "__init__.py", at.with_suffix(".py")} - sources.keys():
-                if file.is_file():
-                    sources[file] = file.read_text()
-                    queue += imported_names(sources[file])
-    return sources.values()
+            for file in {at / "__init__.py", at.with_suffix(".py")} - files.keys():
+                files[file] = names_in(file)
+                queue += files[file]
+    return set().union(*files.values())
+
+
+@pytest.fixture(scope="module")
+def installed():
+    """What the package's own dependencies bring with them."""
+    found = {}
+    for requirement in requirements():
+        needed(canonicalize_name(requirement.name), requirement.extras, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def providers():
+    """The distributions of each importable name."""
+    return importlib.metadata.packages_distributions()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_needs_the_package_s_own_dependencies_alone(path):
+def test_a_notebook_needs_the_package_s_own_dependencies_alone(path, installed, providers):
     """As on Colab, where its first cell installs the package without extras."""
-    installed = {}
-    for requirement in requirements():
-        needed(canonicalize_name(requirement.name), requirement.extras, installed)
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     names = imported_names("\n".join(TransformerManager().transform_cell(cell) for cell in cells))
-    names = names.union(*map(imported_names, sources_behind(names)))
+    names |= names_behind(names)
     modules = {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "dtbook"}
-    providers = importlib.metadata.packages_distributions()
     extra = {m for m in modules if not {canonicalize_name(d) for d in providers.get(m, [m])} & set(installed)}
     assert extra <= {"minari", "distributed"}, "which are looked for where they are used"
 
@@ -172,6 +189,9 @@ def run_in_ci(folder, test, ci="true", **variables):
     (folder / "test_it.py").write_text(f"import pytest\n{test}\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder]
     variables |= {"CI": ci, "XDG_CACHE_HOME": str(folder)}  # where nothing was fetched
+    variables |= {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"
+    }  # none has a part in it, and nbmake imports half of Jupyter
     return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
 
 

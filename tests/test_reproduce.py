@@ -13,7 +13,7 @@ from dtbook.pipeline.experiments import SWEEPS, read
 from dtbook.pipeline.measure import CONTROL_CLAIMS, EXPERIMENT_CLAIMS, POST_CLAIMS, SCORECARD
 from dtbook.pipeline.reproduce import STAGES, plan, reproduce_data
 
-pytestmark = pytest.mark.slow  # trainings
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forks")]  # trainings
 
 RECIPE = replace(
     small.RECIPE,

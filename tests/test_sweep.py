@@ -4,8 +4,6 @@ import pickle
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,6 +17,7 @@ import yaml
 from browser import served
 from click.testing import CliRunner
 from distributed import LocalCluster
+from forked import Fork
 
 from dtbook import cli
 from dtbook.artifacts import ArtifactError, ArtifactStore
@@ -274,6 +273,7 @@ def test_whatever_was_glued_the_table_is_written_and_says_what_it_changed(notebo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_a_sweep_leaves_a_table_a_notebook_a_point_and_a_manifest(notebooks, tmp_path):
     todo = points(notebooks, [3, 4, 5], fail_at=4)
     table = sweep.run_sweep(todo, tmp_path / "out", workers=2)
@@ -298,6 +298,7 @@ def test_a_sweep_leaves_a_table_a_notebook_a_point_and_a_manifest(notebooks, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_what_is_there_is_not_run_again_and_the_table_is_the_same_bytes(notebooks, tmp_path):
     log, out = tmp_path / "log", tmp_path / "out"
     sweep.run_sweep(points(notebooks, [1, 2], log=str(log)), out)
@@ -317,6 +318,7 @@ def test_what_is_there_is_not_run_again_and_the_table_is_the_same_bytes(notebook
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_a_stage_leaves_its_artifacts_and_one_row(tmp_path):
     task, rng = Task(size=5, n_obstacles=1, max_steps=30), np.random.default_rng(0)
     data = play(task, lambda images, *_: rng.integers(0, 3, len(images)), 300, rng)
@@ -361,17 +363,15 @@ def test_a_stage_leaves_its_artifacts_and_one_row(tmp_path):
 DRIVER = """
 import pickle, sys
 from dtbook.pipeline import sweep
-if __name__ == "__main__":
-    points, folder, workers, scheduler = pickle.load(open(sys.argv[1], "rb"))
-    sweep.run_sweep(points, folder, workers, scheduler)
+points, folder, workers, scheduler = pickle.load(open(sys.argv[1], "rb"))
+sweep.run_sweep(points, folder, workers, scheduler)
 """
 
 
 def start(tmp_path, todo, workers=2, scheduler=None):
     """A sweep in a process of its own, into tmp_path/out."""
-    (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "job").write_bytes(pickle.dumps((todo, tmp_path / "out", workers, scheduler)))
-    return subprocess.Popen([sys.executable, tmp_path / "driver.py", tmp_path / "job"])
+    return Fork(DRIVER, tmp_path / "job")
 
 
 def ended(log):
@@ -388,6 +388,7 @@ def kill_worker_of_point_1(log, process):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_a_killed_local_worker_costs_its_points_a_second_start_and_no_more(notebooks, tmp_path):
     log, gate = tmp_path / "log", tmp_path / "gate"
     process = start(tmp_path, points(notebooks, range(4), log=str(log), gate=str(gate)))
@@ -401,6 +402,7 @@ def test_a_killed_local_worker_costs_its_points_a_second_start_and_no_more(noteb
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_a_sweep_killed_on_its_way_goes_on_with_what_is_missing(notebooks, tmp_path):
     log, gate = tmp_path / "log", tmp_path / "gate"
     todo = points(notebooks, range(3), log=str(log), gate=str(gate))
@@ -417,6 +419,7 @@ def test_a_sweep_killed_on_its_way_goes_on_with_what_is_missing(notebooks, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_a_point_that_kills_its_worker_each_time_is_named_and_the_others_end(notebooks, tmp_path):
     cell = nbformat.v4.new_code_cell(
         "import os, psutil\nif k == 1: psutil.Process(os.getppid()).kill()", id="killer"
@@ -431,23 +434,24 @@ def test_a_point_that_kills_its_worker_each_time_is_named_and_the_others_end(not
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_a_dask_cluster_that_loses_a_worker_ends_the_sweep_with_each_point_run_once(notebooks, tmp_path):
     log, gate, reported = tmp_path / "log", tmp_path / "gate", []
-    todo = points(notebooks, range(8), log=str(log), gate=str(gate))
-    with LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster:
+    todo = points(notebooks, range(5), log=str(log), gate=str(gate))
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         address = cluster.scheduler_address
         process = start(tmp_path, todo, scheduler=address)
-        wait_for(lambda: len(ended(log)) >= 3, process)
+        wait_for(lambda: len(ended(log)) >= 2, process)
         kill_worker_of_point_1(log, process)
         gate.touch()
         assert process.wait() == 0
         again = sweep.run_sweep(todo, tmp_path / "out", 1, address, reported.append)
     table = pd.read_parquet(tmp_path / "out/table.parquet")
-    assert table["square"].tolist() == [k * k for k in range(8)]
-    assert ended(log) == dict.fromkeys(range(8), 1)
+    assert table["square"].tolist() == [k * k for k in range(5)]
+    assert ended(log) == dict.fromkeys(range(5), 1)
     assert lines(log)["start", "1"] == 2
     assert again.equals(table)
-    assert [line.rpartition(": ")[2] for line in reported] == ["up to date"] * 8
+    assert [line.rpartition(": ")[2] for line in reported] == ["up to date"] * 5
     assert ArtifactStore(tmp_path / "out").verify() == []
 
 

@@ -1,7 +1,5 @@
 """Training: what is drawn, one optimiser step by hand, and a kill that leaves no trace in the result."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from forked import Fork
 
 from dtbook import training
 from dtbook.gridworld import Task
@@ -136,7 +135,12 @@ def test_two_steps_against_the_update_written_out(data, optimizer):
         assert (ours - p).abs().max() < 1e-5, name
 
 
-@pytest.mark.parametrize("shape", [{}, {"n_timesteps": 3}, {"encoding": "one-hot"}])
+OTHER_SHAPES = {"n_timesteps": 3}, {"encoding": "one-hot"}
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHER_SHAPES)]
+)
 def test_learns_what_the_return_says(data, shape):
     """A planted rule: return 0 belongs to an agent that only turns left, so asked for 0 the model must do so too."""
     turner = data.episodes(np.arange(len(data.lengths) - 20, len(data.lengths)))
@@ -177,22 +181,23 @@ train(data, shape, config, 2, folder, progress=False).model.save_pretrained(fold
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_killed_runs_resume_to_the_same_bytes(data, tmp_path):
     data.save(tmp_path / "data.npz")
-    command = [sys.executable, "-c", TRAIN_IN_FOLDER, str(tmp_path / "data.npz")]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    command = [sys.executable, "-c", TRAIN_IN_FOLDER, tmp_path / "data.npz", tmp_path / "whole"]
+    subprocess.run(command, check=True)  # under another seed of hashes than the forks
+    again = TRAIN_IN_FOLDER, tmp_path / "data.npz", tmp_path / "killed"
     kills = 0
     for wanted in (2, 6):  # killed as soon as so many checkpoints are there, twice
-        process = subprocess.Popen([*command, str(tmp_path / "killed")])
+        process = Fork(*again)
         while process.poll() is None and len(list((tmp_path / "killed").glob("step_*"))) < wanted:
             time.sleep(0.005)
         kills += process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
         for checkpoint in (tmp_path / "killed").glob("step_*"):
             DecisionTransformer.from_pretrained(checkpoint)
     assert kills == 2, "the runs must have been killed on their way"
-    subprocess.run([*command, str(tmp_path / "killed")], check=True)
+    assert Fork(*again).wait() == 0
     for name in ("step_000060", "final"):
         whole, killed = tmp_path / "whole" / name, tmp_path / "killed" / name
         assert {p.name for p in whole.iterdir()} == {p.name for p in killed.iterdir()}
