@@ -116,8 +116,11 @@ class _Population:
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         self.donors = place[donors[order]]
-        unused = np.broadcast_to(np.nan, self.embedded.products.shape)  # the patterns of donors are known
-        self.of_donors = replace(self.embedded, parts=self.embedded.parts[self.donors], products=unused)
+
+    def of_donors(self, rows: slice) -> Embedded:
+        """Return the donors of some rows. Their patterns are known, so q · k is left out."""
+        parts = self.embedded.parts[self.donors[rows]]
+        return replace(self.embedded, parts=parts, products=np.empty((0, len(parts))))
 
     def share(self, rows: slice) -> Tensor:
         """Return the weights of some rows."""
@@ -131,7 +134,7 @@ class _Population:
         each = [_AtCondition(self, condition) for condition in conditions]
         for group, whole in enumerate(self.groups):
             for rows in _batches(whole):
-                embedded, donors = self.embedded[rows], self.of_donors[rows]
+                embedded, donors = self.embedded[rows], self.of_donors(rows)
                 runs = [run for one in each for run in one.runs(rows, embedded, donors)]
                 intact = range(0, len(runs), len(runs) // len(each))
                 out = run_all(self.folded, runs, with_mlp=intact)
@@ -150,7 +153,7 @@ class _AtCondition:
         f, self.variants, n = population.folded, population.variants, len(population.weights)
         first = next((k for k, (name, _) in enumerate(self.variants) if name == MLP_OUT), len(self.variants))
         self.others, self.of_mlp = slice(first), slice(first, None)
-        self.forward = [np.empty(n, np.float32) for _ in self.variants]
+        self.forward: dict[Variant, np.ndarray] = {}
         self.direct, self.mlp_out = torch.empty(2, len(f.b_U), n, dtype=f.dtype)
         self.mlp_mean, self.mean_mlp_out = torch.empty(n, dtype=f.dtype), torch.zeros(len(f.b_U)).double()
         self.acting = np.zeros((len(population.groups), len(self.variants), len(ACTIONS)))
@@ -172,7 +175,7 @@ class _AtCondition:
     def _written(self, group: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the weighted sum over a group of what each component writes, and of what heads write on the donors."""
         share = self.population.weights[group]
-        run, donor = self._runs(group, self.population.embedded[group], self.population.of_donors[group])
+        run, donor = self._runs(group, self.population.embedded[group], self.population.of_donors(group))
         own, given = (
             {name: one.mean(share) for name, one in part.items()} for part in (run.writes(), donor.heads())
         )
@@ -196,8 +199,10 @@ class _AtCondition:
 
     def _add(self, which: slice, group: int, rows: slice, logits: Tensor) -> None:
         share, probabilities = self.population.share(rows), logits.softmax(1)
-        for forward, values in zip(self.forward[which], probabilities[:, FORWARD].numpy(), strict=True):
-            forward[rows] = values
+        for variant, values in zip(self.variants[which], probabilities[:, FORWARD].numpy(), strict=True):
+            if variant not in self.forward:
+                self.forward[variant] = np.empty(len(self.population.weights), np.float32)
+            self.forward[variant][rows] = values
         self.acting[group, which] += (probabilities[:, : len(ACTIONS)] @ share).numpy()
         self.logits[group, which] += (logits @ share).numpy()
 
@@ -242,23 +247,35 @@ class _AtCondition:
 
     def tables(self) -> dict[str, list[dict[str, object]]]:
         """Return the rows of each situation, once all rows were added."""
+        quantiles = self._quantiles()
         if self.variants[self.of_mlp]:
             self._ablate_mlp()
+            quantiles |= self._quantiles()
         on_preference = np.array([self._on_preference(group) for group in range(len(self.population.groups))])
-        return {
-            name: self._table(name, rows, on_preference) for name, rows in self.population.situations.items()
-        }
+        return {name: self._table(name, on_preference, quantiles) for name in self.population.situations}
 
-    def _table(self, situation: str, rows: slice, on_preference: np.ndarray) -> list[dict[str, object]]:
-        share, table = self.population.weights[rows], []
+    def _quantiles(self) -> dict[tuple[str, Variant], np.ndarray]:
+        """Return the quantiles of P(forward) over each situation for the ablations added so far, and let go of it."""
+        at, found = np.array(list(QUANTILES.values())), {}
+        while self.forward:
+            variant, forward = self.forward.popitem()
+            for name, rows in self.population.situations.items():
+                share = self.population.weights[rows]
+                found[name, variant] = weighted_quantile(forward[rows], share, at)
+        return found
+
+    def _table(
+        self, situation: str, on_preference: np.ndarray, quantiles: dict[tuple[str, Variant], np.ndarray]
+    ) -> list[dict[str, object]]:
+        rows, table = self.population.situations[situation], []
+        share = self.population.weights[rows]
         whole = float(share.sum())
         groups = [k for k, group in enumerate(self.population.groups) if _holds(rows, group)]
         acting, parts = (sums[groups].sum(0) / whole for sums in (self.acting, on_preference))
         attention = self.run.pattern[:, rows].numpy() @ share / whole
         names = [*self.run.writes(), MLP_OUT, "b_U", *(f"attention {head}" for head in self.run.heads())]
         for k, variant in enumerate(self.variants):
-            quantiles = weighted_quantile(self.forward[k][rows], share, np.array(list(QUANTILES.values())))
-            values = [*acting[k], parts[k].sum(), *parts[k], *attention, *quantiles]
+            values = [*acting[k], parts[k].sum(), *parts[k], *attention, *quantiles[situation, variant]]
             columns = [*ACTIONS, "logit_diff", *names, *QUANTILES]
             what = {"situation": situation, **self.run.condition._asdict()}
             what |= dict(zip(("ablated", "how"), variant, strict=True))
