@@ -11,7 +11,17 @@ from dtbook.analysis.counterfactuals import Pair, ablations, activation_patches,
 from dtbook.analysis.folded import FoldedWeights
 from dtbook.analysis.interventions import Site, ablate, feature_mean, mean_output, patch, path_patch
 from dtbook.analysis.population import logits, per_observation, run_at
-from dtbook.analysis.written import Written, direct, mean_z, nothing, run_all, to_feature_mean, without_mlp
+from dtbook.analysis.written import (
+    Written,
+    direct,
+    logits_of,
+    mean_z,
+    nothing,
+    run_all,
+    to_feature_mean,
+    to_mlp_feature_mean,
+    without_mlp,
+)
 from dtbook.gridworld import EMPTY, GOAL, OBSTACLE, all_observations
 from dtbook.gridworld.situations import batches, weights, without_front
 from dtbook.model import DecisionTransformer, DTConfig
@@ -104,11 +114,11 @@ def compare_ablations(model, observations):
         for hooked, written in instead.values():
             with hooked:
                 close(run.logits(writes | {name: written}), model(*given)[:, 0])
-    out, direct = run_all(f, [writes], with_mean=1), without_mlp(f, writes)
+    out, direct = run_all(f, [writes], with_mlp=(0,)), without_mlp(f, writes)
     of_mlp = {
         ablate(model, "L0 MLP"): 0,
         patch(model, others, "L0 MLP"): donor.mlp_out().T,
-        ablate(model, "L0 MLP", to=feature_mean): out.mlp_feature_mean[0],
+        ablate(model, "L0 MLP", to=feature_mean): to_mlp_feature_mean(f, out.mlp_mean[0]),
     }
     for hooked, mlp_out in of_mlp.items():
         with hooked:
@@ -254,9 +264,9 @@ def test_runs_evaluated_together_are_those_evaluated_alone(observations):
         runs[1] | {"L0H1": runs[4]["L0H1"]},
         runs[0] | {"more": runs[5]["L0H0"]},
     ]
-    together = run_all(f, runs).logits
+    together = logits_of(f, runs)
     for run, ours in zip(runs, together, strict=True):
-        close(ours, run_all(f, [run]).logits[0])
+        close(ours, logits_of(f, [run])[0])
 
 
 def test_a_run_leaves_what_is_embedded_as_it_was(model, observations):
@@ -305,7 +315,7 @@ def test_runs_of_constants_alone_get_one_sentence(model, observations):
     f = FoldedWeights(model)
     writes = run_at(f.embed(observations), 0.9, 10).writes()
     with pytest.raises(ValueError, match="runs hold constants alone; one part at least"):
-        run_all(f, [dict.fromkeys(writes, nothing(f))])
+        logits_of(f, [dict.fromkeys(writes, nothing(f))])
 
 
 def test_half_precision_is_not_folded():

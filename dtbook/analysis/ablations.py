@@ -5,6 +5,7 @@ Weights are the shares of states that show an observation; all means and quantil
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dtbook.analysis.attribution import check_has_action, contrast
-from dtbook.analysis.folded import FAST_BATCH_SIZE, FoldedWeights
+from dtbook.analysis.folded import Embedded, FoldedWeights
 from dtbook.analysis.interventions import ablate
 from dtbook.analysis.population import MLP_OUT, Condition, Run, run_at
 from dtbook.analysis.stats import weighted_quantile
-from dtbook.analysis.written import Writes, Written, direct, nothing, run_all, to_feature_mean
+from dtbook.analysis.written import Writes, Written, nothing, run_all, to_feature_mean, to_mlp_feature_mean
 from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import FORWARD
@@ -34,6 +35,11 @@ HOW = ("zero", "mean", "resample", "feature mean")
 drawn as often as states show it; the post's feature mean (the mean of its vector's own entries, in all of them)."""
 INTACT = ("none", "none")
 QUANTILES = {"low": 0.0, "q01": 0.01, "q05": 0.05, "q50": 0.5, "q95": 0.95, "q99": 0.99, "high": 1.0}
+
+AT_ONCE = 2
+"""Conditions that are evaluated together; P(forward) of every observation and ablation is kept for each."""
+BATCH = 8192
+"""Observations that are evaluated together."""
 
 Variant = tuple[str, str]
 """Which component is ablated, and how."""
@@ -72,21 +78,24 @@ def situation_table(
     `share` of all states, and the number of `observations`.
 
     Situations that no observation shows are left out. Peak memory: the observations, and P(forward) of each of them
-    for every ablation at one condition. Raises ValueError as `population.FoldedWeights`, `variants` and `contrast`.
+    for every ablation at `AT_ONCE` conditions. Raises ValueError as `population.FoldedWeights`, `variants` and
+    `contrast`.
     """
     direction, ablations = contrast(preference, model.cfg.n_actions).to(model.W_U), variants(model, how)
     check_has_action(model.cfg.n_actions)
     donors = np.random.default_rng(seed).choice(len(observations), len(observations), p=weights(observations))
-    situations = _Situations(FoldedWeights(model), observations, donors, ablations, direction)
+    population = _Population(FoldedWeights(model), observations, donors, ablations, direction)
     conditions = [Condition(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
-    parts = [
-        situations.at(condition) for condition in tqdm(conditions, desc="situations", disable=not progress)
-    ]
-    return pd.DataFrame([row for name in situations.rows for part in parts for row in part[name]])
+    parts: list[dict[str, list[dict[str, object]]]] = []
+    with tqdm(total=len(conditions), desc="situations", disable=not progress) as bar:
+        for some in row_batches(len(conditions), AT_ONCE):
+            parts += population.at(conditions[some])
+            bar.update(len(parts) - bar.n)
+    return pd.DataFrame([row for name in population.situations for part in parts for row in part[name]])
 
 
-class _Situations:
-    """All observations, those of a situation side by side, and sums over each situation at one condition."""
+class _Population:
+    """All observations, those of a situation side by side, and what of them is the same at all conditions."""
 
     def __init__(
         self,
@@ -100,102 +109,183 @@ class _Situations:
         shown = {name: showing(observations.images, name) for name in SITUATIONS}
         order = np.lexsort([~mask for mask in reversed(shown.values())])
         ends = {name: np.flatnonzero(mask[order])[[0, -1]] for name, mask in shown.items() if mask.any()}
-        self.rows = {name: slice(int(first), int(last) + 1) for name, (first, last) in ends.items()}
-        self.weights, embedded = weights(observations)[order], folded.embed(observations)
-        self.embedded, self.donors = embedded[order], embedded[donors[order]]
-        self.ways = {how for _, how in ablations}
-        self.forward = np.empty((len(ablations), len(order)), np.float32)
-        self.direct = torch.empty(len(folded.b_U), len(order), dtype=folded.dtype)
-        self.parts = [*run_at(embedded[:1], 0.0, 0).writes(), MLP_OUT, "b_U"]
+        self.situations = {name: slice(int(first), int(last) + 1) for name, (first, last) in ends.items()}
+        bounds = {0, len(order)}.union(*((rows.start, rows.stop) for rows in self.situations.values()))
+        self.groups = [slice(start, stop) for start, stop in pairwise(sorted(bounds))]
+        self.weights, self.embedded = weights(observations)[order], folded.embed(observations)[order]
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        self.donors = place[donors[order]]
 
-    def at(self, condition: Condition) -> dict[str, list[dict[str, object]]]:
-        """Return the rows of each situation at one condition, one for each ablation."""
-        means, self.mlp_mean = {}, torch.zeros_like(self.folded.b_U)
-        if "mean" in self.ways:
-            heads = run_at(self.embedded, *condition).heads()
-            means = {name: Written(written.mean(self.weights)) for name, written in heads.items()}
-        ends = {
-            0,
-            len(self.weights),
-            *(end for rows in self.rows.values() for end in (rows.start, rows.stop)),
-        }
-        groups = [slice(start, stop) for start, stop in pairwise(sorted(ends))]
-        sums = [
-            np.sum([self._sums(condition, rows, means) for rows in _batches(group)], 0) for group in groups
-        ]
-        if (MLP_OUT, "mean") in self.variants:
-            self._ablate_mlp_to_mean(groups, sums)
-        tables = {}
-        for name, rows in self.rows.items():
-            held = [total for group, total in zip(groups, sums, strict=True) if _holds(rows, group)]
-            tables[name] = self._table(name, condition, np.sum(held, 0))
-        return tables
+    def of_donors(self, rows: slice) -> Embedded:
+        """Return the donors of some rows. Their patterns are known, so q · k is left out."""
+        parts = self.embedded.parts[self.donors[rows]]
+        return replace(self.embedded, parts=parts, products=np.empty((0, len(parts))))
 
-    def _sums(self, condition: Condition, rows: slice, means: Writes) -> np.ndarray:
-        """Return the weighted sum of each column for each ablation over some rows, and keep their P(forward).
+    def share(self, rows: slice) -> Tensor:
+        """Return the weights of some rows."""
+        return self.folded.cast(torch.from_numpy(self.weights[rows]))
 
-        Columns: the three probabilities, what each of `parts` writes on the preference, and each head's attention.
+    def at(self, conditions: Sequence[Condition]) -> list[dict[str, list[dict[str, object]]]]:
+        """Return the rows of each situation, one for each ablation, at each of a few conditions.
+
+        These are evaluated together, as the sums over an observation's parts and its donor's are the same at all.
         """
-        f, run = self.folded, run_at(self.embedded[rows], *condition)
-        donor = run_at(self.donors[rows], *condition) if "resample" in self.ways else run
-        writes, share = run.writes(), f.cast(torch.from_numpy(self.weights[rows]))
-        instead = [_instead(variant, run, donor, means) for variant in self.variants]
-        of_donor = {name: written for name, written in donor.writes().items() if written.varies}
-        others = [writes | of_donor] if "resample" in self.ways else []
-        runs = [writes, *others, *(writes | written for written in instead if written)]
-        out = run_all(f, runs, with_mean=int("feature mean" in self.ways))
-        beside, heads = out.logits - out.mlp_out, iter(range(1 + len(others), len(runs)))
-        self.direct[:, rows], self.mlp_mean = beside[0], self.mlp_mean + out.mlp_out[0] @ share
-        which = [next(heads) if written else 0 for written in instead]
-        mlp_out = out.mlp_out[which]
-        of_mlp = {"resample": out.mlp_out[1:2], "feature mean": out.mlp_feature_mean}
-        for k, (component, how) in enumerate(self.variants):
-            if component == MLP_OUT:
-                mlp_out[k] = of_mlp[how][0] if how in of_mlp else 0
-        probabilities = (beside[which] + mlp_out).softmax(1)
-        self.forward[:, rows] = probabilities[:, FORWARD].numpy()
-        own = {name: self._on_preference(written, share) for name, written in writes.items()}
-        changed = [
-            {name: self._on_preference(one, share) for name, one in written.items()} for written in instead
+        each = [_AtCondition(self, condition) for condition in conditions]
+        for group, whole in enumerate(self.groups):
+            for rows in _batches(whole):
+                embedded, donors = self.embedded[rows], self.of_donors(rows)
+                runs = [run for one in each for run in one.runs(rows, embedded, donors)]
+                intact = range(0, len(runs), len(runs) // len(each))
+                out = run_all(self.folded, runs, with_mlp=intact)
+                for one, logits, *mlp in zip(
+                    each, out.logits.chunk(len(each)), out.mlp_out, out.mlp_mean, strict=True
+                ):
+                    one.add(group, rows, logits, *mlp)
+        return [each.pop(0).tables() for _ in conditions]  # and is forgotten
+
+
+class _AtCondition:
+    """Sums over each group of observations at one condition, and P(forward) of each observation for every ablation."""
+
+    def __init__(self, population: _Population, condition: Condition) -> None:
+        self.population, self.run = population, run_at(population.embedded, *condition)
+        f, self.variants, n = population.folded, population.variants, len(population.weights)
+        first = next((k for k, (name, _) in enumerate(self.variants) if name == MLP_OUT), len(self.variants))
+        self.others, self.of_mlp = slice(first), slice(first, None)
+        self.forward: dict[Variant, np.ndarray] = {}
+        self.direct, self.mlp_out = torch.empty(2, len(f.b_U), n, dtype=f.dtype)
+        self.mlp_mean, self.mean_mlp_out = torch.empty(n, dtype=f.dtype), torch.zeros(len(f.b_U)).double()
+        self.acting = np.zeros((len(population.groups), len(self.variants), len(ACTIONS)))
+        self.logits = np.zeros((len(population.groups), len(self.variants), len(f.b_U)))
+        self.written = [self._written(group) for group in population.groups]
+        self.means = {
+            name: Written(sum((own[name] for own, _ in self.written), f.nothing)) for name in f.head_names
+        }
+
+    def _runs(self, rows: slice, embedded: Embedded, donors: Embedded) -> tuple[Run, Run]:
+        """Return the run of some observations, and that of their donors."""
+        pattern = self.run.pattern
+        of_donors = torch.from_numpy(pattern.numpy().take(self.population.donors[rows], 1))
+        return (
+            self.run._replace(embedded=embedded, pattern=pattern[:, rows].contiguous()),
+            self.run._replace(embedded=donors, pattern=of_donors),
+        )
+
+    def _written(self, group: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the weighted sum over a group of what each component writes, and of what heads write on the donors."""
+        share = self.population.weights[group]
+        run, donor = self._runs(group, self.population.embedded[group], self.population.of_donors(group))
+        own, given = (
+            {name: one.mean(share) for name, one in part.items()} for part in (run.writes(), donor.heads())
+        )
+        return own, given
+
+    def runs(self, rows: slice, embedded: Embedded, donors: Embedded) -> list[Writes]:
+        """Return the runs of all ablations but the MLP's, on some rows; the first is intact."""
+        run, donor = self._runs(rows, embedded, donors)
+        writes, given = run.writes(), donor.heads()
+        return [
+            writes | _instead(run, variant, writes, given, self.means)
+            for variant in self.variants[self.others]
         ]
-        on_preference = (self.direction @ (mlp_out @ share).T).tolist()
-        b_U, attention = float(self.direction @ f.b_U * share.sum()), (run.pattern @ share).tolist()
-        parts = [[*(own | new).values(), mlp, b_U] for new, mlp in zip(changed, on_preference, strict=True)]
-        actions = (probabilities[:, : len(ACTIONS)] @ share).numpy()
-        return np.column_stack([actions, parts, np.tile(attention, (len(parts), 1))]).astype(np.float64)
 
-    def _on_preference(self, written: Written, share: Tensor) -> float:
-        return float((self.direction @ direct(self.folded, written)).expand(len(share)) @ share)
+    def add(self, group: int, rows: slice, logits: Tensor, mlp_out: Tensor, mlp_mean: Tensor) -> None:
+        """Add what the runs on some rows of a group give to its sums."""
+        self.mlp_out[:, rows], self.mlp_mean[rows] = mlp_out, mlp_mean
+        self.direct[:, rows] = logits[0] - mlp_out
+        self.mean_mlp_out += mlp_out @ self.population.share(rows)
+        self._add(self.others, group, rows, logits)
 
-    def _ablate_mlp_to_mean(self, groups: Sequence[slice], sums: Sequence[np.ndarray]) -> None:
-        """Put in what the MLP's mean output gives, now that all of it is known: `_sums` left zero ablation there."""
-        k, whole = self.variants.index((MLP_OUT, "mean")), self.mlp_mean
-        for group, total in zip(groups, sums, strict=True):
-            probabilities = (self.direct[:, group] + whole[:, None]).softmax(0)
-            share = self.folded.cast(torch.from_numpy(self.weights[group]))
-            self.forward[k, group] = probabilities[FORWARD].numpy()
-            total[k, : len(ACTIONS)] = (probabilities[: len(ACTIONS)] @ share).numpy()
-            total[k, len(ACTIONS) + self.parts.index(MLP_OUT)] = float(self.direction @ whole * share.sum())
+    def _add(self, which: slice, group: int, rows: slice, logits: Tensor) -> None:
+        share, probabilities = self.population.share(rows), logits.softmax(1)
+        for variant, values in zip(self.variants[which], probabilities[:, FORWARD].numpy(), strict=True):
+            if variant not in self.forward:
+                self.forward[variant] = np.empty(len(self.population.weights), np.float32)
+            self.forward[variant][rows] = values
+        self.acting[group, which] += (probabilities[:, : len(ACTIONS)] @ share).numpy()
+        self.logits[group, which] += (logits @ share).numpy()
 
-    def _table(self, situation: str, condition: Condition, sums: np.ndarray) -> list[dict[str, object]]:
-        rows = self.rows[situation]
-        share, table = self.weights[rows], []
+    def _ablate_mlp(self) -> None:
+        """Add what the MLP's ablations give, now that its output on all observations is known."""
+        f, population = self.population.folded, self.population
+        mean = f.cast(self.mean_mlp_out)
+        for group, whole in enumerate(population.groups):
+            for rows in _batches(whole):
+                instead = {
+                    "zero": torch.zeros_like(self.mlp_out[:, rows]),
+                    "mean": mean[:, None].expand_as(self.mlp_out[:, rows]),
+                    "resample": torch.from_numpy(self.mlp_out.numpy().take(population.donors[rows], 1)),
+                    "feature mean": to_mlp_feature_mean(f, self.mlp_mean[rows]),
+                }
+                mlp_out = torch.stack([instead[how] for _, how in self.variants[self.of_mlp]])
+                self._add(self.of_mlp, group, rows, self.direct[:, rows] + mlp_out)
+
+    def _on_preference(self, group: int) -> np.ndarray:
+        """Return the weighted sum over a group of what each part writes on the preference, for each ablation.
+
+        What the MLP writes is what the others leave of the logits.
+        """
+        f, direction = self.population.folded, self.population.direction
+        own, given = self.written[group]
+        share = float(self.population.weights[self.population.groups[group]].sum())
+        b_U, on_preference = float(direction @ f.b_U) * share, []
+        for (name, how), logits in zip(self.variants, self.logits[group], strict=True):
+            parts = dict(own)
+            if name in f.head_names:
+                parts[name] = {
+                    "zero": f.nothing,
+                    "mean": self.means[name].constant * share,
+                    "resample": given[name],
+                    "feature mean": f.feature_mean[f.head_names.index(name)] * own[name][-1],
+                }[how]
+            heads = [float(direction @ f.direct_logits(part)) for part in parts.values()]
+            ablated = (name, how) == (MLP_OUT, "zero")
+            mlp_out = 0.0 if ablated else float(direction.numpy() @ logits) - sum(heads) - b_U
+            on_preference.append([*heads, mlp_out, b_U])
+        return np.array(on_preference)
+
+    def tables(self) -> dict[str, list[dict[str, object]]]:
+        """Return the rows of each situation, once all rows were added."""
+        quantiles = self._quantiles()
+        if self.variants[self.of_mlp]:
+            self._ablate_mlp()
+            quantiles |= self._quantiles()
+        on_preference = np.array([self._on_preference(group) for group in range(len(self.population.groups))])
+        return {name: self._table(name, on_preference, quantiles) for name in self.population.situations}
+
+    def _quantiles(self) -> dict[tuple[str, Variant], np.ndarray]:
+        """Return the quantiles of P(forward) over each situation for the ablations added so far, and let go of it."""
+        at, found = np.array(list(QUANTILES.values())), {}
+        while self.forward:
+            variant, forward = self.forward.popitem()
+            for name, rows in self.population.situations.items():
+                share = self.population.weights[rows]
+                found[name, variant] = weighted_quantile(forward[rows], share, at)
+        return found
+
+    def _table(
+        self, situation: str, on_preference: np.ndarray, quantiles: dict[tuple[str, Variant], np.ndarray]
+    ) -> list[dict[str, object]]:
+        rows, table = self.population.situations[situation], []
+        share = self.population.weights[rows]
         whole = float(share.sum())
-        attention = [f"attention {head}" for head in self.folded.head_names]
-        for variant, row, forward in zip(self.variants, sums / whole, self.forward[:, rows], strict=True):
-            actions, parts, patterns = np.split(row, [len(ACTIONS), len(ACTIONS) + len(self.parts)])
-            quantiles = weighted_quantile(forward, share, np.array(list(QUANTILES.values())))
-            names = [*ACTIONS, "logit_diff", *self.parts, *attention, *QUANTILES]
-            values = [*actions, parts.sum(), *parts, *patterns, *quantiles]
-            what = {"situation": situation, **condition._asdict()}
+        groups = [k for k, group in enumerate(self.population.groups) if _holds(rows, group)]
+        acting, parts = (sums[groups].sum(0) / whole for sums in (self.acting, on_preference))
+        attention = self.run.pattern[:, rows].numpy() @ share / whole
+        names = [*self.run.writes(), MLP_OUT, "b_U", *(f"attention {head}" for head in self.run.heads())]
+        for k, variant in enumerate(self.variants):
+            values = [*acting[k], parts[k].sum(), *parts[k], *attention, *quantiles[situation, variant]]
+            columns = [*ACTIONS, "logit_diff", *names, *QUANTILES]
+            what = {"situation": situation, **self.run.condition._asdict()}
             what |= dict(zip(("ablated", "how"), variant, strict=True))
-            numbers = dict(zip(names, map(float, values), strict=True))
+            numbers = dict(zip(columns, map(float, values), strict=True))
             table.append(what | numbers | {"share": whole, "observations": len(share)})
         return table
 
 
 def _batches(rows: slice) -> Iterator[slice]:
-    for batch in row_batches(rows.stop - rows.start, FAST_BATCH_SIZE // 2):
+    for batch in row_batches(rows.stop - rows.start, BATCH):
         yield slice(rows.start + batch.start, rows.start + batch.stop)
 
 
@@ -203,20 +293,15 @@ def _holds(rows: slice, group: slice) -> bool:
     return rows.start <= group.start < group.stop <= rows.stop
 
 
-def _instead(variant: Variant, run: Run, donor: Run, means: Writes) -> dict[str, Written]:
+def _instead(run: Run, variant: Variant, writes: Writes, given: Writes, means: Writes) -> dict[str, Written]:
     """Return what an ablated head writes instead, by its name; nothing where no head is ablated."""
     name, how = variant
     f = run.embedded.folded
     if name not in f.head_names:
         return {}
-    head = f.head_names.index(name)
-    if how == "mean":
-        return {name: means[name]}
-    if how == "resample":
-        return {name: donor.head(head)}
     if how == "feature mean":
-        return {name: to_feature_mean(f, head, run.head(head))}
-    return {name: nothing(f)}
+        return {name: to_feature_mean(f, f.head_names.index(name), writes[name])}
+    return {name: {"zero": nothing(f), "mean": means[name], "resample": given[name]}[how]}
 
 
 # Play

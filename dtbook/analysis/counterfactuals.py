@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dtbook.analysis.attribution import forward_over_turns, forward_preference
 from dtbook.analysis.folded import FAST_BATCH_SIZE, FoldedWeights
 from dtbook.analysis.population import STATE, Run, run_at
-from dtbook.analysis.written import Writes, Written, nothing, run_all, without_mlp
+from dtbook.analysis.written import Writes, Written, logits_of, mlp_out_of, nothing, without_mlp
 from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.situations import FACING, select, weights, without_front
@@ -186,7 +186,7 @@ def activation_patches(pair: Pair) -> Iterator[tuple[str, str, Float[Tensor, "n 
         patched["RTG", "embedding"] = run_at(base.embedded, *source.condition).writes()
     if base.embedded is not source.embedded:
         patched["state", "embedding"] = run_at(source.embedded, *base.condition).writes()
-    for where, logits in zip(patched, run_all(f, list(patched.values())).logits, strict=True):
+    for where, logits in zip(patched, logits_of(f, list(patched.values())), strict=True):
         yield *where, logits.T
         if where == ("state", "heads"):
             yield "state", "L0 MLP", without_mlp(f, writes).T + source.mlp_out()
@@ -221,7 +221,7 @@ def path_patches(pair: Pair) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
     f, writes, others = base.embedded.folded, base.writes(), source.writes()
     senders = [*([STATE] if base.embedded is not source.embedded else []), *f.head_names]
     patched = [writes | {name: others[name]} for name in senders]
-    mlp_out, *changed = run_all(f, [writes, *patched]).mlp_out
+    mlp_out, *changed = mlp_out_of(f, [writes, *patched])
     direct = without_mlp(f, writes)
     for name, run, out in zip(senders, patched, changed, strict=True):
         yield f"{name} → logits", (without_mlp(f, run) + mlp_out).T
@@ -231,7 +231,7 @@ def path_patches(pair: Pair) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
 def ablations(run: Run) -> Iterator[tuple[str, Float[Tensor, "n action"]]]:
     """Yield (component, logits) of a run with each head, then the MLP, zero-ablated."""
     f, writes = run.embedded.folded, run.writes()
-    without = run_all(f, [writes | {name: nothing(f)} for name in f.head_names]).logits
+    without = logits_of(f, [writes | {name: nothing(f)} for name in f.head_names])
     yield from zip(f.head_names, without.transpose(1, 2), strict=True)
     yield "L0 MLP", without_mlp(f, writes).T
 

@@ -26,7 +26,7 @@ from dtbook.analysis.attribution import forward_over_turns, forward_preference
 from dtbook.analysis.counterfactuals import Case, pairs_of
 from dtbook.analysis.folded import BATCH_SIZE, FoldedWeights
 from dtbook.analysis.population import STATE, Run, run_at
-from dtbook.analysis.written import Writes, Written, direct, nothing, run_all, without_mlp
+from dtbook.analysis.written import Writes, Written, direct, logits_of, nothing, without_mlp
 from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import FORWARD
@@ -150,9 +150,7 @@ def _one_by_one(
 ) -> Float[Tensor, "unit n"]:
     """Return the change of the forward preference by each unit: what it writes changed by so much, or put in place."""
     f, writes = run.embedded.folded, run.writes()
-    logits, *changed = run_all(
-        f, [writes, *(writes | {name: written} for name, written in heads.items())]
-    ).logits
+    logits, *changed = logits_of(f, [writes, *(writes | {name: written} for name, written in heads.items())])
     changed = [forward_preference(each.T) for each in (logits + beside, *changed)]
     each_neuron = _preference_with_each(logits.T, neurons, f.W_mlp).T
     return torch.cat([torch.stack(changed), each_neuron]) - forward_preference(logits.T)

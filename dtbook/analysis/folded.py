@@ -237,9 +237,17 @@ class Embedded:
 
     @cached_property
     def direct(self) -> Float[Tensor, "part column n"]:
-        """What each part gives to W_U, and the mean of z."""
-        columns = slice(self.folded.d_mlp, self.folded.n_read + 1)
+        """What each part gives to W_U."""
+        columns = slice(self.folded.d_mlp, self.folded.n_read)
         return self._sum(*(table[:, :, columns] for table in self.tables[:2])).permute(1, 2, 0).contiguous()
+
+    @cached_property
+    def mean_z(self) -> Float[Tensor, "head n"]:
+        """The mean of each head's z over its features, if it attends to the state alone."""
+        numbers = (table[:, 1:, self.folded.n_read].contiguous().numpy() for table in self.tables[:2])
+        out = torch.zeros(len(self.folded.head_names), len(self), dtype=self.folded.dtype)
+        sums.sum_numbers(self.parts.view, self.parts.obstacle, *numbers, out.numpy())
+        return out
 
     def weighted_sum(self, weight: Float[np.ndarray, " n"], part: int) -> Float[Tensor, " column"]:
         """Return the sum over all observations of weight · what a part gives to be read."""

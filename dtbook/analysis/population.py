@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dtbook.analysis import sums
 from dtbook.analysis.folded import BATCH_SIZE, FAST_BATCH_SIZE, Embedded, FoldedWeights
-from dtbook.analysis.written import Writes, Written, direct, run_all
+from dtbook.analysis.written import Writes, Written, direct, logits_of, mlp_out_of
 from dtbook.artifacts.parameters import Count, Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.model.transformer import DecisionTransformer
@@ -84,11 +84,11 @@ class Run(NamedTuple):
 
     def mlp_out(self, writes: Writes | None = None) -> Float[Tensor, "n action"]:
         """Return what the MLP writes on the logits, b_out included."""
-        return run_all(self.embedded.folded, [self.writes() if writes is None else writes]).mlp_out[0].T
+        return mlp_out_of(self.embedded.folded, [self.writes() if writes is None else writes])[0].T
 
     def logits(self, writes: Writes | None = None) -> Float[Tensor, "n action"]:
         """Return the action logits, with what the components write themselves or others in their place."""
-        return run_all(self.embedded.folded, [self.writes() if writes is None else writes]).logits[0].T
+        return logits_of(self.embedded.folded, [self.writes() if writes is None else writes])[0].T
 
     def probabilities(self, writes: Writes | None = None) -> Float[Tensor, "n action"]:
         """Return the actions' probabilities."""
@@ -101,7 +101,7 @@ class Run(NamedTuple):
         """
         f, writes = self.embedded.folded, self.writes()
         parts = {name: direct(f, written) for name, written in writes.items()}
-        parts |= {MLP_OUT: run_all(f, [writes]).mlp_out[0], "b_U": f.b_U[:, None]}
+        parts |= {MLP_OUT: mlp_out_of(f, [writes])[0], "b_U": f.b_U[:, None]}
         return {name: part.expand(-1, len(self.embedded)).T for name, part in parts.items()}
 
 

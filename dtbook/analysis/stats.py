@@ -4,14 +4,16 @@ The observations are the population: what is computed over all of them has no sa
 weights. The replications are the sample: intervals and tests are over them.
 """
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.special
-from jaxtyping import Float
+from jaxtyping import Float, UInt16
 
+from dtbook.analysis import sums
 from dtbook.artifacts.parameters import Count, Whole, checked
 
 
@@ -27,26 +29,35 @@ def weighted_quantile(
         raise ValueError("values must be at least one, with a positive weight; there is none.")
     if np.min(at) < 0 or np.max(at) > 1:
         raise ValueError(f"at must lie between 0 and 1, not {at}.")
-    bins = _bins(values)  # only those that hold a quantile are sorted
-    often = np.bincount(bins, weights)
-    ends = np.cumsum(often)
+    bins, often = _bins(values), np.zeros(len(ASCENDING))
+    sums.add_up(bins, weights, often)
+    used = ASCENDING[often[ASCENDING] > 0]
+    ends = np.cumsum(often[used])
     share = np.asarray(at) * ends[-1] * (1 - 1e-12)  # the last sum and its share may differ by rounding
-    within = np.clip(np.searchsorted(ends, share), bins.min(), len(ends) - 1)
+    within = np.minimum(np.searchsorted(ends, share), len(ends) - 1)
+    wanted = np.zeros(len(ASCENDING), np.bool_)
+    wanted[used[within]] = True  # only the bins that hold a quantile are sorted
+    rows = np.empty(len(bins), np.int64)
+    rows = rows[: sums.find_in(bins, wanted, rows)]
     quantiles = np.empty(len(share), values.dtype)
     for bin_ in np.unique(within):
-        members, of_bin = np.flatnonzero(bins == bin_), within == bin_
+        members, of_bin = rows[bins[rows] == used[bin_]], within == bin_
         members = members[np.argsort(values[members], kind="stable")]
-        cumulated = ends[bin_] - often[bin_] + np.cumsum(weights[members], dtype=np.float64)
+        cumulated = ends[bin_] - often[used[bin_]] + np.cumsum(weights[members], dtype=np.float64)
         quantiles[of_bin] = values[
             members[np.minimum(np.searchsorted(cumulated, share[of_bin]), len(members) - 1)]
         ]
     return quantiles
 
 
-def _bins(values: Float[np.ndarray, " n"]) -> np.ndarray:
-    """Return a bin for each value, larger for larger ones: its sign, exponent and seven digits."""
-    first = values.astype(np.float32).view(np.uint32) >> 16
-    return np.where(first < 0x8000, first + 0x8000, 0xFFFF - first).astype(np.int64)
+ASCENDING = np.concatenate([np.arange(0xFFFF, 0x7FFF, -1), np.arange(0x8000)])
+"""The bins of `_bins` in the order of their values: the negative ones come first, the largest of them ahead."""
+
+
+def _bins(values: Float[np.ndarray, " n"]) -> UInt16[np.ndarray, " n"]:
+    """Return a bin for each value: its sign, exponent and seven digits."""
+    first = 1 if sys.byteorder == "little" else 0
+    return np.ascontiguousarray(values, np.float32).view(np.uint16)[first::2]
 
 
 def weighted_correlation(

@@ -75,6 +75,26 @@ def add_weights(view, obstacle, weight, to_view, to_obstacle):
             to_obstacle[obstacle[i, k]] += weight[i]
 
 
+@compiled
+@no_type_check
+def add_up(bins, weights, often):
+    """Add the weight of each row to that of its bin."""
+    for i in range(len(bins)):
+        often[bins[i]] += weights[i]
+
+
+@compiled
+@no_type_check
+def find_in(bins, wanted, rows):
+    """Write the rows whose bins are wanted; return how many there are."""
+    n = 0
+    for i in range(len(bins)):
+        if wanted[bins[i]]:
+            rows[n] = i
+            n += 1
+    return n
+
+
 @partial(compiled, fastmath=True)
 @no_type_check
 def sum_runs(
@@ -84,39 +104,44 @@ def sum_runs(
     of_obstacle,
     source,
     part,
-    weight,
-    scale,
-    vectors,
-    vector,
-    constant,
-    choice,
+    fixed,
+    coefficient,
+    step,
+    group,
+    run,
+    floor,
     W,
+    wanted,
     rows,
     out,
 ):
-    """Write what runs give on the logits, (run, action, n): of their neurons, then after len(W) rows directly.
+    """Write W @ max(run, floor) for each run and observation, (run, row of W, n).
 
-    A term is constant + weight · (the sum of the rows of one part of one source) + scale · vector, with a weight and a
-    scale for every observation; where `part` is −1 it is its constant alone. What W_in and W_U read in a run is the sum
-    of the terms that `choice` names: a column for each neuron, then one for each action.
+    Everything is a sum of coefficients, numbers of each observation, times rows of columns. Rows are numbered: first
+    the sum of each observation's rows of the tables, for each pair of `source` and `part`; then those that are `fixed`;
+    then what steps make, each a sum of four coefficients times rows, in turn in the places that are left of `rows`. A
+    run is a row that its group shares, and a coefficient times one more row. Groups are of one run or of four, which
+    share what is loaded.
 
     Shapes: view (source, n), obstacle (source, n, most), of_view and of_obstacle (row, part, column), source and part
-    (term), weight and scale (term, n), vectors (any, column), whose rows `vector` and `constant` (term) are, choice
-    (run, ≥ 3, filled up with a term of zero), W (actions filled up to a multiple of three, neuron), rows (run: how many
-    of W are wanted of it).
+    (sum), fixed (any, column), coefficient (any, n), step (step, 4, 2: coefficient, row), group (group, 6: how many
+    steps come before it, shared row, four runs or one and −1), run (run, 2: coefficient, row), floor (column), W (a
+    multiple of three, column), wanted (run: how many rows of W are wanted of it, of a group those of its first), rows
+    (sources · (most + 1) · parts + fixed + any, column: where this works).
     """
     n_sources, n, most = obstacle.shape
     n_parts, n_columns = of_view.shape[1:]
-    n_terms, n_neurons, n_actions = len(part), W.shape[1], out.shape[1] - len(W)
-    stack = np.zeros((n_sources, most + 1, n_parts, n_columns), of_view.dtype)
-    held = np.full((n_sources, most + 1), -1)  # which rows the stack holds
-    top = np.zeros(n_sources, np.int64)
+    n_sums = len(source)
+    each = (most + 1) * n_parts  # rows of a source: partial sums, the last one of each part is its sum
+    first_fixed = n_sources * each
+    first_made = first_fixed + len(fixed)
+    n_made = len(rows) - first_made
+    rows[first_fixed:first_made] = fixed
+    at = np.arange(n_sums + len(fixed) + n_made) + first_fixed - n_sums
+    held = np.full((n_sources, most + 1), -1)  # which rows of the tables the partial sums hold
     used = np.zeros((n_sources, n_parts), np.bool_)
-    terms = np.zeros((n_terms + len(choice), n_columns), of_view.dtype)
-    for t in range(n_terms):
-        terms[t] = vectors[constant[t]]
-        if part[t] >= 0:
-            used[source[t], part[t]] = True
+    for k in range(n_sums):
+        used[source[k], part[k]] = True
     zero = of_view.dtype.type(0)
     for i in range(n):
         for s in range(n_sources):
@@ -132,8 +157,9 @@ def sum_runs(
                 held[s, 0] = seen
                 for p in range(n_parts):
                     if used[s, p]:
+                        k = s * each + p
                         for j in range(n_columns):
-                            stack[s, 0, p, j] = of_view[seen, p, j]
+                            rows[k, j] = of_view[seen, p, j]
             shared = 0  # how far the next observation begins alike: partial sums beyond that are of no use
             if i + 1 < n and view[s, i + 1] == seen:
                 while shared < most and obstacle[s, i, shared] == obstacle[s, i + 1, shared]:
@@ -145,59 +171,82 @@ def sum_runs(
                 if two:
                     another = obstacle[s, i, depth + 1]
                     held[s, depth + 1], held[s, depth + 2] = -1, another
-                    for p in range(n_parts):
-                        if used[s, p]:
+                for p in range(n_parts):
+                    if used[s, p]:
+                        k = s * each + depth * n_parts + p
+                        if two:
+                            m = k + 2 * n_parts
                             for j in range(n_columns):
                                 both = of_obstacle[row, p, j] + of_obstacle[another, p, j]
-                                stack[s, depth + 2, p, j] = stack[s, depth, p, j] + both
-                    depth += 2
-                else:
-                    for p in range(n_parts):
-                        if used[s, p]:
+                                rows[m, j] = rows[k, j] + both
+                        else:
+                            m = k + n_parts
                             for j in range(n_columns):
-                                stack[s, depth + 1, p, j] = stack[s, depth, p, j] + of_obstacle[row, p, j]
-                    depth += 1
+                                rows[m, j] = rows[k, j] + of_obstacle[row, p, j]
+                depth += 2 if two else 1
             if depth < most:
                 held[s, depth + 1] = -1
-            top[s] = depth
-        for t in range(n_terms):
-            if part[t] >= 0:
-                w, b, s, p = weight[t, i], scale[t, i], source[t], part[t]
-                c, d, depth = constant[t], vector[t], top[s]
+            for k in range(n_sums):
+                if source[k] == s:
+                    at[k] = s * each + depth * n_parts + part[k]
+        made = 0
+        for g in range(len(group)):
+            while made < group[g, 0]:
+                a, b, c, d = (
+                    at[step[made, 0, 1]],
+                    at[step[made, 1, 1]],
+                    at[step[made, 2, 1]],
+                    at[step[made, 3, 1]],
+                )
+                x, y = coefficient[step[made, 0, 0], i], coefficient[step[made, 1, 0], i]
+                z, w = coefficient[step[made, 2, 0], i], coefficient[step[made, 3, 0], i]
+                k = first_made + made % n_made
                 for j in range(n_columns):
-                    terms[t, j] = vectors[c, j] + w * stack[s, depth, p, j] + b * vectors[d, j]
-        for c in range(3, choice.shape[1]):
-            for r in range(len(choice)):  # more than three: the third place is their sum
-                for j in range(n_columns):
-                    first = terms[choice[r, 2], j] if c == 3 else terms[n_terms + r, j]
-                    terms[n_terms + r, j] = first + terms[choice[r, c], j]
-        for r in range(0, len(choice), 2):  # two at a time, as they share what is loaded of W
-            q = min(r + 1, len(choice) - 1)
-            first, second, third = choice[r, 0], choice[r, 1], choice[r, 2]
-            other, another, last = choice[q, 0], choice[q, 1], choice[q, 2]
-            if choice.shape[1] > 3:
-                third, last = n_terms + r, n_terms + q
-            for a in range(0, rows[r], 3):
-                x, y, z, u, v, w = zero, zero, zero, zero, zero, zero
-                if q > r:
-                    for j in range(n_neurons):
-                        also = max(terms[other, j] + terms[another, j] + terms[last, j], zero)
-                        post = max(terms[first, j] + terms[second, j] + terms[third, j], zero)
-                        u += also * W[a, j]
-                        v += also * W[a + 1, j]
-                        w += also * W[a + 2, j]
-                        x += post * W[a, j]
-                        y += post * W[a + 1, j]
-                        z += post * W[a + 2, j]
-                    out[q, a, i], out[q, a + 1, i], out[q, a + 2, i] = u, v, w
-                else:
-                    for j in range(n_neurons):
-                        post = max(terms[first, j] + terms[second, j] + terms[third, j], zero)
-                        x += post * W[a, j]
-                        y += post * W[a + 1, j]
-                        z += post * W[a + 2, j]
-                out[r, a, i], out[r, a + 1, i], out[r, a + 2, i] = x, y, z
-            for a in range(n_actions):
-                j = n_neurons + a
-                out[q, len(W) + a, i] = terms[other, j] + terms[another, j] + terms[last, j]
-                out[r, len(W) + a, i] = terms[first, j] + terms[second, j] + terms[third, j]
+                    rows[k, j] = x * rows[a, j] + y * rows[b, j] + z * rows[c, j] + w * rows[d, j]
+                made += 1
+            base, first, second, third, last = (
+                at[group[g, 1]],
+                group[g, 2],
+                group[g, 3],
+                group[g, 4],
+                group[g, 5],
+            )
+            a, x = at[run[first, 1]], coefficient[run[first, 0], i]
+            if second < 0:
+                for k in range(0, wanted[first], 3):
+                    x0, x1, x2 = zero, zero, zero
+                    for j in range(n_columns):
+                        post = max(rows[base, j] + x * rows[a, j], floor[j])
+                        x0 += post * W[k, j]
+                        x1 += post * W[k + 1, j]
+                        x2 += post * W[k + 2, j]
+                    out[first, k, i], out[first, k + 1, i], out[first, k + 2, i] = x0, x1, x2
+            else:
+                b, y = at[run[second, 1]], coefficient[run[second, 0], i]
+                c, z = at[run[third, 1]], coefficient[run[third, 0], i]
+                d, w = at[run[last, 1]], coefficient[run[last, 0], i]
+                for k in range(0, wanted[first], 3):
+                    x0, x1, x2, y0, y1, y2 = zero, zero, zero, zero, zero, zero
+                    z0, z1, z2, w0, w1, w2 = zero, zero, zero, zero, zero, zero
+                    for j in range(n_columns):
+                        both = rows[base, j]
+                        post = max(both + x * rows[a, j], floor[j])
+                        x0 += post * W[k, j]
+                        x1 += post * W[k + 1, j]
+                        x2 += post * W[k + 2, j]
+                        post = max(both + y * rows[b, j], floor[j])
+                        y0 += post * W[k, j]
+                        y1 += post * W[k + 1, j]
+                        y2 += post * W[k + 2, j]
+                        post = max(both + z * rows[c, j], floor[j])
+                        z0 += post * W[k, j]
+                        z1 += post * W[k + 1, j]
+                        z2 += post * W[k + 2, j]
+                        post = max(both + w * rows[d, j], floor[j])
+                        w0 += post * W[k, j]
+                        w1 += post * W[k + 1, j]
+                        w2 += post * W[k + 2, j]
+                    out[first, k, i], out[first, k + 1, i], out[first, k + 2, i] = x0, x1, x2
+                    out[second, k, i], out[second, k + 1, i], out[second, k + 2, i] = y0, y1, y2
+                    out[third, k, i], out[third, k + 1, i], out[third, k + 2, i] = z0, z1, z2
+                    out[last, k, i], out[last, k + 1, i], out[last, k + 2, i] = w0, w1, w2

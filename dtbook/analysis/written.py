@@ -4,6 +4,7 @@ A run is the sum of what its components write before the MLP. Put something else
 evaluates the MLP anew: exactly what hooks on the model would give.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -85,12 +86,23 @@ def direct(f: FoldedWeights, written: Written) -> Float[Tensor, "*action #n"]:
 
 def mean_z(f: FoldedWeights, written: Written) -> Float[Tensor, " *#n"]:
     """Return the mean of a head's z over its features."""
-    return written.columns(slice(f.n_read, None))[0]
+    total = written.constant[-1]
+    if written.embedded is not None:
+        of_state = written.embedded.mean_z[written.part - 1]
+        total = total + (of_state if written.weight is None else of_state * written.weight)
+    if written.vector is not None and written.scale is not None:
+        total = total + written.vector[-1] * written.scale
+    return total
 
 
 def to_feature_mean(f: FoldedWeights, head: int, written: Written) -> Written:
     """Return what a head writes with the mean of its z in all features (the post's mean ablation)."""
     return Written(f.nothing, vector=f.feature_mean[head], scale=mean_z(f, written))
+
+
+def to_mlp_feature_mean(f: FoldedWeights, mean: Float[Tensor, " n"]) -> Float[Tensor, "action n"]:
+    """Return what the MLP writes on the logits with the mean of its output's entries in all of them."""
+    return f.mlp_mean[2][:, None] * mean
 
 
 def without_mlp(f: FoldedWeights, writes: Writes) -> Float[Tensor, "*action #n"]:
@@ -99,77 +111,214 @@ def without_mlp(f: FoldedWeights, writes: Writes) -> Float[Tensor, "*action #n"]
 
 
 class Outputs(NamedTuple):
-    """What runs give on the logits, b_out and b_U included."""
+    """What runs give on the logits, all biases included."""
 
-    mlp_out: Float[Tensor, "run action n"]
     logits: Float[Tensor, "run action n"]
-    mlp_feature_mean: Float[Tensor, "with_mean action n"]
-    """What the MLP would write on them with the mean of its output's entries in all of them."""
+    mlp_out: Float[Tensor, "with_mlp action n"]
+    mlp_mean: Float[Tensor, "with_mlp n"]
+    """The mean of the entries of the MLP's output."""
 
 
-def run_all(f: FoldedWeights, runs: Sequence[Writes], with_mean: int = 0) -> Outputs:
-    """Evaluate runs given by what their components write, all in one go over the observations (`sums.sum_runs`).
+def logits_of(f: FoldedWeights, runs: Sequence[Writes]) -> Float[Tensor, "run action n"]:
+    """Return the logits of runs given by what their components write."""
+    out = _evaluate(f, runs, _readout(f, f.W_mlp.T, direct=True))
+    return out[:, : len(f.b_U)] + (f.b_mlp + f.b_U)[:, None]
 
-    Of the first `with_mean` runs the MLP's feature mean is returned too. Raises ValueError for runs of constants alone.
-    """
-    terms, choice = _terms(f, runs)
-    sources = list(
-        {id(one.embedded.parts): one.embedded for one in terms if one.embedded is not None}.values()
+
+def mlp_out_of(f: FoldedWeights, runs: Sequence[Writes]) -> Float[Tensor, "run action n"]:
+    """Return what the MLP writes on the logits in runs given by what their components write, b_out included."""
+    return _evaluate(f, runs, _readout(f, f.W_mlp.T))[:, : len(f.b_U)] + f.b_mlp[:, None]
+
+
+def run_all(f: FoldedWeights, runs: Sequence[Writes], with_mlp: Sequence[int]) -> Outputs:
+    """Return the logits of runs given by what their components write, and of some of them what the MLP writes."""
+    logits = _readout(f, f.W_mlp.T, direct=True)
+    mlp = _readout(f, torch.cat([f.W_mlp.T, f.mlp_mean[0][None]]))
+    first, n_actions = len(logits), len(f.b_U)
+    out = _evaluate(f, runs, torch.cat([logits, mlp]), (first, with_mlp))
+    return Outputs(
+        out[:, :n_actions] + (f.b_mlp + f.b_U)[:, None],
+        out[with_mlp, first : first + n_actions] + f.b_mlp[:, None],
+        out[with_mlp, first + n_actions] + f.mlp_mean[1],
     )
-    if not sources:
-        raise ValueError("runs hold constants alone; one part at least must be what an observation gives.")
-    n, width, n_actions = len(sources[0]), f.n_read + 1, len(f.b_U)
-    one, none = torch.ones(n), torch.zeros(n)
-    weight = [none if t.embedded is None else one if t.weight is None else t.weight for t in terms]
-    scale = [none if t.scale is None else t.scale for t in terms]
-    used = [x for t in terms for x in (f.nothing if t.vector is None else t.vector, t.constant)]
-    vectors = {x.data_ptr(): x for x in used}
-    vector, constant = np.array([list(vectors).index(x.data_ptr()) for x in used]).reshape(-1, 2).T
-    rows = _side_by_side(sources)
-    columns = torch.nn.functional.pad(torch.stack(list(vectors.values())), (0, rows[2].shape[2] - width))
-    source, part = np.array([_place(term, sources) for term in terms]).T
-    W = torch.cat([f.W_mlp.T, f.mlp_mean[0][None]]) if with_mean else f.W_mlp.T
-    W = torch.nn.functional.pad(W, (0, 0, 0, -len(W) % 3)).contiguous()
-    wanted = np.full(len(runs), n_actions + -n_actions % 3)
-    wanted[:with_mean] = len(W)
-    out = torch.empty(len(runs), len(W) + n_actions, n, dtype=f.dtype)
-    numbers = (f.cast(x).numpy() for x in (torch.stack(weight), torch.stack(scale), columns))
-    sums.sum_runs(*rows, source, part, *numbers, vector, constant, choice, W.numpy(), wanted, out.numpy())
-    mlp_out = out[:, :n_actions] + f.b_mlp[:, None]
-    _, bias, on_logits = f.mlp_mean
-    mean = on_logits[:, None] * (out[:with_mean, n_actions, None] + bias)
-    return Outputs(mlp_out, mlp_out + out[:, len(W) :] + f.b_U[:, None], mean)
 
 
-def _terms(f: FoldedWeights, runs: Sequence[Writes]) -> tuple[list[Written], np.ndarray]:
-    """Return all that runs are sums of, once each, and which of them each run is the sum of, three at least.
+def _readout(
+    f: FoldedWeights, of_neurons: Float[Tensor, "any neuron"], direct: bool = False
+) -> Float[Tensor, "row read"]:
+    """Return a matrix from what is read to logits: of the neurons, and of W_U's own columns. Rows come in threes."""
+    W = torch.zeros(len(of_neurons) + -len(of_neurons) % 3, f.n_read, dtype=f.dtype)
+    W[: len(of_neurons), : f.d_mlp] = of_neurons
+    if direct:
+        W[: len(f.b_U), f.d_mlp :] = torch.eye(len(f.b_U))
+    return W
 
-    Constants that all runs have are added to what varies first in each.
+
+def _evaluate(
+    f: FoldedWeights,
+    runs: Sequence[Writes],
+    W: Float[Tensor, "row read"],
+    some: tuple[int, Sequence[int]] | None = None,
+) -> Float[Tensor, "run row n"]:
+    """Return W @ (the neurons' activations, then the direct logits) of runs, in one go over the observations.
+
+    With `some` only so many rows are made of runs other than these. Raises ValueError for runs of constants alone.
     """
-    everywhere = set.intersection(*({id(one) for one in run.values()} for run in runs))
-    constants = {
-        id(one): one.constant for one in runs[0].values() if id(one) in everywhere and not one.varies
-    }
-    common = sum(constants.values(), f.nothing)
-    places: dict[tuple[int, bool], int] = {}
-    terms, chosen = [nothing(f)], []
-    for run in runs:
-        parts = [one for one in run.values() if id(one) not in constants]
-        first = next((one for one in parts if one.varies), None)
-        for one in parts:
-            if (id(one), one is first) not in places:
-                places[id(one), one is first] = len(terms)
-                terms.append(one._replace(constant=one.constant + common) if one is first else one)
-        chosen.append([places[id(one), one is first] for one in parts])
-    most = max(3, *map(len, chosen))
-    return terms, np.array([row + [0] * (most - len(row)) for row in chosen])
+    rows, all_rows_of = some or (len(W), [])
+    wanted = np.full(len(runs), rows)
+    wanted[all_rows_of] = len(W)
+    plan = _Plan(f, runs, all_rows_of)
+    if not plan.sources:
+        raise ValueError("runs hold constants alone; one part at least must be what an observation gives.")
+    arrays = plan.arrays()
+    W = torch.nn.functional.pad(W, (0, plan.tables[2].shape[2] - f.n_read))
+    floor = torch.full(W.shape[1:], torch.finfo(f.dtype).min, dtype=f.dtype)
+    floor[: f.d_mlp] = 0  # the ReLU
+    out = torch.empty(len(runs), len(W), len(plan.sources[0]), dtype=f.dtype)
+    sums.sum_runs(*arrays, floor.numpy(), W.numpy(), wanted, plan.room(), out.numpy())
+    return out
 
 
-def _place(term: Written, sources: Sequence[Embedded]) -> tuple[int, int]:
-    """Return which observations a term is of, and which part; −1 for none."""
-    if term.embedded is None:
-        return 0, 0 if term.vector is not None else -1
-    return next(k for k, one in enumerate(sources) if one.parts is term.embedded.parts), term.part
+Row = tuple[str, int]
+"""A row that `sums.sum_runs` knows: the number of a sum, of one that is fixed, or of a step that makes it."""
+Operand = tuple[int, Row]
+"""A row times the coefficient of this number."""
+ZERO, ONE = 0, 1
+"""The first two coefficients."""
+
+
+class _Plan:
+    """Runs as sums of rows, and which of them go together: what `sums.sum_runs` is given.
+
+    Runs that differ in what one component writes are a group: what all the others write is added up once.
+    """
+
+    def __init__(self, f: FoldedWeights, runs: Sequence[Writes], alone: Sequence[int]) -> None:
+        self.f = f
+        self.sources: list[Embedded] = []
+        self.sums: dict[tuple[int, int], int] = {}
+        self.fixed = {f.nothing.data_ptr(): f.nothing}
+        self.coefficients: dict[int, Tensor] = {}
+        self.steps: list[list[Operand]] = []
+        self.made: dict[int, Operand] = {}
+        self.lifetime = 1  # how many steps later at most a row is used that one has made
+        self.groups: list[tuple[int, Row, list[int]]] = []
+        self.run: list[Operand] = [(ZERO, ("fixed", 0))] * len(runs)
+        for members in _alike(runs).values():
+            self._add_group(runs, members, alone)
+
+    def _add_group(self, runs: Sequence[Writes], members: Mapping[int, str], alone: Sequence[int]) -> None:
+        index, name = next(iter(members.items()))
+        base = self._shared([one for other, one in runs[index].items() if other != name])
+        for index, name in members.items():
+            self.run[index] = self._single(runs[index][name])
+        together = [index for index in members if index not in alone]
+        fours = len(together) // 4 * 4
+        for first in range(0, fours, 4):
+            self._emit(base, together[first : first + 4])
+        for index in members:
+            if index in alone or index in together[fours:]:
+                self._emit(base, [index, -1, -1, -1])
+
+    def _emit(self, base: Row, members: list[int]) -> None:
+        for row in (base, *(self.run[index][1] for index in members if index >= 0)):
+            self._use(row, len(self.steps))
+        self.groups.append((len(self.steps), base, members))
+
+    def _shared(self, parts: Sequence[Written]) -> Row:
+        """Return the row of the sum of what components write."""
+        operands = [(ONE, self._fixed(sum((part.constant for part in parts), self.f.nothing)))]
+        for part in parts:
+            operands += self._operands(part._replace(constant=self.f.nothing))
+        return self._sum(operands)[1]
+
+    def _single(self, written: Written) -> Operand:
+        if id(written) not in self.made:
+            self.made[id(written)] = self._sum(self._operands(written))
+        return self.made[id(written)]
+
+    def _sum(self, operands: list[Operand]) -> Operand:
+        """Return what a sum is one of; steps make it."""
+        while len(operands) > 1:
+            for _, row in operands[:4]:
+                self._use(row, len(self.steps) + 1)
+            self.steps.append(operands[:4])
+            operands = [(ONE, ("made", len(self.steps) - 1)), *operands[4:]]
+        return operands[0] if operands else (ZERO, ("fixed", 0))
+
+    def _use(self, row: Row, steps: int) -> None:
+        kind, number = row
+        if kind == "made":
+            self.lifetime = max(self.lifetime, steps - number)
+
+    def _operands(self, written: Written) -> list[Operand]:
+        found = [] if written.constant is self.f.nothing else [(ONE, self._fixed(written.constant))]
+        if written.embedded is not None:
+            found.append((self._coefficient(written.weight), self._sum_of(written.embedded, written.part)))
+        if written.vector is not None:
+            found.append((self._coefficient(written.scale), self._fixed(written.vector)))
+        return found
+
+    def _fixed(self, vector: Tensor) -> Row:
+        self.fixed.setdefault(vector.data_ptr(), vector)
+        return "fixed", list(self.fixed).index(vector.data_ptr())
+
+    def _coefficient(self, values: Tensor | None) -> int:
+        if values is None:
+            return ONE
+        self.coefficients.setdefault(values.data_ptr(), values)
+        return 2 + list(self.coefficients).index(values.data_ptr())
+
+    def _sum_of(self, embedded: Embedded, part: int) -> Row:
+        known = [k for k, one in enumerate(self.sources) if one.parts is embedded.parts]
+        if not known:
+            self.sources.append(embedded)
+        source = known[0] if known else len(self.sources) - 1
+        return "sum", self.sums.setdefault((source, part), len(self.sums))
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Return the first arguments of `sums.sum_runs`, to `run`."""
+        self.tables = _side_by_side(self.sources)
+        width = self.tables[2].shape[2] - self.f.n_read - 1
+        n = len(self.sources[0])
+        coefficient = torch.stack([torch.zeros(n), torch.ones(n), *self.coefficients.values()])
+        fixed = torch.nn.functional.pad(torch.stack(list(self.fixed.values())), (0, width))
+        first = {"sum": 0, "fixed": len(self.sums), "made": len(self.sums) + len(self.fixed)}
+
+        def number(row: Row) -> int:
+            kind, k = row
+            return first[kind] + (k % self.lifetime if kind == "made" else k)
+
+        filled = [[*step, *[(ZERO, ("fixed", 0))] * (4 - len(step))] for step in self.steps]
+        step = [[[coefficient, number(row)] for coefficient, row in operands] for operands in filled]
+        group = [[steps, number(row), *members] for steps, row, members in self.groups]
+        run = [[coefficient, number(row)] for coefficient, row in self.run]
+        source, part = np.array(list(self.sums)).T
+        numbers = (np.array(step, np.int64).reshape(-1, 4, 2), np.array(group), np.array(run))
+        values = (fixed.numpy(), self.f.cast(coefficient).numpy())
+        return *self.tables, source.copy(), part.copy(), *values, *numbers
+
+    def room(self) -> np.ndarray:
+        """Return rows to work in: partial sums, what is fixed, what is made."""
+        _, obstacle, of_view, _ = self.tables
+        stack = len(self.sources) * (obstacle.shape[2] + 1) * of_view.shape[1]
+        rows = stack + len(self.fixed) + self.lifetime
+        return torch.empty(rows, of_view.shape[2], dtype=self.f.dtype).numpy()
+
+
+def _alike(runs: Sequence[Writes]) -> dict[frozenset[tuple[str, int]], dict[int, str]]:
+    """Return groups of runs that differ in what one component writes: by the rest, which runs, and that component."""
+    parts = [frozenset((name, id(written)) for name, written in run.items()) for run in runs]
+    without = [
+        {name: every - {(name, id(run[name]))} for name in run}
+        for run, every in zip(runs, parts, strict=True)
+    ]
+    often = Counter(rest for each in without for rest in each.values())
+    groups: dict[frozenset[tuple[str, int]], dict[int, str]] = defaultdict(dict)
+    for index, each in enumerate(without):
+        name = max(each, key=lambda name: (often[each[name]], runs[index][name].varies))
+        groups[each[name]][index] = name
+    return groups
 
 
 def _side_by_side(sources: Sequence[Embedded]) -> tuple[np.ndarray, ...]:

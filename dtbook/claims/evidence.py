@@ -19,7 +19,7 @@ from dtbook.analysis.heads import THRESHOLD, obstacle_head_scores
 from dtbook.analysis.population import Run, per_observation, run_at
 from dtbook.analysis.stats import Line, check_table, least_squares, weighted_correlation
 from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
-from dtbook.analysis.written import nothing, run_all
+from dtbook.analysis.written import mlp_out_of, nothing
 from dtbook.artifacts.parameters import check_finite
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.rules import FRONT
@@ -146,7 +146,7 @@ class Evidence:
 
         def measure(run: Run) -> dict[str, torch.Tensor]:
             f, writes = run.embedded.folded, run.writes()
-            intact, without = direction @ run_all(f, [writes, writes | {"L0H1": nothing(f)}]).mlp_out
+            intact, without = direction @ mlp_out_of(f, [writes, writes | {"L0H1": nothing(f)}])
             return {"rises": (without > intact).double()}
 
         conditions = [(HIGH, t) for t in self.timesteps]

@@ -34,18 +34,19 @@ from dtbook.gridworld.rules import (
     GridState,
     Task,
     begin,
+    begin_and_draw,
     check_actions,
     check_state,
-    draw,
     free_cells,
     observe,
     reset,
+    step_and_draw,
     unchecked_observe,
-    unchecked_step,
 )
 
 RowIndex = slice | npt.NDArray[Any] | Sequence[int] | int | np.integer
 """Which observations: a slice, a mask, integers, or one."""
+_FINAL_INFO = (*GridState._fields, *(f"_{name}" for name in GridState._fields))  # each with Gymnasium's mask
 MAX_OBSERVATIONS = 10_000_000  # that `all_observations` lists; 147 bytes each
 
 
@@ -219,7 +220,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._state: GridState | None = None
-        self._over = np.zeros(num_envs, dtype=bool)
+        self._over = np.empty(0, np.int64)  # the environments that are over
 
     @property
     def state(self) -> GridState:
@@ -232,7 +233,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
         if len(state.agent) != self.num_envs:
             raise ValueError(f"state must hold num_envs = {self.num_envs} states, not {len(state.agent)}.")
         self._state = GridState(*(np.array(value, order="C") for value in state))
-        self._over = np.zeros(self.num_envs, dtype=bool)
+        self._over = np.empty(0, np.int64)
 
     def _started(self) -> GridState:
         if self._state is None:
@@ -249,7 +250,7 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
             self._state = reset(self.task, self.num_envs, self.np_random)
         else:
             begin(self.task, self._started(), rows, self.np_random)
-        self._over[rows] = False
+        self._over = np.setdiff1d(self._over, rows)
         return unchecked_observe(self._started(), self.task.size), {}
 
     def _rows_to_reset(self, options: dict[str, Any] | None) -> np.ndarray:
@@ -265,41 +266,41 @@ class DynamicObstaclesVectorEnv(gymnasium.vector.VectorEnv):
             )
         return np.flatnonzero(mask)
 
-    def _restart(self, state: GridState, images: np.ndarray, rows: np.ndarray) -> None:
-        """Put `rows` into first states of episodes and their observations into `images`, in place."""
-        begin(self.task, state, rows, self.np_random)
-        draw(state, self.task.size, rows, images)
-
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Return observations, rewards, terminations, truncations and infos, one entry for each environment."""
-        before, over = self._started(), np.flatnonzero(self._over)
+        before, over = self._started(), self._over
         actions = check_actions(actions, self.num_envs)
         if self.autoreset_mode is AutoresetMode.DISABLED and len(over):
             raise gymnasium.error.ResetNeeded(
                 f"Environments {over.tolist()} are over: reset them with options={{'reset_mask': mask}}."
             )
-        state, rewards, terminated, truncated = unchecked_step(self.task, before, actions, self.np_random)
-        images = unchecked_observe(state, self.task.size)
+        transition, images, ended = step_and_draw(self.task, before, actions, self.np_random)
+        state, rewards, terminated, truncated = transition
         infos: dict[str, Any] = {}
         if self.autoreset_mode is AutoresetMode.NEXT_STEP and len(over):
-            self._restart(state, images, over)
+            begin_and_draw(self.task, state, over, images, self.np_random)
             rewards[over], terminated[over], truncated[over] = 0, False, False
-        self._state, self._over = state, terminated | truncated
-        if self.autoreset_mode is AutoresetMode.SAME_STEP and self._over.any():
-            over = np.flatnonzero(self._over)
-            infos = self._final_infos(state, images, over)
-            self._restart(state, images, over)
+            ended = np.flatnonzero(terminated | truncated)
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and len(ended):
+            infos = self._final_infos(state, images, ended)
+            begin_and_draw(self.task, state, ended, images, self.np_random)
+        self._state, self._over = state, ended
         return images, rewards, terminated, truncated, infos
 
-    def _final_infos(self, state: GridState, images: np.ndarray, over: np.ndarray) -> dict[str, Any]:
+    def _final_infos(self, state: GridState, images: np.ndarray, ended: np.ndarray) -> dict[str, Any]:
         """Return last observations and states of the episodes that are over, named and masked as Gymnasium does."""
-        final_obs = np.full(self.num_envs, None, dtype=object)
-        for row, image in zip(over.tolist(), images[over], strict=True):
+        final_obs, over = np.empty(self.num_envs, dtype=object), np.zeros(self.num_envs, dtype=bool)
+        over[ended] = True
+        for row, image in zip(ended.tolist(), images.take(ended, 0), strict=True):
             final_obs[row] = image
-        final_info = {name: value.copy() for name, value in state._asdict().items()}
-        final_info |= {f"_{name}": self._over.copy() for name in GridState._fields}
-        infos = {"final_obs": final_obs, "final_info": final_info}
-        return infos | {f"_{name}": self._over.copy() for name in infos}
+        last = [value.copy() for value in (*state, over, over, over, over, over, over)]
+        final_info = dict(zip(_FINAL_INFO, last, strict=False))
+        return {
+            "final_obs": final_obs,
+            "final_info": final_info,
+            "_final_obs": last[-2],
+            "_final_info": last[-1],
+        }
 
     def render(self) -> tuple[Any, ...] | None:
         """Return minigrid's picture of each environment, (height, width, 3) uint8; None without a `render_mode`."""

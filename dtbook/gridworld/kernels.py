@@ -148,6 +148,16 @@ def find_fault(agent, direction, obstacles, step_count, room):
 
 @compiled
 @no_type_check
+def find_outside(numbers, end):
+    """Return the row of the first number that is not from 0 to end − 1, or −1."""
+    for row in range(numbers.shape[0]):
+        if numbers[row] < 0 or numbers[row] >= end:
+            return row
+    return -1
+
+
+@compiled
+@no_type_check
 def begin_rows(agent, direction, obstacles, step_count, rows, deck, random_start, words):
     """Put `rows` into first states of episodes, in place, from random `words` in [0, 1).
 
@@ -240,17 +250,17 @@ def advance(
     without,
     n_members,
     shift,
+    reward,
+    over,
 ):
-    """Step every environment, in place; return reward (batch,) and (terminated, truncated) (2, batch)."""
+    """Step every environment, in place; write reward (batch,) and (terminated, truncated) (2, batch)."""
     batch = agent.shape[0]
     ahead = np.empty(batch, np.uint8)
     not_clear, taken = np.empty(batch, np.bool_), np.empty(batch, np.bool_)
-    reward, over = np.empty(batch, np.float32), np.empty((2, batch), np.bool_)
     mark_taken(agent, direction, obstacles, room, size, ahead, not_clear)
     move_obstacles(agent, obstacles, words, around, without, n_members, shift)
     mark_taken(agent, direction, obstacles, room, size, ahead, taken)
     act(agent, direction, step_count, actions, ahead, not_clear, taken, room, max_steps, reward, over)
-    return reward, over
 
 
 @compiled
@@ -266,3 +276,74 @@ def draw_rows(agent, direction, obstacles, rows, background, offset, images):
             if start >= 0:
                 images[row, start] = OBSTACLE
                 images[row, start + 1] = OBSTACLE_COLOUR
+
+
+@compiled
+@no_type_check
+def advance_and_draw(
+    old_agent,
+    old_direction,
+    old_obstacles,
+    old_step_count,
+    agent,
+    direction,
+    obstacles,
+    step_count,
+    actions,
+    words,
+    room,
+    size,
+    max_steps,
+    around,
+    without,
+    n_members,
+    shift,
+    background,
+    offset,
+    reward,
+    over,
+    images,
+    ended,
+):
+    """Do what `advance` does, into new states; draw them, and write which rows are over; return how many.
+
+    All in one call, as every call from Python and every function of numpy costs a microsecond.
+    """
+    batch = agent.shape[0]
+    for row in range(batch):
+        agent[row], direction[row], step_count[row] = old_agent[row], old_direction[row], old_step_count[row]
+        for k in range(obstacles.shape[1]):
+            obstacles[row, k] = old_obstacles[row, k]
+    advance(
+        agent,
+        direction,
+        obstacles,
+        step_count,
+        actions,
+        words,
+        room,
+        size,
+        max_steps,
+        around,
+        without,
+        n_members,
+        shift,
+        reward,
+        over,
+    )
+    draw_rows(agent, direction, obstacles, range(batch), background, offset, images)
+    n_ended = 0
+    for row in range(batch):
+        ended[n_ended] = row
+        n_ended += over[0, row] | over[1, row]
+    return n_ended
+
+
+@compiled
+@no_type_check
+def begin_and_draw(
+    agent, direction, obstacles, step_count, rows, deck, random_start, words, background, offset, images
+):
+    """Do what `begin_rows` and then `draw_rows` do."""
+    begin_rows(agent, direction, obstacles, step_count, rows, deck, random_start, words)
+    draw_rows(agent, direction, obstacles, rows, background, offset, images)

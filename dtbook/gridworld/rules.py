@@ -167,8 +167,9 @@ def check_actions(actions: Any, batch: int, n_actions: int = len(ACTIONS)) -> In
     if array.dtype.kind not in "biu":
         raise TypeError(f"actions must be whole numbers, not {array.dtype}.")
     checked = np.ascontiguousarray(array, dtype=np.int64)
-    if checked.view(np.uint64).max(initial=0) >= n_actions:  # a negative number reads as a large one
-        wrong = array[(array < 0) | (array >= n_actions)][0]
+    row = kernels.find_outside(checked, n_actions)
+    if row >= 0:
+        wrong = array[row]
         own = "0 (left), 1 (right) or 2 (forward)"
         allowed = own if n_actions == len(ACTIONS) else f"from 0 to {n_actions - 1}"
         raise ValueError(f"actions must be {allowed}, not {wrong}.")
@@ -180,8 +181,55 @@ def unchecked_step(task: Task, state: GridState, actions: np.ndarray, rng: np.ra
     new = GridState(*(np.array(value, order="C") for value in state))
     words = rng.random((task.n_obstacles, len(actions)))
     room, moves = kernels.empty_room(task.size), kernels.move_tables(task.size)
-    reward, over = kernels.advance(*new, actions, words, room, task.size, task.max_steps, *moves)
+    reward, over = np.empty(len(actions), np.float32), np.empty((2, len(actions)), np.bool_)
+    kernels.advance(*new, actions, words, room, task.size, task.max_steps, *moves, reward, over)
     return Transition(new, reward, *over)
+
+
+def step_and_draw(
+    task: Task, state: GridState, actions: np.ndarray, rng: np.random.Generator
+) -> tuple[Transition, np.ndarray, np.ndarray]:
+    """Return what `step` and then `observe` do, for a state and actions known to be right, and which rows are over."""
+    n, k = state.obstacles.shape
+    words = rng.random((k, n))
+    new = GridState(
+        np.empty(n, np.uint8), np.empty(n, np.uint8), np.empty((n, k), np.uint8), np.empty(n, np.int32)
+    )
+    images = np.empty((n, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+    reward, over, ended = np.empty(n, np.float32), np.empty((2, n), np.bool_), np.empty(n, np.int64)
+    room, moves, views = _tables(task.size)
+    n_ended = kernels.advance_and_draw(
+        *state,
+        *new,
+        actions,
+        words,
+        room,
+        task.size,
+        task.max_steps,
+        *moves,
+        *views,
+        reward,
+        over,
+        images.reshape(n, kernels.N_BYTES),
+        ended,
+    )
+    return Transition(new, reward, over[0], over[1]), images, ended[:n_ended]
+
+
+@lru_cache
+def _tables(size: int) -> tuple[np.ndarray, kernels.Moves, kernels.Views]:
+    return kernels.empty_room(size), kernels.move_tables(size), kernels.view_tables(size)
+
+
+def begin_and_draw(
+    task: Task, state: GridState, rows: np.ndarray, images: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Put `rows` of a state into first states of episodes and their observations into `images`, in place."""
+    words, deck = rng.random((len(rows), task.n_obstacles + 2)), free_cells(task.size).copy()
+    flat = images.reshape(-1, kernels.N_BYTES)
+    kernels.begin_and_draw(
+        *state, rows, deck, task.random_start, words, *kernels.view_tables(task.size), flat
+    )
 
 
 def observe(state: GridState, size: int = 8) -> UInt8[np.ndarray, "batch 7 7 3"]:
@@ -201,11 +249,6 @@ _room = lru_cache(Task)
 def unchecked_observe(state: GridState, size: int) -> np.ndarray:
     """Return what `observe` does, for a state known to be right."""
     images = np.empty((len(state.agent), VIEW_SIZE, VIEW_SIZE, 3), dtype=np.uint8)
-    draw(state, size, np.arange(len(images)), images)
-    return images
-
-
-def draw(state: GridState, size: int, rows: np.ndarray, images: np.ndarray) -> None:
-    """Draw the observations of `rows` into theirs of `images`, in place."""
-    flat = images.reshape(-1, kernels.N_BYTES)
+    flat, rows = images.reshape(-1, kernels.N_BYTES), np.arange(len(images))
     kernels.draw_rows(*state[:3], rows, *kernels.view_tables(size), flat)
+    return images
