@@ -231,6 +231,21 @@ def c04(table):
     return Decision((float(distance),), distance >= 0.1)
 
 
+def c04_plateaus(table):
+    """A monotone three-plateau fit explains ≥ 0.9 of the greedy curve's variance, and ≥ 0.15 more than a line."""
+    curve = table[table["acting"] == "greedy"].sort_values("rtg")
+    x, y = curve["rtg"].to_numpy(), curve["mean"].to_numpy()
+    line = np.sum((y - np.polyval(np.polyfit(x, y, 1), x)) ** 2)
+    cuts = [np.split(y, [i, j]) for i in range(1, len(y) - 1) for j in range(i + 1, len(y))]
+    rising = [parts for parts in cuts if parts[0].mean() <= parts[1].mean() <= parts[2].mean()]
+    plateaus = min(
+        (sum(len(part) * part.var() for part in parts) for parts in rising), default=len(y) * y.var()
+    )
+    explained = 1 - plateaus / (len(y) * y.var())
+    more = (line - plateaus) / (len(y) * y.var())
+    return Decision((float(explained), float(more)), explained >= 0.9 and more >= 0.15)
+
+
 # Behaviour of the model itself.
 
 CELLS = [(rtg, what) for rtg in (-1.0, 0.0, HIGH) for what in ("wall", "obstacle", "goal")]
@@ -238,7 +253,7 @@ AVOIDED = dict(zip("abcdefghi", (True, False, True, True, True, True, True, True
 
 
 def c05(model, sample, letter, does_not=0.2):
-    """Table 1 at −1 / 0 / 0.90: *avoids* is P(F) ≤ 0.05, *does not* P(F) ≥ 0.2."""
+    """Table 1 at −1 / 0 / 0.90: *avoids* is P(F) ≤ 0.05, *does not* P(F) ≥ 0.2 (new: 1/3)."""
     rtg, what = CELLS["abcdefghi".index(letter)]
     forward = probability(model, sample, what, rtg)
     return Decision((forward,), forward <= 0.05 if AVOIDED[letter] else forward >= does_not)
@@ -423,9 +438,12 @@ def c23(model, sample):
 
 
 def c23_token(model, sample):
-    """The RTG token (embedding, time, position) through head 1's OV at R = 0.9 contributes > 0 to F−R."""
-    token = cached(model, sample.images[:1], HIGH, STEP)[RESID_PRE][0, 0].numpy()
-    number = float(through_ov(model, token) @ direction(model, FORWARD, RIGHT))
+    """The RTG token (embedding, time, position) through head 1's OV at R = 0.9 contributes > 0 to F−R.
+
+    It is averaged over the timesteps: on the post's weights this is the +6.0 that the words name.
+    """
+    tokens = [cached(model, sample.images[:1], HIGH, step)[RESID_PRE][0, 0].numpy() for step in STEPS]
+    number = float(through_ov(model, np.mean(tokens, axis=0)) @ direction(model, FORWARD, RIGHT))
     return Decision((number,), number > 0)
 
 
