@@ -179,9 +179,9 @@ def _evaluate(
     return out
 
 
-Row = tuple[str, int]
+RowKey = tuple[str, int]
 """A row that `sums.sum_runs` knows: the number of a sum, of one that is fixed, or of a step that makes it."""
-Operand = tuple[int, Row]
+Operand = tuple[int, RowKey]
 """A row times the coefficient of this number."""
 ZERO, ONE = 0, 1
 """The first two coefficients."""
@@ -202,7 +202,7 @@ class _Plan:
         self.steps: list[list[Operand]] = []
         self.made: dict[int, Operand] = {}
         self.lifetime = 1  # how many steps later at most a row is used that one has made
-        self.groups: list[tuple[int, Row, list[int]]] = []
+        self.groups: list[tuple[int, RowKey, list[int]]] = []
         self.run: list[Operand] = [(ZERO, ("fixed", 0))] * len(runs)
         for members in _alike(runs).values():
             self._add_group(runs, members, alone)
@@ -220,12 +220,12 @@ class _Plan:
             if index in alone or index in together[fours:]:
                 self._emit(base, [index, -1, -1, -1])
 
-    def _emit(self, base: Row, members: list[int]) -> None:
+    def _emit(self, base: RowKey, members: list[int]) -> None:
         for row in (base, *(self.run[index][1] for index in members if index >= 0)):
             self._use(row, len(self.steps))
         self.groups.append((len(self.steps), base, members))
 
-    def _shared(self, parts: Sequence[Written]) -> Row:
+    def _shared(self, parts: Sequence[Written]) -> RowKey:
         """Return the row of the sum of what components write."""
         operands = [(ONE, self._fixed(sum((part.constant for part in parts), self.f.nothing)))]
         for part in parts:
@@ -246,7 +246,7 @@ class _Plan:
             operands = [(ONE, ("made", len(self.steps) - 1)), *operands[4:]]
         return operands[0] if operands else (ZERO, ("fixed", 0))
 
-    def _use(self, row: Row, steps: int) -> None:
+    def _use(self, row: RowKey, steps: int) -> None:
         kind, number = row
         if kind == "made":
             self.lifetime = max(self.lifetime, steps - number)
@@ -259,7 +259,7 @@ class _Plan:
             found.append((self._coefficient(written.scale), self._fixed(written.vector)))
         return found
 
-    def _fixed(self, vector: Tensor) -> Row:
+    def _fixed(self, vector: Tensor) -> RowKey:
         self.fixed.setdefault(vector.data_ptr(), vector)
         return "fixed", list(self.fixed).index(vector.data_ptr())
 
@@ -269,7 +269,7 @@ class _Plan:
         self.coefficients.setdefault(values.data_ptr(), values)
         return 2 + list(self.coefficients).index(values.data_ptr())
 
-    def _sum_of(self, embedded: Embedded, part: int) -> Row:
+    def _sum_of(self, embedded: Embedded, part: int) -> RowKey:
         known = [k for k, one in enumerate(self.sources) if one.parts is embedded.parts]
         if not known:
             self.sources.append(embedded)
@@ -285,7 +285,7 @@ class _Plan:
         fixed = torch.nn.functional.pad(torch.stack(list(self.fixed.values())), (0, width))
         first = {"sum": 0, "fixed": len(self.sums), "made": len(self.sums) + len(self.fixed)}
 
-        def number(row: Row) -> int:
+        def number(row: RowKey) -> int:
             kind, k = row
             return first[kind] + (k % self.lifetime if kind == "made" else k)
 

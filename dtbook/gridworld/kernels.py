@@ -341,7 +341,7 @@ def advance_and_draw(
 
 @compiled
 @no_type_check
-def begin_and_draw(
+def restart(
     agent, direction, obstacles, step_count, rows, deck, random_start, words, background, offset, images
 ):
     """Do what `begin_rows` and then `draw_rows` do."""

@@ -227,9 +227,7 @@ def begin_and_draw(
     """Put `rows` of a state into first states of episodes and their observations into `images`, in place."""
     words, deck = rng.random((len(rows), task.n_obstacles + 2)), free_cells(task.size).copy()
     flat = images.reshape(-1, kernels.N_BYTES)
-    kernels.begin_and_draw(
-        *state, rows, deck, task.random_start, words, *kernels.view_tables(task.size), flat
-    )
+    kernels.restart(*state, rows, deck, task.random_start, words, *kernels.view_tables(task.size), flat)
 
 
 def observe(state: GridState, size: int = 8) -> UInt8[np.ndarray, "batch 7 7 3"]:
