@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dtbook.artifacts import ArtifactStore
-from dtbook.claims import CLAIMS, RULES, measure
+from dtbook.claims import CLAIMS, RULES, decide_claims
 from dtbook.claims.evidence import Evidence
 from dtbook.gridworld import all_observations
 from dtbook.model import DecisionTransformer, DTConfig
@@ -88,7 +88,7 @@ def evidence(model, observations):
 
 @pytest.fixture(scope="module")
 def findings(evidence):
-    return measure(evidence).set_index("claim")
+    return decide_claims(evidence).set_index("claim")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import scipy.special
-from jaxtyping import Float, UInt16
+from jaxtyping import Float, Float64, UInt16
 
 from dtbook.analysis import sums
 from dtbook.artifacts.parameters import Count, Whole, checked
@@ -64,9 +64,22 @@ def weighted_correlation(
     x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"]
 ) -> float:
     """Return Pearson's r of x and y, each pair counted by its weight; both must vary."""
-    share = weights / weights.sum()
-    x, y = x - share @ x, y - share @ y
-    return float((share * x) @ y / np.sqrt(((share * x) @ x) * ((share * y) @ y)))
+    return correlation_of(weighted_products(x, y, weights))
+
+
+def weighted_products(
+    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"]
+) -> Float64[np.ndarray, "3 3"]:
+    """Return the weighted sums of all products of 1, x and y. Those of parts of the values add up."""
+    each = np.stack([np.ones(len(x)), x, y])
+    return (weights * each) @ each.T
+
+
+def correlation_of(products: Float64[np.ndarray, "3 3"]) -> float:
+    """Return Pearson's r from the sums that `weighted_products` returns."""
+    share = products / products[0, 0]
+    covariance = share[1:, 1:] - np.outer(share[0, 1:], share[0, 1:])
+    return float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
 
 
 def check_table(name: str, table: pd.DataFrame) -> None:

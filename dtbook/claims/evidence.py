@@ -17,7 +17,7 @@ from dtbook.analysis.counterfactuals import Case, HeadPatching, pairs
 from dtbook.analysis.folded import FoldedWeights
 from dtbook.analysis.heads import THRESHOLD, obstacle_head_scores
 from dtbook.analysis.population import Run, per_observation, run_at
-from dtbook.analysis.stats import Line, check_table, least_squares, weighted_correlation
+from dtbook.analysis.stats import Line, check_table, correlation_of, least_squares, weighted_products
 from dtbook.analysis.weights import front_cell_table, ov_circuit, qk_circuit, state_maps
 from dtbook.analysis.written import mlp_out_of, nothing
 from dtbook.artifacts.parameters import check_finite
@@ -104,18 +104,17 @@ class Evidence:
     def _over_all(self) -> tuple[float, float]:
         """`turn_correlation`, and `attention` with an empty cell in front: both take a run of all observations."""
         share, folded = weights(self.observations), FoldedWeights(self.model)
-        turns = np.empty((len(RTGS), len(share), 2), np.float32)
+        turns = np.zeros((3, 3))
         attention, empty = 0.0, showing(self.observations.images, "empty")
         for rows, embedded in folded.embed(self.observations).batches():
-            for k, rtg in enumerate(RTGS):
-                turns[k, rows] = run_at(embedded, rtg, TIMESTEP).logits()[:, :2].numpy()
+            for rtg in RTGS:
+                left, right = run_at(embedded, rtg, TIMESTEP).logits()[:, :2].double().numpy().T
+                turns += weighted_products(left, right, share[rows])
             part = share[rows] * empty[rows]
             attention += sum(
                 part @ run_at(embedded, HIGH, t).pattern[1].double().numpy() for t in self.timesteps
             )
-        left, right = turns.reshape(-1, 2).astype(np.float64).T
-        r = weighted_correlation(left, right, np.tile(share, len(RTGS)))
-        return r, float(attention / share[empty].sum() / len(self.timesteps))
+        return correlation_of(turns), float(attention / share[empty].sum() / len(self.timesteps))
 
     @property
     def turn_correlation(self) -> float:
