@@ -124,11 +124,9 @@ def build(pdf: bool) -> None:
     """
     book = CHECKOUT / "book"
     check_book(CHECKOUT)
-    lock = book / "_executed" / ".build.lock"
-    lock.parent.mkdir(exist_ok=True)
-    with FileLock(lock):  # of two builds at once the second waits
-        code = _build(book, pdf)
-    sys.exit(code)
+    (book / "_executed").mkdir(exist_ok=True)
+    with FileLock(book / "_executed" / ".build.lock"):  # of two builds at once the second waits
+        sys.exit(_build(book, pdf))
 
 
 def _build(book: Path, pdf: bool) -> int:
@@ -317,8 +315,8 @@ def measure(subject: str, out: Path | None, only: tuple[str, ...], workers: int)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     _run_jobs(jobs, workers, out)
-    own = out / rooms.OWN_FOLDER
-    click.echo(f"The tables are in {own}; chapters take them by `dtbook run NN -p subject={own}`")
+    out /= rooms.OWN_FOLDER
+    click.echo(f"The tables are in {out}; chapters take them by `dtbook run NN -p subject={out}`")
 
 
 @main.command()

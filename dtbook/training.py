@@ -234,12 +234,9 @@ def train(
                 if step + 1 in snapshots:
                     run.keep(step + 1, model)
                 if at_end:
-                    evaluations.append(
-                        {"step": step + 1, **evaluate(model, config.evaluation_episodes, seed, data)}
-                    )
-                    bar.set_postfix(
-                        {k: f"{v:.2f}" for k, v in evaluations[-1].items() if k.startswith("greedy")}
-                    )
+                    measured = evaluate(model, config.evaluation_episodes, seed, data)
+                    evaluations.append({"step": step + 1, **measured})
+                    bar.set_postfix({k: f"{v:.2f}" for k, v in measured.items() if k.startswith("greedy")})
                     run.save(step + 1, model, update.optimizer, curve, evaluations)
     finally:
         torch.set_flush_denormal(False)
@@ -270,12 +267,8 @@ def check_fit(data: Recorded, model_config: DTConfig, config: TrainConfig) -> No
             f"data must hold episodes of 1 to {model_config.max_steps} steps (max_steps), the longest has {longest}"
         )
     most, view = model_config.n_actions - 1, data.observations(np.arange(1)).shape[1]
-    require(
-        data.actions.max() <= most,
-        "data's largest action",
-        data.actions.max(),
-        f"at most n_actions − 1 = {most}",
-    )
+    largest = data.actions.max()
+    require(largest <= most, "data's largest action", largest, f"at most n_actions − 1 = {most}")
     require(
         view == model_config.view_size, "DTConfig.view_size", model_config.view_size, f"that of data, {view}"
     )

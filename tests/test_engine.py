@@ -9,11 +9,11 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 
 import pandas as pd
 import psutil
 import pytest
-from forked import FORKS
 from small import RECIPE
 
 from dtbook.artifacts.comparison import compare
@@ -193,7 +193,7 @@ def test_a_killed_worker_loses_nothing(tmp_path, log):
 def test_workers_end_with_the_process_that_asked(tmp_path, log):
     """Killed without a chance to stop them, it leaves no worker that writes where the next call goes on."""
     jobs = logged(replication.replication(ArtifactStore(tmp_path / "made"), 0, RECIPE))
-    asked = FORKS.Process(target=run_graph, args=(jobs,))
+    asked = get_context("spawn").Process(target=run_graph, args=(jobs,))
     asked.start()
     while not log():
         time.sleep(0.01)

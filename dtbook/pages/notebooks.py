@@ -255,19 +255,23 @@ def notebook_digest(notebook: Mapping[str, Any]) -> str:
 def inputs_digest(path: Path, parameters: Mapping[str, object], store: ArtifactStore) -> str:
     """Return the sha256 of all that a notebook's outputs follow from and that is known before it runs.
 
-    Those are its cells, its parameters and what lies where they name a path, the code of dtbook and the libraries
-    behind it, and the manifest. Whether it reads the post's weights shows when it runs: `run_notebook` puts them into
-    the digest that a copy carries.
+    Those are its cells, its parameters and what lies where they name a subject by its path, the code of dtbook and the
+    libraries behind it, and the manifest. Whether it reads the post's weights shows when it runs: `run_notebook` puts
+    them into the digest that a copy carries.
     """
     notebook = read_notebook(path)
     manifest = describe(store.manifest) if store.manifest.exists() else None
     code = code_behind(code_of(path))
-    return digest([notebook_digest(notebook), parameters, _contents(parameters), code, manifest])
+    declared = declared_parameters(path) if parameters else {}
+    subjects = [
+        parameters[name] for name in declared if name in parameters and _SUBJECT.match(declared[name].meaning)
+    ]
+    return digest([notebook_digest(notebook), parameters, _contents(subjects), code, manifest])
 
 
-def _contents(parameters: Mapping[str, object]) -> list[str]:
-    """Return the sha256 of each file and folder that parameters name: there may be another one the next time."""
-    each = [item for value in parameters.values() for item in (value if isinstance(value, list) else [value])]
+def _contents(values: Sequence[object]) -> list[str]:
+    """Return the sha256 of each file and folder that values name: there may be another one the next time."""
+    each = [item for value in values for item in (value if isinstance(value, list) else [value])]
     paths = [Path(item) for item in each if isinstance(item, str) and Path(item).is_absolute()]
     return [describe(path)["sha256"] for path in paths if path.exists()]
 
