@@ -56,7 +56,9 @@ def recipe_of(task, n_timesteps):
     scope="module",
     params=[
         pytest.param(
-            (Task(6, 2, MAX_STEPS, random_start=True), 1), id="another size, two obstacles, random starts"
+            (Task(6, 2, MAX_STEPS, random_start=True), 1),
+            id="another size, two obstacles, random starts",
+            marks=pytest.mark.slow,
         ),
         pytest.param((Task(5, 1, MAX_STEPS), 3), id="three timesteps", marks=pytest.mark.slow),
     ],
