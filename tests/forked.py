@@ -5,7 +5,6 @@ All have the server's seed of hashes; what has to hold under any other is compar
 """
 
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -41,8 +40,8 @@ class Fork:
         return self._process.exitcode
 
     def kill(self) -> None:
-        """End it with SIGKILL, and wait until it has."""
-        os.kill(self.pid, signal.SIGKILL)
+        """End it with SIGKILL, where it has not ended by itself, and wait until it has."""
+        self._process.kill()
         self.wait()
 
     def said(self) -> str:

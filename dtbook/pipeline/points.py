@@ -18,13 +18,11 @@ from safetensors.torch import save_file
 
 from dtbook import training
 from dtbook.artifacts.store import ArtifactStore, describe
-from dtbook.claims.evidence import are_claims_about
 from dtbook.gridworld.rules import Task
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pages.notebooks import Parameter, accept_all
 from dtbook.pipeline import replication
 from dtbook.pipeline.engine import Job, Stage, Writer
-from dtbook.pipeline.measure import CLAIMS_STAGE
 from dtbook.pipeline.replication import Recipe, calibrate, calibration_of, with_heads_in_order
 from dtbook.rollout import calibration_row
 from dtbook.trajectories import ppo
@@ -170,22 +168,17 @@ def run_ppo(parameters: Mapping[str, Any], folder: Path, resume: Path) -> _Row:
 
 
 def run_replication(parameters: Mapping[str, Any], folder: Path, resume: Path) -> _Row:
-    """Everything from nothing: PPO, collection, training, calibration, the head scores, and the claims."""
+    """Everything from nothing: PPO, collection, training, calibration and the head scores."""
     recipe, seed = recipe_of(parameters), parameters["seed"]
     made, kept = ArtifactStore(resume), ArtifactStore(folder)
     for job in replication.replication(made, seed, recipe):
         job.ensure()
-    if are_claims_about(recipe.model):
-        Job(CLAIMS_STAGE, made, replication.folder_of(seed), recipe, (seed,)).ensure()
     for name in made.entries():
         if name.rpartition("/")[2] not in (*replication.NOT_SHIPPED, *replication.REFERENCE_ONLY):
             kept.take(name, made)
     at = kept.root / replication.folder_of(seed)
     scores = pd.read_parquet(at / "heads.parquet").to_dict("records")
     row = {f"score L{score['layer']}H{score['head']}": float(score["score"]) for score in scores}
-    if are_claims_about(recipe.model):
-        for claim, effect, passed in pd.read_parquet(at / "claims.parquet").itertuples(index=False):
-            row |= {claim: effect, f"{claim} passed": passed}
     return row | calibration_row(pd.read_parquet(at / "calibration.parquet"))
 
 
