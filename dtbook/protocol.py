@@ -11,11 +11,13 @@ TIMESTEPS = (0, 5, 10, 20, 40)
 """The timesteps that P(F | situation, R) is averaged over."""
 TIMESTEP = 10
 """The timestep at which single runs are compared (the obstacle-head rule's)."""
+LAST_TRAINED = 299
+"""The last timestep of an episode, and so the last that a model is trained on."""
 ACTING = ("greedy", "sampled")
 """Ways of acting: take the likeliest action, or draw one by the probabilities."""
 
-AVOIDS, DOES_NOT = 0.05, 0.2
-"""P(F) up to which a situation is avoided, and from which on it is not; between: unclear."""
+AVOIDS, DOES_NOT = 0.05, 1 / 3
+"""P(F) up to which a situation is avoided, and from which on it is not, which is chance; between: unclear."""
 TABLE_1 = {
     -1.0: {"wall": True, "obstacle": False, "goal": True},
     0.0: {"wall": True, "obstacle": True, "goal": True},
@@ -60,5 +62,7 @@ class Bar:
 
 
 def printed(number: float) -> str:
-    """Return a number as prose writes it, with a true minus and no needless digits: "−0.9", "1e−6"."""
+    """Return a number as prose writes it, with a true minus and no needless digits: "−0.9", "1e−6", "1/3"."""
+    if number == 1 / 3:
+        return "1/3"
     return f"{number:g}".replace("e-0", "e-").replace("-", "−")

@@ -133,6 +133,12 @@ class HeadPatching:
         """Return the change when what the head reads from the state token is as in the source (the OV circuit)."""
         return self._change(self._with(head, self.base.head(head, values=self.source.embedded)))
 
+    def by_mlp_view(self, head: int | None = None) -> Float[Tensor, " n"]:
+        """Return the change when the MLP reads the source's state embedding; with a head, when its result is too."""
+        writes = self.writes if head is None else self.patched(head)
+        f, seen = self.base.embedded.folded, {**writes, STATE: self.source_writes[STATE]}
+        return forward_preference((without_mlp(f, writes) + mlp_out_of(f, [seen])[0]).T) - self.preference
+
     def patched(self, head: int) -> Writes:
         """Return what the components of the base run write, with one head's from the source."""
         return self._with(head, self.source_writes[f"L0H{head}"])

@@ -5,7 +5,6 @@ weights. The replications are the sample: intervals and tests are over them.
 """
 
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +91,7 @@ def check_table(name: str, table: pd.DataFrame) -> None:
 
 
 class Interval(NamedTuple):
-    """A statistic of the sample, and the interval that holds the given share of its bootstrap distribution."""
+    """A mean over replications, and its interval."""
 
     value: float
     low: float
@@ -103,28 +102,43 @@ class Interval(NamedTuple):
         return not self.low <= number <= self.high
 
 
+FEWEST_TO_RESAMPLE = 5
+"""Values from which on an interval is a bootstrap; resamples of fewer are too often all the same value."""
+
+
 @checked
 def bootstrap_interval(
-    values: Float[np.ndarray, " n"],
-    seed: Whole,
-    level: float = 0.95,
-    resamples: Count = 10_000,
-    statistic: Callable[..., np.ndarray] = np.mean,
+    values: Float[np.ndarray, " n"], seed: Whole, level: float = 0.95, resamples: Count = 10_000
 ) -> Interval:
-    """Return a statistic over replications with its percentile bootstrap interval.
+    """Return the mean over replications with its bootstrap-t interval.
 
-    `statistic` is called with `axis=`. Missing values (NaN) are left out. With one value the interval is that value:
-    it says nothing then. Raises ValueError for no values. (Efron 1979; of ten values it is a little narrow.)
+    Each resample's mean is taken in units of that resample's own standard error. Of ten values this covers 90 to 97 %
+    over six shapes, skewed ones among them, where the percentile bootstrap covers 81 to 90 % and Student's t 84 to 95 %
+    (`benchmarks/intervals.py`). Fewer than `FEWEST_TO_RESAMPLE` values get Student's t; one value is its own interval,
+    which says nothing. Missing values (NaN) are left out. Raises ValueError for no values. (Efron & Tibshirani 1993,
+    section 12.5.)
     """
     values = np.asarray(values, dtype=np.float64)
     values = values[~np.isnan(values)]
     if not len(values):
         raise ValueError("values must hold at least one number; there is none.")
-    rng = np.random.default_rng(seed)
-    drawn = values[rng.integers(len(values), size=(resamples, len(values)))]
-    tail = (1 - level) / 2
-    low, high = np.quantile(statistic(drawn, axis=1), [tail, 1 - tail])
-    return Interval(float(statistic(values, axis=0)), float(low), float(high))
+    mean, tails = float(values.mean()), np.array([(1 - level) / 2, (1 + level) / 2])
+    if np.ptp(values) == 0:
+        return Interval(mean, mean, mean)
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    if len(values) < FEWEST_TO_RESAMPLE:
+        low, high = scipy.special.stdtrit(len(values) - 1, tails)
+    else:
+        low, high = np.quantile(_resampled_t(values, seed, resamples), tails, method="nearest")
+    return Interval(mean, float(mean - high * error), float(mean - low * error))
+
+
+def _resampled_t(values: Float64[np.ndarray, " n"], seed: int, resamples: int) -> Float64[np.ndarray, " r"]:
+    """Return how far each resample's mean lies from the sample's, in its standard errors; infinite without one."""
+    rng, n = np.random.default_rng(seed), len(values)
+    drawn = values[rng.integers(n, size=(resamples, n))]
+    away, errors = drawn.mean(1) - values.mean(), drawn.std(1, ddof=1) / np.sqrt(n)
+    return np.divide(away, errors, out=np.copysign(np.inf, away), where=errors > 0)
 
 
 class Line(NamedTuple):

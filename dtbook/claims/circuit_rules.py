@@ -6,14 +6,15 @@ import numpy as np
 
 from dtbook.analysis.weights import CELLS
 from dtbook.claims.evidence import Evidence
-from dtbook.claims.rules import Effect, Finding, claim
-from dtbook.protocol import HIGH, Bar
+from dtbook.claims.rules import FIRST_EDITION, Effect, Finding, beside, claim, decide_claim
+from dtbook.protocol import HIGH, LAST_TRAINED, Bar
 
 # Embeddings
 
 _embeds = partial(claim, section="07_embeddings", group="Embeddings")
 _REPELS, _DRAWS = 1.0, 0.5
 _STANDS_OUT = Bar(">=", 3.0)
+_BOTH, _ALONE, _BIASED = Bar(">=", 0.8), Bar("<=", 0.5), Bar(">=", 0.1)
 
 _embeds(
     "C14",
@@ -22,28 +23,46 @@ _embeds(
     where="RTG",
     effect="RTG embedding · (F−R) (logits per unit of return)",
     bar=Bar(">=", 0.5),
+    needs_learnt=True,
 )(lambda e: e.preference_of_rtg("F-R"))
+beside("C14", FIRST_EDITION, bar=Bar(">=", 0.5))(lambda e: e.preference_of_rtg("F-R"))
 _embeds(
     "C15",
     statement="The RTG embedding hardly tells right from left.",
     post="−0.16",
     where="RTG",
+    effect="|RTG embedding · (R−L)| − 0.3 × max(|RTG embedding · (F−R)|, 0.1) (logits per unit of return)",
+    bar=Bar("<=", 0.0),
+    needs_learnt=True,
+)(lambda e: abs(e.preference_of_rtg("R-L")) - 0.3 * max(abs(e.preference_of_rtg("F-R")), 0.1))
+beside(
+    "C15",
+    FIRST_EDITION,
     effect="|RTG embedding · (R−L)| ÷ |RTG embedding · (F−R)|",
     bar=Bar("<", 0.3),
 )(lambda e: abs(e.preference_of_rtg("R-L")) / abs(e.preference_of_rtg("F-R")))
 
 
-@_embeds(
+def _time_pushes_forward(last: int) -> Effect:
+    def rule(e: Evidence) -> Finding:
+        line = e.time_slope(last)
+        return Finding(last * line.slope, line.low > 0)
+
+    return rule
+
+
+_SLOPE = "95 % interval of the slope above 0"
+_embeds(
     "C16",
     statement="The time embedding's F−R rises slightly with the timestep.",
     post="slight",
     where="Fig. 11",
-    effect="least-squares rise over t = 0 … 50 (logits)",
-    rule="95 % interval of the slope above 0",
+    effect=f"least-squares rise over t = 0 … {LAST_TRAINED}, all that is trained on (logits)",
+    rule=_SLOPE,
+)(_time_pushes_forward(LAST_TRAINED))
+beside("C16", FIRST_EDITION, effect="least-squares rise over t = 0 … 50 (logits)", rule=_SLOPE)(
+    _time_pushes_forward(50)
 )
-def _time_pushes_forward(e: Evidence) -> Finding:
-    line = e.time_slope(50)
-    return Finding(50 * line.slope, line.low > 0)
 
 
 @_embeds(
@@ -101,7 +120,9 @@ _circuit(
     effect="larger of the two weights (without 1/√d_head)",
     bar=Bar("<", 0.0),
     rule="both {bar}",
+    needs_learnt=True,
 )(lambda e: max(e.qk_front.values()))
+beside("C20", FIRST_EDITION, bar=Bar("<", 0.0), rule="both {bar}")(lambda e: max(e.qk_front.values()))
 
 
 def _attends_less(situation: str) -> Effect:
@@ -133,15 +154,20 @@ def _ov_lowers_forward(e: Evidence) -> float:
     return float(min(empty - other for other in others))
 
 
-@_circuit(
+_circuit(
     "C23",
     statement="Not attending to RTG lowers forward, as RTG through head 1 writes along F−R.",
     where="Circuit, text",
+    effect=f"RTG token (embedding at {HIGH}, time, position) through head 1's OV on F−R (logits at full attention)",
+    bar=Bar(">", 0.0),
+    needs_learnt=True,
+)(lambda e: e.rtg_token_through_head())
+beside(
+    "C23",
+    FIRST_EDITION,
     effect=f"{HIGH} · RTG embedding through head 1's OV on F−R (logits at full attention)",
     bar=Bar(">", 0.0),
-)
-def _rtg_through_ov(e: Evidence) -> float:
-    return e.rtg_through_head()
+)(lambda e: e.rtg_through_head())
 
 
 @_circuit(
@@ -154,3 +180,59 @@ def _rtg_through_ov(e: Evidence) -> float:
 def _ov_carries_it(e: Evidence) -> Finding:
     effect = (e.circuit.ov - e.circuit.qk) / e.circuit.head if e.circuit.head else np.nan
     return Finding(effect, e.circuit.ov >= e.circuit.qk)
+
+
+# Added in the second edition: found on the models of the first, so decided only on others
+
+WHOLE_CIRCUIT = ("C09", "C12", "C20", "C21a", "C22", "C24")
+"""The claims that make up the post's obstacle circuit (M4)."""
+_added = partial(claim, section="12_why_it_comes_back", group="Found here", where="")
+
+_added(
+    "M1",
+    statement="The obstacle head is one gate: it attends to what lowers forward when an obstacle is in front.",
+    effect="fall of its attention to RTG before an obstacle (C21a) × what the RTG embedding writes through it (logits)",
+    bar=Bar(">", 0.0),
+    rule="the two have the same sign",
+    needs_head=True,
+)(lambda e: (e.attention("empty") - e.attention("obstacle")) * e.rtg_through_head())
+
+
+@_added(
+    "M2",
+    statement="Avoidance is a conjunction: head 1's change or the MLP's own view of the cell alone does not do it.",
+    effect="larger share of the obstacle's effect that one of the two carries alone",
+    rule=f"both together {_BOTH}, either alone {_ALONE}",
+    none=1.0,
+    needs_head=True,
+)
+def _is_a_conjunction(e: Evidence) -> Finding:
+    head, view, both = (
+        part / e.circuit.total for part in (e.circuit.head, e.circuit.view, e.circuit.head_and_view)
+    )
+    return Finding(max(head, view), _BOTH.meets(both) and _ALONE.meets(max(head, view)))
+
+
+@_added(
+    "M3",
+    statement="With nothing to avoid, right and left are not equally likely: there is a clockwise bias, or the other.",
+    post="“clockwise”",
+    effect=f"(P(right) − P(left)) ÷ (P(right) + P(left)), empty cell in front, RTG {HIGH}",
+    rule=f"its size {_BIASED}; the same sign counts",
+    same_sign=True,
+)
+def _turns_one_way(e: Evidence) -> Finding:
+    left, right = e.turns_when_free
+    bias = (right - left) / (right + left)
+    return Finding(bias, _BIASED.meets(abs(bias)))
+
+
+@_added(
+    "M4",
+    statement="The post's whole obstacle circuit comes back in one model.",
+    effect=f"how many of {', '.join(WHOLE_CIRCUIT)} hold in it",
+    bar=Bar(">=", len(WHOLE_CIRCUIT)),
+    needs_head=True,
+)
+def _whole_circuit(e: Evidence) -> float:
+    return float(sum(decide_claim(id, e)[1] == 1 for id in WHOLE_CIRCUIT))

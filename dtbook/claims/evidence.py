@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from dtbook.analysis.ablations import situation_table
 from dtbook.analysis.attribution import IMAGE_CHANNELS, contrast, preference_direction
@@ -26,11 +27,14 @@ from dtbook.gridworld.rules import FRONT
 from dtbook.gridworld.situations import MODEL_BATCH, row_batches, select, showing, weights
 from dtbook.model.config import DTConfig
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
+from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS, Bar
 from dtbook.trajectories.episodes import Trajectories
 
 FRONT_ROWS = {"object": 26, "colour": 75}
 """Rows of W_E_state for the cell in front, in the index encoding."""
+
+LEARNT = Bar("<=", 0.9)
+"""Cosine of the RTG embedding to its start: above, what is in it is the random draw that training began with."""
 
 
 def are_claims_about(cfg: DTConfig) -> bool:
@@ -52,7 +56,9 @@ class Evidence:
     """A model with two heads in one layer, and all measures that the claims are about.
 
     `calibration` is a table of `pipeline.calibrate`; `history` PPO's own episodes. Where one is absent, the claims that
-    need it are not decided. Raises ValueError for a model of another shape, and for numbers that are not finite.
+    need it are not decided. `start` is the RTG embedding (d_model,) before the first step; where it is not known, the
+    model is taken to have learnt another. Raises ValueError for a model of another shape, and for numbers that are not
+    finite.
     """
 
     def __init__(
@@ -62,13 +68,14 @@ class Evidence:
         calibration: pd.DataFrame | None = None,
         history: Trajectories | None = None,
         timesteps: tuple[int, ...] = TIMESTEPS,
+        start: Tensor | None = None,
     ) -> None:
         check_shape(model)
         check_finite("model", model.state_dict())
         if calibration is not None:
             check_table("calibration", calibration)
         self.model, self.observations, self.timesteps = model, observations, timesteps
-        self.calibration, self.history = calibration, history
+        self.calibration, self.history, self.start = calibration, history, start
 
     @cached_property
     def head_scores(self) -> tuple[float, float]:
@@ -80,6 +87,14 @@ class Evidence:
     def has_obstacle_head(self) -> bool:
         """Whether head 1 is the obstacle head: the larger score, of at least `heads.THRESHOLD`."""
         return self.head_scores[1] >= max(THRESHOLD, self.head_scores[0])
+
+    @cached_property
+    def has_learnt_rtg(self) -> bool:
+        """Whether the RTG embedding has left its start: their cosine is at most 0.9."""
+        if self.start is None:
+            return True
+        now, then = self.model.W_E_rtg.detach().double(), self.start.double()
+        return LEARNT.meets(float(torch.cosine_similarity(now, then, dim=0)))
 
     @cached_property
     def situations(self) -> pd.DataFrame:
@@ -101,30 +116,36 @@ class Evidence:
         return self.forward(situation, rtg, without) - self.forward(situation, rtg)
 
     @cached_property
-    def _over_all(self) -> tuple[float, float]:
-        """`turn_correlation`, and `attention` with an empty cell in front: both take a run of all observations."""
+    def _over_all(self) -> "OverAll":
+        """What takes a run of all observations, batch by batch."""
         share, folded = weights(self.observations), FoldedWeights(self.model)
         turns = np.zeros((3, 3))
-        attention, empty = 0.0, showing(self.observations.images, "empty")
+        free, empty = np.zeros(3), showing(self.observations.images, "empty")
         for rows, embedded in folded.embed(self.observations).batches():
             for rtg in RTGS:
                 left, right = run_at(embedded, rtg, TIMESTEP).logits()[:, :2].double().numpy().T
                 turns += weighted_products(left, right, share[rows])
             part = share[rows] * empty[rows]
-            attention += sum(
-                part @ run_at(embedded, HIGH, t).pattern[1].double().numpy() for t in self.timesteps
-            )
-        return correlation_of(turns), float(attention / share[empty].sum() / len(self.timesteps))
+            for timestep in self.timesteps:
+                run = run_at(embedded, HIGH, timestep)
+                each = torch.cat([run.pattern[1:], run.probabilities()[:, :2].T.to(run.pattern)])
+                free += each.double().numpy() @ part
+        return OverAll(correlation_of(turns), *(free / share[empty].sum() / len(self.timesteps)).tolist())
 
     @property
     def turn_correlation(self) -> float:
         """Pearson's r of the left and right logits over all observations: t = `TIMESTEP`, the three RTGs pooled."""
-        return self._over_all[0]
+        return self._over_all.turn_correlation
+
+    @property
+    def turns_when_free(self) -> tuple[float, float]:
+        """P(left | empty, R = 0.9) and P(right | empty, R = 0.9)."""
+        return self._over_all.left, self._over_all.right
 
     def attention(self, situation: str) -> float:
         """Return the weighted mean attention of head 1 to RTG at R = 0.9, averaged over the timesteps."""
         if situation == "empty":
-            return self._over_all[1]
+            return self._over_all.attention
         return self._mean(situation, HIGH, "none", "attention L0H1")
 
     def state_contribution(self, situation: str) -> float:
@@ -155,10 +176,11 @@ class Evidence:
     @cached_property
     def circuit(self) -> "CircuitParts":
         """The counterfactual's effect through head 1, and that of its pattern and of its values alone."""
-        totals = np.zeros(4)
+        totals = np.zeros(6)
         for pair in pairs(FoldedWeights(self.model), self.observations, Case("obstacle", HIGH, HIGH)):
             by = HeadPatching(pair)
-            changes = torch.stack([by.total(), by.by_head(1), by.by_pattern(1), by.by_values(1)])
+            parts = [by.by_pattern(1), by.by_values(1), by.by_mlp_view(), by.by_mlp_view(1)]
+            changes = torch.stack([by.total(), by.by_head(1), *parts])
             totals += changes.double().numpy() @ pair.weights.numpy()
         return CircuitParts(*totals.tolist())
 
@@ -198,8 +220,30 @@ class Evidence:
 
     def rtg_through_head(self) -> float:
         """Return 0.9 times the RTG embedding through head 1's W_OV on F−R, at full attention (logits)."""
+        return self._through_head(HIGH * self.model.W_E_rtg)
+
+    def rtg_token_through_head(self) -> float:
+        """Return the RTG token at R = 0.9, mean over the timesteps, through head 1's W_OV on F−R (logits).
+
+        The token is the embedding with the time's and the position's added, as the head reads it.
+        """
+        time = self.model.W_E_time[list(self.timesteps)].mean(0)
+        return self._through_head(HIGH * self.model.W_E_rtg + time + self.model.W_pos[0])
+
+    def _through_head(self, vector: Tensor) -> float:
         direction = preference_direction(self.model, "F-R")[:, None]
-        return HIGH * float(ov_circuit(self.model, 0, 1, self.model.W_E_rtg[None], direction).weight)
+        return float(ov_circuit(self.model, 0, 1, vector[None], direction).weight)
+
+
+class OverAll(NamedTuple):
+    """What is summed over all observations."""
+
+    turn_correlation: float
+    attention: float
+    """Head 1's to RTG, where the cell in front is empty (R = 0.9)."""
+    left: float
+    right: float
+    """Mean probabilities there."""
 
 
 class CircuitParts(NamedTuple):
@@ -212,6 +256,9 @@ class CircuitParts(NamedTuple):
     """Its pattern alone patched."""
     ov: float
     """Its values alone patched."""
+    view: float
+    """The state embedding patched for the MLP alone: its own view of the cell."""
+    head_and_view: float
 
 
 def curve_of(calibration: pd.DataFrame, acting: str) -> pd.DataFrame:

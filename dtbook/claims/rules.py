@@ -6,13 +6,16 @@ about; adding a claim is adding a function under `@claim`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from dtbook.claims.evidence import Evidence
 from dtbook.protocol import Bar
+
+FIRST_EDITION, LOG_ODDS = "first edition", "log odds"
+"""Kinds of rules that stand beside a claim's own: the one that it replaced, and the same asked of the log odds."""
 
 
 class Finding(NamedTuple):
@@ -55,12 +58,20 @@ class Claim:
     """The post's number, or "" where it prints none."""
     needs_head: bool = False
     """Is about head 1, and fails for a model without an obstacle head."""
+    needs_learnt: bool = False
+    """Is about the RTG embedding, and undecided for a model that has not learnt it (`Evidence.has_learnt_rtg`)."""
+    same_sign: bool = False
+    """Replications that pass on one side of zero count, those on the other side do not."""
+    of: str = ""
+    """The claim beside whose rule this one stands; "" for a claim's own rule."""
+    kind: str = ""
+    """What stands beside it: `FIRST_EDITION` or `LOG_ODDS`."""
     bar: Bar | None = None
     """What the effect must meet; None where a rule looks at more than one number."""
 
 
 CLAIMS: dict[str, Claim] = {}
-"""All claims, in order."""
+"""All claims, in order, and after each the rules that stand beside its own ("C08 log odds")."""
 RULES: dict[str, Rule] = {}
 """The functions of those that a single model decides."""
 
@@ -72,15 +83,12 @@ def claim(
     bar: Bar | None = None,
     rule: str = "{bar}",
     none: float | None = None,
-    needs_head: bool = False,
-    **texts: str,
+    **others: Any,
 ) -> Callable[[Effect], Effect]:
     """Add a claim, and the function that decides it; "{bar}" in the `rule` is the bar as text."""
     if none is None:
         none = bar.number if bar and bar.is_upper else 0.0
-    CLAIMS[id] = Claim(
-        id, section=section, rule=rule.format(bar=bar), none=none, needs_head=needs_head, bar=bar, **texts
-    )
+    CLAIMS[id] = Claim(id, section=section, rule=rule.format(bar=bar), none=none, bar=bar, **others)
 
     def add(effect: Effect) -> Effect:
         def decide_one(evidence: Evidence) -> Finding | None:
@@ -101,6 +109,29 @@ def claim(
     return add
 
 
+def beside(
+    id: str,
+    kind: str,
+    *,
+    bar: Bar | None = None,
+    rule: str = "{bar}",
+    none: float | None = None,
+    **others: Any,
+) -> Callable[[Effect], Effect]:
+    """Add a rule that stands beside a claim's own, and says what in it is another: its bar, rule or effect."""
+    own = CLAIMS[id]
+    texts = {
+        name: getattr(own, name) for name in ("group", "statement", "where", "post", "effect", "needs_head")
+    }
+    given = {**texts, **others, "of": id, "kind": kind}
+    return claim(f"{id} {kind}", own.section, bar=bar, rule=rule, none=none, **given)
+
+
+def own_rules() -> list[str]:
+    """Return the claims by their own rules, without those that stand beside."""
+    return [id for id, claim in CLAIMS.items() if not claim.of]
+
+
 def meets(id: str, effect: float) -> bool:
     """Return whether an effect meets a claim's bar; raises ValueError for a claim that has none."""
     bar = CLAIMS[id].bar
@@ -109,13 +140,18 @@ def meets(id: str, effect: float) -> bool:
     return bar.meets(effect)
 
 
+def decide_claim(id: str, evidence: Evidence) -> tuple[float, float]:
+    """Return a claim's effect in a model, and whether it passes: 1.0, 0.0, or NaN where it is not decided."""
+    finding = RULES[id](evidence)
+    if finding is None:
+        return np.nan, np.nan
+    if CLAIMS[id].needs_learnt and not evidence.has_learnt_rtg:
+        return finding.effect, np.nan
+    has_head = evidence.has_obstacle_head or not CLAIMS[id].needs_head
+    return finding.effect, float(finding.passed and has_head)
+
+
 def decide_claims(evidence: Evidence) -> pd.DataFrame:
-    """Return a model's findings, one row a claim: `claim`, `effect`, `passed` (as 1.0, 0.0; NaN: not decided)."""
-    rows = []
-    for id, rule in RULES.items():
-        finding = rule(evidence)
-        effect, passed = (np.nan, np.nan) if finding is None else (finding.effect, float(finding.passed))
-        if CLAIMS[id].needs_head and not evidence.has_obstacle_head:
-            passed = 0.0
-        rows.append({"claim": id, "effect": effect, "passed": passed})
-    return pd.DataFrame(rows)
+    """Return a model's findings, one row a rule: `claim`, `effect`, `passed` (as 1.0, 0.0; NaN: not decided)."""
+    rows = [(id, *decide_claim(id, evidence)) for id in RULES]
+    return pd.DataFrame(rows, columns=["claim", "effect", "passed"])

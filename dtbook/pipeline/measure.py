@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
 
 from dtbook.analysis import ablations, behaviour, counterfactuals, faithfulness, frames, neurons, program
 from dtbook.analysis.head_circuit import measure_circuit
@@ -17,6 +19,7 @@ from dtbook.claims.rules import decide_claims
 from dtbook.claims.scorecard import scorecard
 from dtbook.gridworld.env import ObservationSet, all_observations
 from dtbook.gridworld.rules import Task
+from dtbook.model.config import DTConfig
 from dtbook.model.subject import Subject
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import replication
@@ -100,10 +103,17 @@ def _claims(job: Job) -> list[Writer]:
     """Decide the claims for one subject; C01 where there is PPO's own history."""
     calibration, history = job.table("{of}/calibration.parquet"), "{of}/history.npz"
     played = Trajectories.load(job.path(history)) if job.has(history) else None
-    found = decide_claims(
-        Evidence(job.subject().model, observations_of(job.recipe.task), calibration, played)
-    )
+    model = job.subject().model
+    is_ours = job.of == folder_of(job.seed, job.recipe)
+    start = start_of_rtg(model.cfg, job.seed) if is_ours else None
+    observations = observations_of(job.recipe.task)
+    found = decide_claims(Evidence(model, observations, calibration, played, start=start))
     return [table_writer(found)]
+
+
+def start_of_rtg(cfg: DTConfig, seed: int) -> Float[Tensor, " d_model"]:
+    """Return the RTG embedding that the training of a model of this shape began with."""
+    return DecisionTransformer(cfg, seed).W_E_rtg.detach()
 
 
 def _control_claims(job: Job) -> list[Writer]:
@@ -116,7 +126,8 @@ def _control_claims(job: Job) -> list[Writer]:
     for name, seed, model in models:
         ordered, _ = with_heads_in_order(model, recipe.task)
         curves = calibrate(ordered, calibration_of(recipe), seed)
-        found = decide_claims(Evidence(ordered, observations_of(recipe.task), curves))
+        start, observations = start_of_rtg(recipe.model, seed), observations_of(recipe.task)
+        found = decide_claims(Evidence(ordered, observations, curves, start=start))
         tables.append(found.assign(model=Path(name).name))
     return [table_writer(pd.concat(tables, ignore_index=True))]
 
