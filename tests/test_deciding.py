@@ -1,6 +1,7 @@
 """Which seeds decide by the post's recipe, and that their replications are made from PPO's own history."""
 
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -8,11 +9,13 @@ import pytest
 from small import RECIPE
 
 from dtbook.artifacts import ArtifactStore
+from dtbook.artifacts.comparison import compare
 from dtbook.artifacts.store import CHECKOUT
 from dtbook.model import DecisionTransformer, DTConfig
 from dtbook.pipeline import deciding
 from dtbook.pipeline.points import POINT_KINDS, recipe_of, run_replication
 from dtbook.pipeline.replication import Recipe
+from dtbook.pipeline.reproduce import reproduce_data
 from dtbook.pipeline.sweep import read_sweep
 from dtbook.training import TrainConfig
 from dtbook.trajectories import Trajectories
@@ -69,7 +72,7 @@ def test_the_sweep_of_recipes_goes_from_the_posts_to_the_books():
 
 
 @pytest.mark.slow
-def test_a_point_that_is_a_replication_has_its_claims(tmp_path):
+def test_a_point_that_is_a_replication_keeps_what_data_would(tmp_path):
     parts = {name: asdict(getattr(SMALL, name)) for name in ("task", "ppo", "model", "train")}
     given = {f"{part}.{name}": value for part, settings in parts.items() for name, value in settings.items()}
     given |= {f"calibration.{name}": value for name, value in SMALL.calibration.items()}
@@ -78,7 +81,30 @@ def test_a_point_that_is_a_replication_has_its_claims(tmp_path):
         {**POINT_KINDS["replication"].defaults, **given}, tmp_path / "kept", tmp_path / "made"
     )
     kept = ArtifactStore(tmp_path / "kept")
-    findings = pd.read_parquet(kept.path("seed_2/claims.parquet")).set_index("claim")
-    assert row["C09"] == findings["effect"]["C09"]
-    assert [row[f"{claim} passed"] for claim in ("C11", "C20")] == findings["passed"][["C11", "C20"]].tolist()
+    scores = pd.read_parquet(kept.path("seed_2/heads.parquet"))["score"]
+    assert [row["score L0H0"], row["score L0H1"]] == scores.tolist()
     assert not [name for name in kept.entries() if name.endswith(("trained", "history.npz"))]
+
+
+@pytest.mark.slow
+def test_all_by_the_posts_recipe_is_made_and_decided(tmp_path, monkeypatch):
+    """Two replications decide, a third is for M4: its model is not shipped; the scorecard is over the two."""
+    store, shipped = ArtifactStore(tmp_path), ArtifactStore()
+    monkeypatch.setattr(deciding, "LEAST_SHARE", 0.03)
+    monkeypatch.setattr(deciding, "ALL", 3)
+    monkeypatch.setattr(deciding, "seeds_that_decide", partial(deciding.seeds_that_decide, wanted=2))
+    names = reproduce_data(store, shipped, everything=True, recipe=SMALL, workers=2)
+    tried = pd.read_parquet(store.path(deciding.HISTORIES))
+    first, second, third = tried["seed"][tried["decides"]]
+    models = [name for name in names if name.endswith("/model")]
+    assert models == [f"recipe_post/seed_{seed}/model" for seed in (first, second)]
+    assert f"recipe_post/seed_{third}/claims.parquet" in names
+    assert not [name for name in names if name.endswith(("history.npz", "training.parquet"))]
+    assert store.entries()["recipe_post/controls/claims.parquet"]["stage"] == "control claims"
+    card = pd.read_parquet(store.path("scorecard.parquet")).set_index("claim")
+    assert card["n"]["C02"] == 2
+    assert card["controls_n"]["C02"] == 6
+    assert set(compare(store, store, names).values()) == {"identical"}
+    again = []
+    reproduce_data(store, shipped, everything=True, recipe=SMALL, say=again.append)
+    assert {line.rpartition(": ")[2] for line in again} == {"up to date"}

@@ -242,7 +242,7 @@ def test_verdicts_of_a_scorecard_are_compared_too():
 
 def test_the_command_ends_well_on_another_path_and_not_otherwise(made, capsys):
     names = of_another_path(made)
-    _compare(ArtifactStore(made.root), SHIPPED, names, publish=False)
+    _compare(ArtifactStore(made.root), SHIPPED, names, publish=False, bars=True)
     said = capsys.readouterr().out
     assert OTHER_PATH in said
     assert "C05c fails, in data/ passes" in said
@@ -251,4 +251,4 @@ def test_the_command_ends_well_on_another_path_and_not_otherwise(made, capsys):
     with pytest.raises(
         click.ClickException, match="not reproduced:\n  seed_0: the effect of C01 is 1e\\+09, not from"
     ):
-        _compare(ArtifactStore(made.root), SHIPPED, names, publish=False)
+        _compare(ArtifactStore(made.root), SHIPPED, names, publish=False, bars=True)

@@ -128,8 +128,9 @@ def _of_the_same(made: ArtifactStore, shipped: ArtifactStore, differ: list[str])
 
 
 def _group_of(name: str) -> str:
-    folder, slash, _ = name.partition("/")
-    return folder if slash else TOGETHER
+    *folders, _ = name.split("/")
+    recipe = folders[:1] if name.startswith("recipe_") else []
+    return "/".join(folders[: len(recipe) + 1]) if folders != recipe else TOGETHER
 
 
 def _counts(members: pd.Series) -> dict[str, int]:
@@ -156,12 +157,13 @@ def _outside(
     found = f"{group}/claims.parquet"
     if found not in shipped.entries():
         return []
-    if not group.startswith("seed_"):
+    recipe, _, seed = group.rpartition("seed_")
+    if not seed.isdigit():
         findings = _read(made, found)
         done = findings["claim"].map(lambda id: CLAIMS[id].group == "Data and behaviour")
-        return outside_ranges(findings[done | (group != "controls")], _read(shipped, found))
+        return outside_ranges(findings[done | (not group.endswith("controls"))], _read(shipped, found))
     curves = _read(made, f"{group}/calibration.parquet")
-    known = [name for name in shipped.entries() if re.fullmatch(r"seed_\d+/claims\.parquet", name)]
+    known = [name for name in shipped.entries() if re.fullmatch(rf"{recipe}seed_\d+/claims\.parquet", name)]
     ranges = outside_ranges(_read(made, found), pd.concat(_read(shipped, name) for name in known))
     return outside_bars(measures(curves), bars) + ranges
 

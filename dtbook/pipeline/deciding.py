@@ -8,16 +8,18 @@ import pandas as pd
 
 from dtbook.artifacts.parameters import Count, checked
 from dtbook.artifacts.store import ArtifactError, ArtifactStore
-from dtbook.pipeline import replication
+from dtbook.pipeline import measure, replication
 from dtbook.pipeline.engine import Job, Say, Writer, failures, run_graph, table_row, table_writer
 from dtbook.pipeline.measure import CLAIMS_STAGE
-from dtbook.pipeline.replication import Recipe, folder_of
+from dtbook.pipeline.replication import POST_RECIPE, Recipe, folder_of
 from dtbook.trajectories.episodes import CLASS_NAMES, Trajectories
 
 LEAST_SHARE = 0.02
 """Of the episodes of a history, what each class of returns must have for its seed to decide."""
 DECIDING, ALL = 10, 30
 """Replications that decide the claims, and those that say how often a whole circuit comes back (M4)."""
+HISTORIES = f"{POST_RECIPE}/histories.parquet"
+"""The seeds that were tried, with the shares of each class of returns in their histories."""
 
 
 def _histories(job: Job) -> list[Writer]:
@@ -59,7 +61,7 @@ def histories(
     rows: list[dict[str, Any]] = []
     while sum(row["decides"] for row in rows) < wanted:
         seeds = range(len(rows), len(rows) + workers)
-        _run([replication.replication(store, seed, recipe)[0] for seed in seeds], workers, scheduler, say)
+        run_jobs([replication.replication(store, seed, recipe)[0] for seed in seeds], workers, scheduler, say)
         rows += [shares(store, seed, recipe) for seed in seeds]
     last = [row["seed"] for row in rows if row["decides"]][wanted - 1]
     tried = tuple(range(int(last) + 1))
@@ -67,21 +69,13 @@ def histories(
     return pd.DataFrame(rows[: len(tried)])
 
 
-@checked
-def replicate_deciding(
-    store: ArtifactStore,
-    recipe: Recipe,
-    wanted: Count = ALL,
-    workers: Count = 1,
-    scheduler: str | None = None,
-    say: Say = lambda line: None,
-) -> None:
-    """Make so many replications whose histories hold every class, and decide the claims for each.
+def seeds_that_decide(store: ArtifactStore, wanted: int = DECIDING) -> list[int]:
+    """Return the seeds of the post's recipe that decide, the first so many of a store's `histories.parquet`.
 
-    Goes on where an interrupted call stopped. Raises ArtifactError naming what failed.
+    Raises ArtifactError where the store has none.
     """
-    tried = histories(store, recipe, wanted, workers, scheduler, say)
-    _run(jobs(store, tried["seed"][tried["decides"]].tolist(), recipe), workers, scheduler, say)
+    tried = pd.read_parquet(store.path(HISTORIES))
+    return tried["seed"][tried["decides"]].tolist()[:wanted]
 
 
 def jobs(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe) -> list[Job]:
@@ -91,6 +85,25 @@ def jobs(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe) -> list[Job
     return [job for seed in seeds for job in replication.replication(store, seed, recipe)] + claims
 
 
-def _run(jobs: Sequence[Job], workers: int, scheduler: str | None, say: Say) -> None:
+def plan(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe) -> list[Job]:
+    """Return the jobs of a recipe's replications and of its controls, which learn from the first of them."""
+    controls = [*replication.controls(store, seeds[0], recipe), measure.control_claims(store, recipe)]
+    return jobs(store, seeds, recipe) + controls
+
+
+def scorecard_job(store: ArtifactStore) -> Job:
+    """Return the job of the scorecard over the replications that decide."""
+    return Job(measure.MEASURE_ROWS["scorecard"], store, seeds=tuple(seeds_that_decide(store)))
+
+
+def is_shipped(name: str, deciding: Sequence[int]) -> bool:
+    """Return whether `data/` holds an artifact of the post's recipe: models of those that decide, tables of all."""
+    folder, _, file = name.rpartition("/")
+    seed = folder.rpartition("seed_")[2]
+    return replication.is_shipped(name) and (file != "model" or not seed.isdigit() or int(seed) in deciding)
+
+
+def run_jobs(jobs: Sequence[Job], workers: int, scheduler: str | None, say: Say) -> None:
+    """Run jobs, in the order in which one needs the other. Raises ArtifactError naming those that failed."""
     if failed := failures(run_graph(jobs, workers, scheduler, say)):
         raise ArtifactError(f"{', '.join(failed)} failed; the same command goes on where they stopped")

@@ -25,12 +25,15 @@ from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import replication
 from dtbook.pipeline.engine import Job, Stage, Writer, table_row, table_writer
 from dtbook.pipeline.replication import (
+    BOOK_RECIPE,
+    BOOK_SEEDS,
     CONTROLS,
+    POST_RECIPE,
     Recipe,
     calibrate,
     calibration_of,
+    controls_of,
     folder_of,
-    name_of,
     with_heads_in_order,
 )
 from dtbook.protocol import HIGH, RTGS, TIMESTEPS
@@ -40,6 +43,7 @@ from dtbook.trajectories.episodes import Trajectories
 UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
 """Control models without training, by the seed of their weights."""
 POST_CLAIMS, CONTROL_CLAIMS = "post/claims.parquet", "controls/claims.parquet"
+BOOK_CLAIMS = tuple(f"{BOOK_RECIPE}/seed_{seed}/claims.parquet" for seed in BOOK_SEEDS)
 EXPERIMENT_CLAIMS = "experiments/claims.parquet"
 SCORECARD = ("scorecard.parquet", "scorecard.csv")
 OWN_FOLDER = "own"
@@ -122,7 +126,9 @@ def _control_claims(job: Job) -> list[Writer]:
     models = [
         (name, seed, DecisionTransformer(recipe.model, seed).eval()) for name, seed in UNTRAINED.items()
     ]
-    models += [(name, seed, Subject.find(name, job.origin).model) for seed, name in enumerate(CONTROLS)]
+    models += [
+        (name, seed, Subject.find(name, job.origin).model) for seed, name in enumerate(job.stage.needs)
+    ]
     for name, seed, model in models:
         ordered, _ = with_heads_in_order(model, recipe.task)
         curves = calibrate(ordered, calibration_of(recipe), seed)
@@ -134,16 +140,22 @@ def _control_claims(job: Job) -> list[Writer]:
 
 def _scorecard(job: Job) -> list[Writer]:
     experiments = job.table(EXPERIMENT_CLAIMS) if job.has(EXPERIMENT_CLAIMS) else None
-    ours = findings(job.origin, job.seeds)
-    card = scorecard(ours, job.table(POST_CLAIMS), job.table(CONTROL_CLAIMS), experiments)
+    has_book = all(map(job.has, BOOK_CLAIMS))
+    robustness = findings(job.origin, BOOK_SEEDS, BOOK_RECIPE) if has_book else None
+    ours, controls = (
+        findings(job.origin, job.seeds, POST_RECIPE),
+        job.table(f"{POST_RECIPE}/{CONTROL_CLAIMS}"),
+    )
+    card = scorecard(ours, job.table(POST_CLAIMS), controls, experiments, robustness)
     return [table_writer(card), lambda path: card.to_csv(path, index=False)]
 
 
-def findings(store: ArtifactStore, seeds: Sequence[int]) -> pd.DataFrame:
-    """Return what each replication says to each claim: `model`, `seed`, `claim`, `effect`, `passed`."""
+def findings(store: ArtifactStore, seeds: Sequence[int], recipe: str = "") -> pd.DataFrame:
+    """Return the findings of replications in a recipe's folder: `model`, `seed`, `claim`, `effect`, `passed`."""
+    models = {"/".join(filter(None, [recipe, f"seed_{seed}"])): seed for seed in seeds}
     tables = [
-        pd.read_parquet(store.path(name_of(seed, "claims.parquet"))).assign(model=f"seed_{seed}", seed=seed)
-        for seed in seeds
+        pd.read_parquet(store.path(f"{model}/claims.parquet")).assign(model=model, seed=seed)
+        for model, seed in models.items()
     ]
     return pd.concat(tables, ignore_index=True)
 
@@ -224,8 +236,8 @@ MEASURE_STAGES = (
         "scorecard",
         _scorecard,
         " ".join(SCORECARD),
-        f"seed_{{seed}}/claims.parquet {POST_CLAIMS} {CONTROL_CLAIMS}",
-        EXPERIMENT_CLAIMS,
+        f"{POST_RECIPE}/seed_{{seed}}/claims.parquet {POST_CLAIMS} {POST_RECIPE}/{CONTROL_CLAIMS}",
+        " ".join([EXPERIMENT_CLAIMS, *BOOK_CLAIMS]),
         recipe="",
     ),
     table_row("own model", _own_model, f"{OWN_FOLDER}/model"),
@@ -245,12 +257,12 @@ def measured(
 ) -> list[Job]:
     """Return the jobs that measure these replications, the longest ones first.
 
-    With the reference, seed 0, come the controls, what chapters 5 to 8 show of it and, where there are any, of the
-    post's weights, and the scorecard over all of `seeds`.
+    With the reference, seed 0, come the controls, and what chapters 5 to 8 show of it and, where there are any, of the
+    post's weights.
     """
     jobs, looked_at = [], [folder_of(0), *(["post"] if post else [])]
     if 0 in seeds:
-        jobs = [Job(MEASURE_ROWS["control claims"], store, recipe=recipe)]
+        jobs = [control_claims(store, recipe)]
         jobs += [Job(stage, store, of, recipe) for stage in BEHAVIOUR for of in looked_at]
     if everything:
         jobs += causal_jobs(store, seeds, recipe, post)
@@ -259,7 +271,15 @@ def measured(
         jobs += of_subject(store, "post", recipe, (calibration, CLAIMS_STAGE))
     for seed in seeds:
         jobs += of_subject(store, folder_of(seed), recipe, (CLAIMS_STAGE,), (seed,))
-    return jobs + ([Job(MEASURE_ROWS["scorecard"], store, seeds=tuple(seeds))] if 0 in seeds else [])
+    return jobs
+
+
+def control_claims(store: ArtifactStore, recipe: Recipe) -> Job:
+    """Return the job that decides the claims for a recipe's controls."""
+    names = controls_of(recipe)
+    made = "/".join(filter(None, [recipe.folder, CONTROL_CLAIMS]))
+    stage = replace(MEASURE_ROWS["control claims"], makes=(made,), needs=tuple(names))
+    return Job(stage, store, recipe=recipe, label=f"{recipe.folder} control claims".strip())
 
 
 def causal_jobs(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe, post: bool = True) -> list[Job]:

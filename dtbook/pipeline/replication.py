@@ -33,6 +33,10 @@ NOT_SHIPPED = ("checkpoints.safetensors", "trained")
 """What `data/` holds of no replication: PPO's checkpoints are too large for git, the model's heads are in no order."""
 REFERENCE_ONLY = ("history.npz", "trajectories.npz", "snapshots.safetensors")
 """What it holds of seed 0 alone."""
+POST_RECIPE, BOOK_RECIPE = "recipe_post", "recipe_book"
+"""The folders of what is made by the post's recipe, and by the book's. What lies in neither is the first edition's."""
+BOOK_SEEDS = tuple(range(10, 20))
+"""The replications that decide by the book's recipe; seeds 0 to 9 served to find it."""
 CONTROLS = tuple(f"controls/shuffled_{seed}" for seed in range(3))
 """Models trained on the reference's data set with its actions shuffled, which say nothing about what to do."""
 LONG_CONTEXT = "long_context/model"
@@ -94,7 +98,7 @@ class Recipe(Checked):
     def post(cls) -> "Recipe":
         """Return the post's recipe, nothing tuned: the original's PPO and its history, start, drawing and optimiser."""
         return cls(
-            "recipe_post",
+            POST_RECIPE,
             ppo=PPOConfig.post(),
             envs=30,
             episodes="history",
@@ -102,6 +106,20 @@ class Recipe(Checked):
             train=TrainConfig.post(),
             snapshots=LOGARITHMIC,
         )
+
+    @property
+    def data(self) -> str:
+        """Return the file that a transformer learns from."""
+        return "history.npz" if self.episodes == "history" else "trajectories.npz"
+
+    @classmethod
+    def book(cls) -> "Recipe":
+        """Return the book's recipe: the post's start and optimiser on episodes of every class in equal number.
+
+        Each difference from the post's was demanded by a bar of behaviour (`sweeps/book_recipe.yml`, chapter 12).
+        """
+        train = replace(TrainConfig.post(), weight_decay=1e-4)
+        return cls(BOOK_RECIPE, model=DTConfig.post(), train=train, snapshots=LOGARITHMIC)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +161,8 @@ def seeds_with(store: ArtifactStore, file: str) -> list[int]:
 def is_shipped(name: str) -> bool:
     """Return whether an artifact is one that `data/` holds."""
     folder, _, file = name.rpartition("/")
+    if folder.startswith("recipe_"):
+        return file not in (*NOT_SHIPPED, *REFERENCE_ONLY, "training.parquet")
     return file not in NOT_SHIPPED and (folder == folder_of(0) or file not in REFERENCE_ONLY)
 
 
@@ -222,8 +242,8 @@ def _calibration(job: Job) -> list[Writer]:
 
 
 def _control(job: Job) -> list[Writer]:
-    """Train on the data set of seed 0, its actions permuted over all steps."""
-    data = Trajectories.load(job.path("seed_0/trajectories.npz"))
+    """Train on the reference's data set, its actions permuted over all steps."""
+    data = Trajectories.load(job.path(*job.stage.needs))
     shuffled = replace(data, actions=np.random.default_rng(job.seed).permutation(data.actions))
     config = replace(job.recipe.train, evaluation_episodes=0)
     result = training.train(shuffled, job.recipe.model, config, job.seed, job.resume, job.progress)
@@ -296,7 +316,7 @@ def replication(store: ArtifactStore, seed: Whole, recipe: Recipe, progress: boo
     """Return the jobs of one replication, in order."""
     rows = [REPLICATION_ROWS[name] for name in REPLICATION]
     if recipe.episodes == "history":
-        training = replace(REPLICATION_ROWS["training"], needs=("{of}/history.npz",))
+        training = replace(REPLICATION_ROWS["training"], needs=(f"{{of}}/{recipe.data}",))
         rows = [training if row.name == "training" else row for row in rows if row.name != "collection"]
     of = folder_of(seed, recipe)
     return [Job(row, store, of, recipe, (seed,), progress=progress) for row in rows]
@@ -304,10 +324,20 @@ def replication(store: ArtifactStore, seed: Whole, recipe: Recipe, progress: boo
 
 def around(store: ArtifactStore, recipe: Recipe) -> list[Job]:
     """Return the jobs that start from the data set of seed 0: the controls and the model of nine timesteps."""
-    controls = [
-        Job(REPLICATION_ROWS["controls"], store, of, recipe, (seed,)) for seed, of in enumerate(CONTROLS)
-    ]
-    return [*controls, Job(REPLICATION_ROWS["long context"], store, recipe=recipe.long_context)]
+    long_context = Job(REPLICATION_ROWS["long context"], store, recipe=recipe.long_context)
+    return [*controls(store, 0, recipe), long_context]
+
+
+def controls(store: ArtifactStore, reference: int, recipe: Recipe) -> list[Job]:
+    """Return the jobs of the controls, which learn from a replication's data set with its actions shuffled."""
+    stage = replace(REPLICATION_ROWS["controls"], needs=(f"{folder_of(reference, recipe)}/{recipe.data}",))
+    names = controls_of(recipe)
+    return [Job(stage, store, of, recipe, (seed,)) for seed, of in enumerate(names)]
+
+
+def controls_of(recipe: Recipe) -> list[str]:
+    """Return the names of a recipe's controls in a store."""
+    return ["/".join(filter(None, [recipe.folder, name])) for name in CONTROLS]
 
 
 @checked

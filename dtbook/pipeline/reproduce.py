@@ -1,17 +1,26 @@
 """All of `data/` from nothing: one graph of jobs, in the order in which one thing needs the other."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dtbook.artifacts.parameters import Count, checked
-from dtbook.artifacts.store import ArtifactError, ArtifactStore
+from dtbook.artifacts.store import ArtifactStore
 from dtbook.model.files import read_post_checkpoint
-from dtbook.pipeline import experiments, measure, replication
-from dtbook.pipeline.engine import Job, Say, failures, run_graph
-from dtbook.pipeline.replication import Recipe, is_shipped
+from dtbook.pipeline import deciding, experiments, measure, replication
+from dtbook.pipeline.engine import Job, Say
+from dtbook.pipeline.replication import BOOK_SEEDS, POST_RECIPE, Recipe, is_shipped
 
-STAGES = (*replication.REPLICATION_STAGES, *measure.MEASURE_STAGES, *experiments.EXPERIMENT_STAGES)
+STAGES = (
+    *replication.REPLICATION_STAGES,
+    deciding.HISTORIES_STAGE,
+    *measure.MEASURE_STAGES,
+    *experiments.EXPERIMENT_STAGES,
+)
 """The table of stages: what makes each file of `data/`."""
+
+
+RECIPES = {"first": Recipe, "book": Recipe.book, "post": Recipe.post}
+"""Recipes by name: that of the first edition, of which chapters 2 to 9 tell, the book's, and the post's."""
 
 
 def plan(
@@ -19,9 +28,12 @@ def plan(
 ) -> list[Job]:
     """Return the jobs that make what `data/` holds of these replications, in another store.
 
-    Seed 0 is the reference: with it come the controls, the model of nine timesteps and, if there are any, the post's
+    By the post's recipe or the book's these are the replications, their claims and the controls. Of the first edition,
+    seed 0 is the reference: with it come the controls, the model of nine timesteps and, if there are any, the post's
     weights. With `everything` also the sweeps and traces of chapters 11 and 12 and the causes of chapters 9 and 15.
     """
+    if recipe.folder:
+        return deciding.plan(made, seeds, recipe)
     jobs = [job for seed in seeds for job in replication.replication(made, seed, recipe)]
     if 0 in seeds:
         jobs += replication.around(made, recipe)
@@ -38,7 +50,7 @@ def plan(
 def reproduce_data(
     made: ArtifactStore,
     shipped: ArtifactStore,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | None = None,
     workers: Count = 1,
     scheduler: str | None = None,
     everything: bool = False,
@@ -47,24 +59,68 @@ def reproduce_data(
 ) -> list[str]:
     """Run the plan, where what is there and current is not made again; return the names of what is to be compared.
 
-    Without `everything`, what the sweeps said of claims is taken from `shipped`; so is what was measured of the post's
-    weights where they cannot be had. `say` hears of each job as it ends, in a line. Raises ArtifactError naming those
-    that failed.
+    Without `seeds` those that decide by the recipe. Of the post's these are the first whose histories hold every class
+    of returns, ten, or thirty with `everything`. What is needed and not made, such as what was measured of the post's
+    weights where they cannot be had, is taken from `shipped`. `say` hears of each job as it ends, in a line. Raises
+    ArtifactError naming those that failed.
     """
-    post = 0 in seeds and has_post()
-    entries = shipped.entries()
-    taken = [] if post else [name for name in entries if name.startswith("post/")]
-    taken += [] if everything else [measure.EXPERIMENT_CLAIMS]
-    for name in taken:
-        if 0 in seeds and entries.get(name) not in (None, made.entries().get(name)):
-            made.take(name, shipped)
-    jobs = plan(made, seeds, recipe or Recipe(), everything, post)
-    if failed := failures(run_graph(jobs, workers, scheduler, say)):
-        raise ArtifactError(f"{', '.join(failed)} failed; the same command goes on where they stopped")
+    recipe = recipe or Recipe()
+    if seeds is None:
+        seeds = _seeds_of(made, recipe, everything, workers, scheduler, say)
+    post = not recipe.folder and 0 in seeds and has_post()
+    if not recipe.folder and 0 in seeds:
+        known = [name for name in shipped.entries() if name.startswith("post/")]
+        _take([*([] if post else known), *([] if everything else [measure.EXPERIMENT_CLAIMS])], made, shipped)
+    jobs = plan(made, seeds, recipe, everything, post)
+    deciding.run_jobs(jobs, workers, scheduler, say)
+    if recipe.folder:
+        over_all = _over_all(made, shipped)
+        deciding.run_jobs(over_all, workers, scheduler, say)
+        jobs += over_all
     names = [name for job in jobs if job.store is made for name in job.makes if is_shipped(name)]
-    if everything:
-        names += [name for name in entries if name not in names and _is_of(name, seeds)]
-    return [name for name in names if name not in taken]
+    if recipe.folder == POST_RECIPE and deciding.HISTORIES in made.entries():
+        chosen = deciding.seeds_that_decide(made)
+        names = [name for name in (deciding.HISTORIES, *names) if deciding.is_shipped(name, chosen)]
+    if everything and not recipe.folder:
+        entries = [name for name in shipped.entries() if name not in names and _is_of(name, seeds)]
+        names += [name for name in entries if post or not name.startswith("post/")]
+    return names
+
+
+def _seeds_of(
+    made: ArtifactStore, recipe: Recipe, everything: bool, workers: int, scheduler: str | None, say: Say
+) -> list[int]:
+    if recipe.folder != POST_RECIPE:
+        return list(BOOK_SEEDS if recipe.folder else range(10))
+    wanted = deciding.ALL if everything else deciding.DECIDING
+    tried = deciding.histories(made, recipe, wanted, workers, scheduler, say)
+    return tried["seed"][tried["decides"]].tolist()
+
+
+def _take(names: Iterable[str], made: ArtifactStore, shipped: ArtifactStore) -> None:
+    entries = shipped.entries()
+    for name in names:
+        if entries.get(name) not in (None, made.entries().get(name)):
+            made.take(name, shipped)
+
+
+def _over_all(made: ArtifactStore, shipped: ArtifactStore) -> list[Job]:
+    """Return the jobs of what is over all replications: the scorecard, where all that it needs is there."""
+    _take({deciding.HISTORIES} - made.entries().keys(), made, shipped)
+    if deciding.HISTORIES not in made.entries():
+        return []
+    card = deciding.scorecard_job(made)
+    _take(
+        {*card.names(card.stage.needs), *card.names(card.stage.uses)} - made.entries().keys(), made, shipped
+    )
+    return [card] if set(card.names(card.stage.needs)) <= made.entries().keys() else []
+
+
+def over_other_seeds(names: Iterable[str], made: ArtifactStore, shipped: ArtifactStore) -> set[str]:
+    """Return those of the tables over all replications that two stores have over different ones."""
+    ours, theirs = made.entries(), shipped.entries()
+    both = {*measure.SCORECARD, replication.TABLE} & {*names} & ours.keys() & theirs.keys()
+    return {name for name in both if ours[name]["seeds"] != theirs[name]["seeds"]}
 
 
 def has_post() -> bool:
