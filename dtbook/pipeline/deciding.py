@@ -27,7 +27,7 @@ def _histories(job: Job) -> list[Writer]:
 
 
 HISTORIES_STAGE = table_row(
-    "histories", _histories, "{of}/histories.parquet", "{of}/seed_{seed}/history.npz", recipe=""
+    "histories", _histories, HISTORIES, f"{POST_RECIPE}/seed_{{seed}}/history.npz", recipe=""
 )
 
 

@@ -1,7 +1,7 @@
 """What makes what: the stage and the command behind each artifact of `data/`, and the chapters that start from it."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,21 @@ def _subjects(name: str, entries: Mapping[str, Any]) -> str:
         return ", ".join(filter(re.compile(r"controls/\w+").fullmatch, entries))
     if "{of}" not in name:
         return "" if name in entries else ABSENT
-    found = [re.fullmatch(name.replace("{of}", r"(seed_\d+|post)"), entry) for entry in entries]
-    subjects = [match[1] for match in found if match]
-    seeds = sorted((each for each in subjects if each != "post"), key=lambda seed: int(seed[5:]))
-    seeds = [f"{seeds[0]} … {seeds[-1]}"] if len(seeds) > 2 else seeds
-    return ", ".join([*seeds, *(["post"] if "post" in subjects else [])]) or ABSENT
+    found = [
+        re.fullmatch(name.replace("{of}", r"((?:recipe_\w+/)?seed_\d+|post)"), entry) for entry in entries
+    ]
+    subjects = pd.Series([match[1] for match in found if match], dtype=str)
+    recipes = subjects[subjects != "post"].groupby(lambda row: subjects[row].rpartition("seed_")[0])
+    ranges = [
+        _range(str(recipe), [int(each.rpartition("_")[2]) for each in some]) for recipe, some in recipes
+    ]
+    return ", ".join([*ranges, *subjects[subjects == "post"]]) or ABSENT
+
+
+def _range(recipe: str, seeds: Sequence[int]) -> str:
+    """Return in short which replications these are: "seed_0 … seed_9"."""
+    names = [f"{recipe}seed_{seed}" for seed in sorted(seeds)]
+    return f"{names[0]} … {names[-1]}" if len(names) > 2 else ", ".join(names)
 
 
 def _used(notebooks: Path) -> Iterator[tuple[str, set[str]]]:
