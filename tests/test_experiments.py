@@ -131,9 +131,10 @@ def test_the_front_cell_s_path_begins_and_ends_at_what_the_model_says_of_obstacl
         )
 
 
-def encodings(without, mended, alone):
+def encodings(without, mended, alone, data="history.npz", balanced=False):
+    how = {"data": f"seed_0/{data}", "balance_classes": balanced, "seed": 0}
     rows = [
-        {"encoding": encoding, "last_step_share": share, "seed": 0, "greedy succeeded 0.9": value}
+        how | {"encoding": encoding, "last_step_share": share, "greedy succeeded 0.9": value}
         for encoding, share, value in (
             ("index", 0.0, without),
             ("index", 0.2, mended),
@@ -143,9 +144,14 @@ def encodings(without, mended, alone):
     return pd.DataFrame(rows)
 
 
-def sizes(ours, best):
-    ours = experiments.SHAPE | {"greedy 0.9": 0.9, "sampled 0.9": ours}
-    return pd.DataFrame([ours, ours | {"n_layers": 2, "sampled 0.9": best}])
+def sizes(ours, best, seeds=3):
+    """Of each of two shapes some models, whose mean is what is given."""
+    rows = [
+        experiments.SHAPE | {"n_layers": layers, "greedy 0.9": 0.9, "sampled 0.9": mean + off}
+        for layers, mean in ((1, ours), (2, best))
+        for off in np.linspace(-0.05, 0.05, seeds) * (seeds > 1)
+    ]
+    return pd.DataFrame(rows)
 
 
 def traced(scores, returns):
@@ -175,6 +181,21 @@ def test_claims_are_decided_by_their_rules(claim, arguments, effect, passed):
     row = experiments.decide_on_training(*arguments).set_index("claim").loc[claim]
     assert row["effect"] == pytest.approx(effect)
     assert row["passed"] == passed
+
+
+@pytest.mark.parametrize(
+    ("claims", "tables"),
+    [
+        (["C25", "C26"], (encodings(0.4, 0.95, 0.9, data="trajectories.npz"), None)),
+        (["C25", "C26"], (encodings(0.4, 0.95, 0.9, balanced=True), None)),
+        (["C25", "C26"], (encodings(0.4, 0.95, 0.9).drop(columns="data"), None)),
+        (["C27"], (None, sizes(0.86, 0.9, seeds=2))),
+    ],
+)
+def test_what_is_not_the_claims_experiment_does_not_decide_it(claims, tables):
+    table = experiments.decide_on_training(*tables, {})
+    assert table["claim"].tolist() == claims
+    assert table["passed"].isna().all()
 
 
 def test_without_the_sweep_of_sizes_its_claim_is_left_out():

@@ -152,9 +152,10 @@ def parse_seeds(text: str) -> list[int]:
     return list(seeds)
 
 
-def seeds_with(store: ArtifactStore, file: str) -> list[int]:
-    """Return the replications of which a store has an artifact of that file name."""
-    matches = (re.fullmatch(rf"seed_(\d+)/{re.escape(file)}", name) for name in store.entries())
+def seeds_with(store: ArtifactStore, file: str, recipe: str = "") -> list[int]:
+    """Return the replications, in a recipe's folder, of which a store has an artifact of that file name."""
+    folder = f"{recipe}/" if recipe else ""
+    matches = (re.fullmatch(rf"{folder}seed_(\d+)/{re.escape(file)}", name) for name in store.entries())
     return sorted(int(match[1]) for match in matches if match)
 
 
