@@ -231,7 +231,7 @@ def _turns_one_way(e: Evidence) -> Finding:
     "M4",
     statement="The post's whole obstacle circuit comes back in one model.",
     effect=f"how many of {', '.join(WHOLE_CIRCUIT)} hold in it",
-    bar=Bar(">=", len(WHOLE_CIRCUIT)),
+    bar=Bar(">=", float(len(WHOLE_CIRCUIT))),
     needs_head=True,
 )
 def _whole_circuit(e: Evidence) -> float:
