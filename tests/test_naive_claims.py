@@ -188,7 +188,7 @@ ASKED = np.arange(-10, 11) / 10
 
 def plateaus(low, high, edge, wobble=0.0):
     """A greedy curve of three plateaus, the middle one at 0 up to an RTG of ±edge; each value is off by ±wobble."""
-    means = np.where(ASKED < -edge, low, np.where(ASKED > edge, high, 0)) + wobble * (-1) ** np.arange(21)
+    means = np.where(-edge > ASKED, low, np.where(edge < ASKED, high, 0)) + wobble * (-1) ** np.arange(21)
     return [("greedy", rtg, "mean", mean) for rtg, mean in zip(ASKED.tolist(), means.tolist(), strict=True)]
 
 
