@@ -36,10 +36,11 @@ def store(tmp_path):
     store = ArtifactStore(tmp_path)
     for seed in range(10):
         rows = [{"claim": id, "effect": 1.0 + seed / 10, "passed": float(seed < 9)} for id in RULES]
-        put(store, f"seed_{seed}/claims.parquet", pd.DataFrame(rows))
+        put(store, f"recipe_post/seed_{seed}/claims.parquet", pd.DataFrame(rows))
     rows = pd.DataFrame({"claim": list(RULES), "effect": 0.5, "passed": 1.0})
     put(store, measure.POST_CLAIMS, rows)
-    put(store, measure.CONTROL_CLAIMS, rows.assign(passed=0.0, model="untrained_0"))
+    controls = rows.assign(passed=(rows["claim"] == "C15").astype(float), model="untrained_0")
+    put(store, f"recipe_post/{measure.CONTROL_CLAIMS}", controls)
     return store
 
 
@@ -53,12 +54,24 @@ def test_scorecard_is_put_together_and_kept(store):
     assert list(card.index) == list(CLAIMS)
     assert card.loc["C14", ["passed", "n", "verdict", "posts_weights"]].tolist() == [9, 10, "replicated", 0.5]
     assert card.loc["C14", "effect"] == pytest.approx(1.45)
+    assert card.loc["C15", "verdict"] == "uninformative"
+    assert (card["book_verdict"] == "undecided").all()
     assert len(pd.read_csv(store.path("scorecard.csv"))) == len(CLAIMS)
     made = store.path("scorecard.parquet").stat().st_mtime_ns
     assert scorecard_of(store, 10).ensure() is None
     assert store.path("scorecard.parquet").stat().st_mtime_ns == made
     scorecard_of(store, 9).ensure()  # other replications, another card
     assert pd.read_parquet(store.root / "scorecard.parquet")["n"].max() == 9
+
+
+def test_the_books_recipe_stands_beside_the_posts_once_it_is_all_there(store):
+    rows = pd.DataFrame({"claim": list(RULES), "effect": 2.0, "passed": 0.0})
+    for name in measure.BOOK_CLAIMS:
+        put(store, name, rows)
+    scorecard_of(store, 10).ensure()
+    card = pd.read_parquet(store.path("scorecard.parquet")).set_index("claim")
+    found = card.loc["C14", ["verdict", "book_verdict", "book_passed", "book_n", "book_effect"]]
+    assert found.tolist() == ["replicated", "not replicated", 0, 10, 2.0]
 
 
 def test_experiments_decide_the_claims_about_training(store):
@@ -73,8 +86,9 @@ def test_experiments_decide_the_claims_about_training(store):
 
 
 def test_findings_name_their_replication(store):
-    table = measure.findings(store, [3, 7])
-    assert table.groupby("model")["seed"].unique().map(list).to_dict() == {"seed_3": [3], "seed_7": [7]}
+    table = measure.findings(store, [3, 7], "recipe_post")
+    expected = {"recipe_post/seed_3": [3], "recipe_post/seed_7": [7]}
+    assert table.groupby("model")["seed"].unique().map(list).to_dict() == expected
 
 
 TINY = DTConfig(d_model=8, d_head=4, d_mlp=8, max_steps=10)
