@@ -74,3 +74,34 @@ def plant_look(model, head, strength):
     attn.W_Q[head, SEEN, 0], attn.b_Q[head, 0], attn.W_K[head, AT_RTG, 0] = 4, -14, 1
     attn.W_V[head, AT_RTG, 0], attn.W_O[head, 0, FORWARD] = 1, -strength
     return model
+
+
+def plant_gate(model, head, strength, when_blocked):
+    """A head that looks at the RTG token when the way is blocked, or only when it is not, and copies it.
+
+    It writes strength times the return asked for on FORWARD.
+    """
+    attn, sign = model.blocks[0].attn, 1 if when_blocked else -1
+    model.W_E_rtg[AT_RTG], model.W_pos[0, AT_RTG] = 1, 1
+    attn.W_Q[head, SEEN, 0], attn.b_Q[head, 0], attn.W_K[head, AT_RTG, 0] = 4 * sign, -14 * sign, 1
+    attn.W_V[head, AT_RTG, 0], attn.W_O[head, 0, FORWARD] = 1, strength
+    return model
+
+
+def plant_conjunction(model, head, alone, both):
+    """A neuron that frees the way only where neither the state embedding nor the head says that an object is there.
+
+    Emptying the cell for the head alone gives 5 × alone logits; for the head and the MLP, as much and both.
+    """
+    plant_head(model, head, 1.0, to=TOLD)
+    model.blocks[0].attn.W_O[head, 0, FORWARD] = -alone
+    mlp = model.blocks[0].mlp
+    mlp.W_in[SEEN, 0], mlp.W_in[TOLD, 0], mlp.b_in[0] = -1, 1, 3
+    mlp.W_out[0, FORWARD] = both
+    return model
+
+
+def turning(model, rightwards):
+    """The model with a bias of logits towards right."""
+    model.b_U[1] = rightwards
+    return model

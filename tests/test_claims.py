@@ -15,8 +15,17 @@ from dtbook.analysis.attribution import contrast, decompose, forward_preference
 from dtbook.analysis.interventions import Site, ablate, patch
 from dtbook.claims import CLAIMS, RULES, decide_claims
 from dtbook.claims.behaviour_rules import explained_by_line, explained_by_plateaus
+from dtbook.claims.circuit_rules import WHOLE_CIRCUIT
 from dtbook.claims.evidence import CircuitParts, Evidence
-from dtbook.claims.rules import A_SHARE_OF_NOTHING, FIRST_EDITION, LOG_ODDS, meets, own_rules
+from dtbook.claims.rules import (
+    A_SHARE_OF_NOTHING,
+    FIRST_EDITION,
+    LOG_ODDS,
+    Finding,
+    decide_claim,
+    meets,
+    own_rules,
+)
 from dtbook.claims.scorecard import decide, scorecard
 from dtbook.gridworld import all_observations
 from dtbook.gridworld.situations import select, weights, without_front
@@ -254,6 +263,18 @@ def test_findings_are_decided_at_their_bars(model, observations):
     e.calibration = table.assign(survived=0.79, mean=table["mean"] + 0.001)
     assert not RULES["C02"](e).passed
     assert not RULES["C03"](e).passed
+
+
+@pytest.mark.parametrize("failing", [None, *WHOLE_CIRCUIT])
+def test_the_whole_circuit_is_six_claims(failing, observations, evidence, monkeypatch):
+    e = Evidence(evidence.model, observations)
+    e.head_scores = (0.0, 1.0)
+    for id in WHOLE_CIRCUIT:
+        monkeypatch.setitem(RULES, id, lambda e, passed=id != failing: Finding(1.0, passed))
+    assert decide_claim("M4", e) == ((6, 1) if failing is None else (5, 0))
+    e.start = e.model.W_E_rtg.detach()  # C20 is undecided
+    del e.has_learnt_rtg
+    assert decide_claim("M4", e) == (5 if failing in (None, "C20") else 4, 0)
 
 
 @pytest.mark.parametrize(

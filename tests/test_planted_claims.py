@@ -8,11 +8,14 @@ from planted import (
     TOLD,
     blank,
     eager,
+    plant_conjunction,
+    plant_gate,
     plant_head,
     plant_look,
     plant_mlp,
     plant_reader,
     see_apart,
+    turning,
 )
 
 from dtbook.analysis.heads import obstacle_head_scores, order_heads
@@ -30,6 +33,15 @@ MODELS = {
         plant_reader(see_apart(empty()), 1, OBSTACLE, 12.0), 0, GOAL, 12.0
     ),
     "nothing": lambda: empty(),
+    "head 1 is a brake": lambda: plant_gate(empty(), 1, -6.0, when_blocked=True),
+    "head 1 is a throttle": lambda: plant_gate(empty(), 1, 6.0, when_blocked=False),
+    "head 1 is a gate that does not shut": lambda: plant_gate(empty(), 1, -6.0, when_blocked=False),
+    "head 1 and the MLP's own view": lambda: plant_conjunction(empty(), 1, 0.8, 7.0),
+    "turns right": lambda: turning(empty(), 0.5),
+    "turns left": lambda: turning(empty(), -0.5),
+    "head 1, the MLP's own view and head 0": lambda: plant_head(
+        plant_conjunction(empty(), 1, 0.8, 7.0), 0, 0.7
+    ),
 }
 # claim: whether it holds for each of the models above, in their order; None: not planted, either way
 EXPECTED = {
@@ -41,6 +53,14 @@ EXPECTED = {
     "C13": (False, False, None, False, False, True, None),  # the roles of the heads are separate
     "C22": (True, True, False, False, False, None, False),  # the front cell through head 1's OV
     "C24": (True, True, False, True, False, True, False),  # its values carry more than its pattern
+    # the log odds, which go through 0 where the probability rises far, and those of "nothing" favour forward already
+    "C08 log odds": (False, False, False, False, False, True, False),
+    "C09 log odds": (True, True, False, True, True, True, False),
+    "C10 log odds": (False, False, True, True, False, False, False),
+    "M1": (False,) * 7 + (True, True, False, False, False, False, False),  # one gate
+    "M2": (False,) * 10
+    + (True, False, False, False),  # a conjunction; of the last the two carry three quarters
+    "M3": (False,) * 11 + (True, True, False),  # turns one way
 }
 
 

@@ -71,7 +71,7 @@ def table_1():
                 f"{thing}_{tag}_t": spread[thing, rtg],
             }
         found |= {f"{pose}_{tag}": forward(f"goal from the {pose}", rtg) for pose in ("top", "left")}
-    found["supported"] = int(shipped("claims").query("claim.str.startswith('C05')")["passed"].sum())
+    found["supported"] = int(shipped("claims").query("claim.str.fullmatch('C05[a-i]')")["passed"].sum())
     return found
 
 
@@ -183,7 +183,7 @@ def circuit():
     front, to_actions = maps["QK"][:, *FRONT], maps["OV"][:, *FRONT]
     found |= {"qk_object": front[0], "qk_colour": front[1], "qk_bias": maps["QK bias"][0]}
     found |= {"ov_object": to_actions[0][2], "ov_colour": to_actions[1][2]}
-    found |= {"ov_rtg": HIGH * maps["OV rtg"] @ f_r}
+    found |= {"ov_rtg": HIGH * maps["OV rtg"] @ f_r, "ov_token": findings("C23")["C23"][0]}
     return found | {f"ov_{thing}": np.array(code) @ to_actions[:2] @ f_r for thing, code in CELLS.items()}
 
 

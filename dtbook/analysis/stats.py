@@ -113,7 +113,7 @@ def bootstrap_interval(
     """Return the mean over replications with its bootstrap-t interval.
 
     Each resample's mean is taken in units of that resample's own standard error. Of ten values this covers 90 to 97 %
-    over six shapes, skewed ones among them, where the percentile bootstrap covers 81 to 90 % and Student's t 84 to 95 %
+    over six shapes, skewed ones among them, where the percentile bootstrap covers 81 to 92 % and Student's t 85 to 95 %
     (`benchmarks/intervals.py`). Fewer than `FEWEST_TO_RESAMPLE` values get Student's t; one value is its own interval,
     which says nothing. Missing values (NaN) are left out. Raises ValueError for no values. (Efron & Tibshirani 1993,
     section 12.5.)

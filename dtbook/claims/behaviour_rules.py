@@ -85,11 +85,19 @@ def _survives_at_zero(e: Evidence) -> float | None:
 def _is_three_plateaus(e: Evidence) -> Finding | None:
     if e.calibration is None:
         return None
-    curve = curve_of(e.calibration, "greedy")["mean"].sort_index()
-    if curve.nunique() == 1:
-        return A_SHARE_OF_NOTHING
-    plateaus, line = explained_by_plateaus(curve.to_numpy()), explained_by_line(curve)
+    plateaus, line = plateaus_and_line(curve_of(e.calibration, "greedy")["mean"])
     return Finding(plateaus - line, _FITS.meets(plateaus) and _FITS_MORE.meets(plateaus - line))
+
+
+def plateaus_and_line(curve: pd.Series) -> tuple[float, float]:
+    """Return which shares of a curve's variance three rising plateaus and a line over its index explain.
+
+    Both are NaN for a flat curve.
+    """
+    if curve.nunique() == 1:
+        return np.nan, np.nan
+    curve = curve.sort_index()
+    return explained_by_plateaus(curve.to_numpy()), explained_by_line(curve)
 
 
 def explained_by_plateaus(values: Float[np.ndarray, " n"]) -> float:
