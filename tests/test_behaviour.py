@@ -77,6 +77,25 @@ def test_correlation_is_that_of_the_states(model, observations):
     assert behaviour.correlation(table, "centred") == pytest.approx(expected, abs=1e-6)
 
 
+def test_where_it_turns_along_walls_is_the_hooked_models_mean(model, observations):
+    table = behaviour.along_walls(model, observations, rtgs=(0.9, -1.0), timesteps=(3, 17))
+    assert len(table) == 2 * 2 * 4
+    left_hand, right_hand = (
+        observations.images[:, column, 6, 0] == 2 for column in (2, 4)
+    )  # minigrid's wall
+    there = {"any": left_hand | True, "left": left_hand, "right": right_hand}
+    there["neither"] = ~left_hand & ~right_hand
+    for row in table.to_dict("records"):
+        seen = showing(observations.images, row["situation"])
+        chosen = observations[seen & there[row["wall at"]]]
+        p = np.mean([run(model, chosen, row["rtg"], t).softmax(-1).numpy() for t in (3, 17)], axis=0)
+        expected = weights(chosen) @ p
+        assert [row["left"], row["right"], row["forward"]] == pytest.approx(expected, abs=1e-6)
+        states = chosen.multiplicity.sum() / observations[seen].multiplicity.sum()
+        assert (row["share"], row["observations"]) == (pytest.approx(states), len(chosen))
+    assert behaviour.clockwise_bias(0.1, 0.3) == pytest.approx(0.5)
+
+
 def test_over_time_has_the_mean_the_extremes_and_who_has_them(model, observations):
     asked = dict(rtgs=(0.9, -1.0), timesteps=(3, 17), situations=("obstacle", "goal from the top"))
     table = behaviour.over_time(model, observations, **asked)

@@ -17,6 +17,8 @@ from dtbook.analysis.head_circuit import (
     neuron_directions,
     score_terms,
     weight_maps,
+    written_by_head,
+    written_by_heads,
 )
 from dtbook.analysis.heads import obstacle_head_scores
 from dtbook.analysis.interventions import STATE_TOKENS, Site, patch
@@ -43,6 +45,30 @@ def model():
 @pytest.fixture(scope="module")
 def observations():
     return all_observations(5, 2)[::7]
+
+
+@torch.no_grad()
+def test_what_a_head_writes_of_its_parts_is_the_hooked_heads_result(model, observations):
+    """Token by token: the parts of each, and the bias, sum to the cached v through W_O on the actions."""
+    chosen, steps = select(observations, "obstacle")[:1], (2, 9)
+    written = {head: written_by_head(model, head, RTG, steps) for head in (0, 1)}
+    values = []
+    for t in steps:
+        batch = next(iter(batches(chosen, RTG, t)))
+        _, cache = model.run_with_cache(batch.states, batch.rtgs.double(), batch.timesteps)
+        values.append(torch.einsum("phd,hdm,ma->hpa", cache["v", 0][0], model.blocks[0].attn.W_O, model.W_U))
+    expected = torch.stack(values).mean(0).numpy()
+    for head, table in written.items():
+        rtg = table.loc["RTG"].sum() + table.loc["both", "bias"]
+        np.testing.assert_allclose(rtg, expected[head, 0], atol=1e-6)
+        W_OV = model.blocks[0].attn.W_V[head] @ model.blocks[0].attn.W_O[head]
+        front = emptying(model, "obstacle") @ W_OV @ model.W_U
+        found = table.loc["state", "empty"] - table.loc["state", "obstacle"]
+        np.testing.assert_allclose(found, front.numpy(), atol=1e-6)
+    both = written_by_heads(model, RTG, steps).set_index(["head", "token", "what"])
+    assert np.array_equal(both.loc[1], written[1])
+    with pytest.raises(ValueError, match="no head L0H2"):
+        written_by_head(model, 2, RTG, steps)
 
 
 def test_score_terms_add_up_to_the_cached_attention(model, observations):

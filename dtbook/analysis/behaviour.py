@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 
 from dtbook.analysis.attribution import but_forward, check_has_action, contrast, forward_preference
 from dtbook.analysis.population import Run, per_observation
@@ -18,7 +19,7 @@ from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet
 from dtbook.gridworld.kernels import FORWARD
 from dtbook.gridworld.rules import ACTIONS
-from dtbook.gridworld.situations import FACING, SITUATIONS, select, showing, weights
+from dtbook.gridworld.situations import FACING, HANDS, SITUATIONS, at_hand, select, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import AVOIDS, RTGS, TABLE_1, TIMESTEP, TIMESTEPS
 
@@ -107,6 +108,58 @@ def correlation(turns: pd.DataFrame, of: str) -> float:
     m = turns[turns["of"] == of].drop(columns=["of", "rtg"]).mean()
     covariance = m["left·right"] - m["left"] * m["right"]
     return float(covariance / np.sqrt((m["left²"] - m["left"] ** 2) * (m["right²"] - m["right"] ** 2)))
+
+
+WALKS = ("empty", "wall")
+"""Situations in which there is nothing to be hit: the way is free, or a wall stands across it."""
+
+
+def clockwise_bias(left: Any, right: Any) -> Any:
+    """Return (P(right) − P(left)) ÷ (P(right) + P(left)), of numbers or columns: 1 is right only, −1 left only (M3)."""
+    return (right - left) / (right + left)
+
+
+def along_walls(
+    model: DecisionTransformer,
+    observations: ObservationSet,
+    rtgs: Sequence[float] = RTGS,
+    timesteps: Sequence[int] = TIMESTEPS,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Return where the agent turns by where a wall is: a row for each situation of `WALKS`, hand and RTG.
+
+    Columns: `situation`; `wall at`, the hand with a wall beside the agent, "neither", or "any" for all of the
+    situation; `rtg`; weighted means over observations and timesteps of the probabilities `left`, `right` and `forward`;
+    `share` of the situation's weight and the number of `observations`. Whoever follows walls clockwise keeps them at
+    the left hand, and turns right where the next wall stands across the way.
+    """
+    check_has_action(model.cfg.n_actions)
+    parts = []
+    for situation in WALKS:
+        seen = select(observations, situation)
+        conditions = [(float(rtg), timestep) for rtg in rtgs for timestep in timesteps]
+        acting = per_observation(model, seen, conditions, _probabilities, progress=progress)["acting"]
+        by_rtg = acting.reshape(len(rtgs), len(timesteps), len(seen), -1)
+        for rtg, values in zip(rtgs, by_rtg, strict=True):
+            table = _by_hand(seen, values.mean(0, dtype=float))
+            parts.append(table.assign(situation=situation, rtg=float(rtg)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _probabilities(run: Run) -> dict[str, torch.Tensor]:
+    return {"acting": run.probabilities()[:, : len(ACTIONS)]}
+
+
+def _by_hand(seen: ObservationSet, acting: Float[np.ndarray, "n action"]) -> pd.DataFrame:
+    at = {hand: at_hand(seen.images, hand) for hand in HANDS}
+    at = {"any": np.ones(len(seen), bool), **at, "neither": ~np.logical_or(*at.values())}
+    share, rows = weights(seen), []
+    for hand, there in at.items():
+        of = share[there].sum()
+        means = share[there] @ acting[there] / of if there.any() else np.full(len(ACTIONS), np.nan)
+        row = {"wall at": hand} | dict(zip(ACTIONS, means.tolist(), strict=True))
+        rows.append(row | {"share": of, "observations": int(there.sum())})
+    return pd.DataFrame(rows)
 
 
 def over_time(

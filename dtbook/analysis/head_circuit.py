@@ -24,7 +24,7 @@ from dtbook.analysis.stats import weighted_quantile
 from dtbook.analysis.weights import CELLS, ov_circuit, qk_circuit
 from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet
-from dtbook.gridworld.rules import FRONT
+from dtbook.gridworld.rules import ACTIONS, FRONT
 from dtbook.gridworld.situations import EMPTY_CELL, FACING, IN_FRONT, SITUATIONS, showing, weights
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.protocol import HIGH, RTGS, TIMESTEP, TIMESTEPS
@@ -131,6 +131,43 @@ def weight_maps(model: DecisionTransformer, head: Whole = 1) -> dict[str, Float[
         "b_U": model.b_U,
     }
     return {name: value.detach().numpy().astype(np.float32) for name, value in maps.items()}
+
+
+@torch.no_grad()
+@checked
+def written_by_head(
+    model: DecisionTransformer, head: Whole, rtg: float = HIGH, timesteps: Sequence[int] = TIMESTEPS
+) -> pd.DataFrame:
+    """Return what a head writes on each action's logit of single things, at full attention to their token.
+
+    Index: `token` and `what`. Of "state": what the front cell holds (`CELLS`), "time", "position". Of "RTG": all that
+    the token is the sum of, its "embedding" times `rtg`, "time" and "position"; the post speaks of the first alone.
+    Of "both": "bias", b_V. Time is the mean over the timesteps. Columns: `ACTIONS` (logits). Raises ValueError for a
+    head that does not exist.
+    """
+    views = torch.zeros(len(CELLS), model.cfg.view_size, model.cfg.view_size, 3, dtype=torch.uint8)
+    views[:, *FRONT] = torch.tensor([*CELLS.values()], dtype=torch.uint8)
+    time = model.W_E_time[list(timesteps)].mean(0)
+    of = {("state", name): row for name, row in zip(CELLS, model.embed_states(views), strict=True)}
+    of |= {("state", "time"): time, ("state", "position"): model.W_pos[1]}
+    of |= {
+        ("RTG", "embedding"): rtg * model.W_E_rtg,
+        ("RTG", "time"): time,
+        ("RTG", "position"): model.W_pos[0],
+    }
+    weight, bias = ov_circuit(model, 0, head, torch.stack([*of.values()]))
+    table = pd.DataFrame(
+        torch.cat([weight, bias[None]])[:, : len(ACTIONS)].double().numpy(), columns=list(ACTIONS)
+    )
+    return table.set_index(pd.MultiIndex.from_tuples([*of, ("both", "bias")], names=["token", "what"]))
+
+
+def written_by_heads(
+    model: DecisionTransformer, rtg: float = HIGH, timesteps: Sequence[int] = TIMESTEPS
+) -> pd.DataFrame:
+    """Return `written_by_head` of every head: columns `head`, `token`, `what` and the actions' logits."""
+    tables = {head: written_by_head(model, head, rtg, timesteps) for head in range(model.cfg.n_heads)}
+    return pd.concat(tables, names=["head"]).reset_index()
 
 
 def score_terms(run: Run) -> Float[Tensor, "term head n"]:

@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 
+from dtbook.analysis.behaviour import clockwise_bias
 from dtbook.analysis.weights import CELLS
 from dtbook.claims.evidence import Evidence
 from dtbook.claims.rules import FIRST_EDITION, Effect, Finding, beside, claim, decide_claim
@@ -161,13 +162,13 @@ _circuit(
     effect=f"RTG token (embedding at {HIGH}, time, position) through head 1's OV on F−R (logits at full attention)",
     bar=Bar(">", 0.0),
     needs_learnt=True,
-)(lambda e: e.rtg_token_through_head())
+)(lambda e: sum(e.rtg_through_head.values()))
 beside(
     "C23",
     FIRST_EDITION,
     effect=f"{HIGH} · RTG embedding through head 1's OV on F−R (logits at full attention)",
     bar=Bar(">", 0.0),
-)(lambda e: e.rtg_through_head())
+)(lambda e: e.rtg_through_head["embedding"])
 
 
 @_circuit(
@@ -195,7 +196,7 @@ _added(
     bar=Bar(">", 0.0),
     rule="the two have the same sign",
     needs_head=True,
-)(lambda e: (e.attention("empty") - e.attention("obstacle")) * e.rtg_through_head())
+)(lambda e: (e.attention("empty") - e.attention("obstacle")) * e.rtg_through_head["embedding"])
 
 
 @_added(
@@ -222,8 +223,7 @@ def _is_a_conjunction(e: Evidence) -> Finding:
     same_sign=True,
 )
 def _turns_one_way(e: Evidence) -> Finding:
-    left, right = e.turns_when_free
-    bias = (right - left) / (right + left)
+    bias = float(clockwise_bias(*e.turns_when_free))
     return Finding(bias, _BIASED.meets(abs(bias)))
 
 

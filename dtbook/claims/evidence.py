@@ -16,6 +16,7 @@ from dtbook.analysis.ablations import situation_table
 from dtbook.analysis.attribution import IMAGE_CHANNELS, contrast, preference_direction
 from dtbook.analysis.counterfactuals import Case, HeadPatching, pairs
 from dtbook.analysis.folded import FoldedWeights
+from dtbook.analysis.head_circuit import written_by_head
 from dtbook.analysis.heads import THRESHOLD, obstacle_head_scores
 from dtbook.analysis.population import Run, per_observation, run_at
 from dtbook.analysis.stats import Line, check_table, correlation_of, least_squares, weighted_products
@@ -89,12 +90,17 @@ class Evidence:
         return self.head_scores[1] >= max(THRESHOLD, self.head_scores[0])
 
     @cached_property
-    def has_learnt_rtg(self) -> bool:
-        """Whether the RTG embedding has left its start: their cosine is at most 0.9."""
+    def cosine_to_start(self) -> float:
+        """The cosine of the RTG embedding to its start; NaN where that is not known."""
         if self.start is None:
-            return True
+            return np.nan
         now, then = self.model.W_E_rtg.detach().double(), self.start.double()
-        return LEARNT.meets(float(torch.cosine_similarity(now, then, dim=0)))
+        return float(torch.cosine_similarity(now, then, dim=0))
+
+    @property
+    def has_learnt_rtg(self) -> bool:
+        """Whether the RTG embedding has left its start: their cosine is at most 0.9. Taken for granted if not known."""
+        return self.start is None or LEARNT.meets(self.cosine_to_start)
 
     @cached_property
     def situations(self) -> pd.DataFrame:
@@ -218,21 +224,15 @@ class Evidence:
         circuit = ov_circuit(self.model, 0, 1, self.model.W_E_state[list(FRONT_ROWS.values())])
         return dict(zip(FRONT_ROWS, circuit.weight[:, 2].tolist(), strict=True))
 
-    def rtg_through_head(self) -> float:
-        """Return 0.9 times the RTG embedding through head 1's W_OV on F−R, at full attention (logits)."""
-        return self._through_head(HIGH * self.model.W_E_rtg)
+    @cached_property
+    def rtg_through_head(self) -> dict[str, float]:
+        """What the RTG token at R = 0.9 writes on F−R through head 1's W_OV, at full attention (logits), by its parts.
 
-    def rtg_token_through_head(self) -> float:
-        """Return the RTG token at R = 0.9, mean over the timesteps, through head 1's W_OV on F−R (logits).
-
-        The token is the embedding with the time's and the position's added, as the head reads it.
+        "embedding", "time" (mean over the timesteps) and "position"; the token, as the head reads it, is their sum.
         """
-        time = self.model.W_E_time[list(self.timesteps)].mean(0)
-        return self._through_head(HIGH * self.model.W_E_rtg + time + self.model.W_pos[0])
-
-    def _through_head(self, vector: Tensor) -> float:
-        direction = preference_direction(self.model, "F-R")[:, None]
-        return float(ov_circuit(self.model, 0, 1, vector[None], direction).weight)
+        written = written_by_head(self.model, 1, HIGH, self.timesteps).loc["RTG"]
+        on_forward = written["forward"] - written["right"]
+        return {str(part): float(value) for part, value in on_forward.items()}
 
 
 class OverAll(NamedTuple):

@@ -55,6 +55,15 @@ def showing(images: Images, situation: str) -> Bool[np.ndarray, " n"]:
     return (front == GOAL) & (images[:, *AT_HAND[situation], 0] == WALL)
 
 
+HANDS = {"left": (2, 6), "right": (4, 6)}
+"""The cells beside the agent."""
+
+
+def at_hand(images: Images, hand: str) -> Bool[np.ndarray, " n"]:
+    """Return which observations have a wall at the agent's "left" or "right" hand, whatever is in front."""
+    return images[:, *HANDS[hand], 0] == WALL
+
+
 def select(observations: ObservationSet, situation: str) -> ObservationSet:
     """Return the observations that show a situation, in their order; raises ValueError for an unknown one."""
     return observations[showing(observations.images, situation)]

@@ -1,5 +1,6 @@
 """Measuring subjects and keeping what was found: tables over every observation, findings, the scorecard."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dtbook.analysis import ablations, behaviour, counterfactuals, faithfulness, frames, neurons, program
-from dtbook.analysis.head_circuit import measure_circuit
+from dtbook.analysis.head_circuit import measure_circuit, written_by_heads
 from dtbook.analysis.weights import embeddings
 from dtbook.artifacts.store import ArtifactStore
 from dtbook.claims.evidence import Evidence, check_shape
@@ -84,6 +85,10 @@ def _circuit(job: Job) -> list[Writer]:
     return [measure_circuit(job.subject().model, observations, progress=job.progress, **job.settings).save]
 
 
+def _writes(job: Job) -> list[Writer]:
+    return [table_writer(written_by_heads(job.subject().model, **job.settings))]
+
+
 def _causal(job: Job) -> list[Writer]:
     return [table_writer(counterfactuals.causal_table(job.subject().model, observations_of(job.recipe.task)))]
 
@@ -113,6 +118,14 @@ def _claims(job: Job) -> list[Writer]:
     observations = observations_of(job.recipe.task)
     found = decide_claims(Evidence(model, observations, calibration, played, start=start))
     return [table_writer(found)]
+
+
+def rtg_start_of(subject: Subject) -> Float[Tensor, " d_model"] | None:
+    """Return the RTG embedding that a replication's training began with; None for a subject whose name says no seed."""
+    name = Path(subject.folder or subject.name).name
+    if subject.store is None or not re.fullmatch(r"seed_\d+", name):
+        return None
+    return start_of_rtg(subject.model.cfg, int(name.removeprefix("seed_")))
 
 
 def start_of_rtg(cfg: DTConfig, seed: int) -> Float[Tensor, " d_model"]:
@@ -177,6 +190,7 @@ _EVERYWHERE: dict[str, Any] = {"rtgs": RTGS, "timesteps": TIMESTEPS}
 BEHAVIOUR = (
     _of("distributions", _over(behaviour.log_odds_distributions), **_EVERYWHERE),
     _of("turns", _over(behaviour.turns), rtgs=RTGS, timestep=10),
+    _of("along_walls", _over(behaviour.along_walls), **_EVERYWHERE),
     _of("over_time", _over(behaviour.over_time), rtgs=RTGS, timesteps=behaviour.EVERY_TIMESTEP),
     _of("exceptions", _over(behaviour.exceptions), rtgs=RTGS, timesteps=behaviour.CERTIFIED),
     _of(
@@ -216,6 +230,7 @@ BEHAVIOUR = (
         timestep=10,
         situations=("obstacle", "wall", "goal"),
     ),
+    _of("writes", _writes, rtg=HIGH, timesteps=TIMESTEPS, recipe=""),
 )
 """What chapters 5 to 8 show of a subject."""
 CAUSES = (
