@@ -242,7 +242,7 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
 
 
 @main.command()
-@click.option("--recipe", type=click.Choice(["first", "book", "post"]), default="first", show_default=True)
+@click.option("--recipe", type=click.Choice(["book", "post"]), default="book", show_default=True)
 @click.option("--seeds", callback=_parse_seeds, help="As 0-9 or 0,3,5-7.  [default: those that decide]")
 @_workers
 @_scheduler
@@ -262,10 +262,10 @@ def reproduce(
 ) -> None:
     """Make the artifacts of data/ again from nothing, and compare: PPO, trajectories, model, calibration, claims.
 
-    Of the first edition seed 0 is the reference: with it come the controls and the post's weights. By the post's recipe
-    ten replications decide; --everything makes thirty. An interrupted call goes on where it stopped. Bytes are the same
-    on the same kind of processor with the same libraries. Another one rounds otherwise and so takes another path: then
-    a replication must meet the bars of behaviour, and each claim's effect must lie in the range over those of data/.
+    Of the book's own recipe seed 0 is the reference: with it come the controls and the post's weights. By the post's
+    recipe ten replications decide; --everything makes thirty. An interrupted call goes on where it stopped. Bytes are
+    the same on the same kind of processor with the same libraries. Another one rounds otherwise and so takes another
+    path: then a replication must meet the bars of behaviour, and each claim's effect must lie in the range of data/.
     """
     if portable:
         choose_portable()  # before anything computes
@@ -281,7 +281,7 @@ def reproduce(
     if not publish and (others := reproduce.over_other_seeds(names, made, shipped)):
         click.echo("The tables of data/ over all replications are over other seeds: they are not compared")
         names = [name for name in names if name not in others]
-    _compare(made, shipped, names, publish, bars=recipe == "first")
+    _compare(made, shipped, names, publish, bars=recipe == "book")
 
 
 @main.command()

@@ -64,7 +64,7 @@ def test_scorecard_is_put_together_and_kept(store):
     assert pd.read_parquet(store.root / "scorecard.parquet")["n"].max() == 9
 
 
-def test_the_books_recipe_stands_beside_the_posts_once_it_is_all_there(store):
+def test_the_books_own_recipe_stands_beside_the_posts_once_it_is_all_there(store):
     rows = pd.DataFrame({"claim": list(RULES), "effect": 2.0, "passed": 0.0})
     for name in measure.BOOK_CLAIMS:
         put(store, name, rows)

@@ -26,7 +26,6 @@ from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import replication
 from dtbook.pipeline.engine import Job, Stage, Writer, table_row, table_writer
 from dtbook.pipeline.replication import (
-    BOOK_RECIPE,
     BOOK_SEEDS,
     CONTROLS,
     POST_RECIPE,
@@ -44,7 +43,7 @@ from dtbook.trajectories.episodes import Trajectories
 UNTRAINED = {f"untrained_{seed}": seed for seed in range(3)}
 """Control models without training, by the seed of their weights."""
 POST_CLAIMS, CONTROL_CLAIMS = "post/claims.parquet", "controls/claims.parquet"
-BOOK_CLAIMS = tuple(f"{BOOK_RECIPE}/seed_{seed}/claims.parquet" for seed in BOOK_SEEDS)
+BOOK_CLAIMS = tuple(f"seed_{seed}/claims.parquet" for seed in BOOK_SEEDS)
 EXPERIMENT_CLAIMS = "experiments/claims.parquet"
 SCORECARD = ("scorecard.parquet", "scorecard.csv")
 OWN_FOLDER = "own"
@@ -154,7 +153,7 @@ def _control_claims(job: Job) -> list[Writer]:
 def _scorecard(job: Job) -> list[Writer]:
     experiments = job.table(EXPERIMENT_CLAIMS) if job.has(EXPERIMENT_CLAIMS) else None
     has_book = all(map(job.has, BOOK_CLAIMS))
-    robustness = findings(job.origin, BOOK_SEEDS, BOOK_RECIPE) if has_book else None
+    robustness = findings(job.origin, BOOK_SEEDS) if has_book else None
     ours, controls = (
         findings(job.origin, job.seeds, POST_RECIPE),
         job.table(f"{POST_RECIPE}/{CONTROL_CLAIMS}"),

@@ -33,10 +33,10 @@ NOT_SHIPPED = ("checkpoints.safetensors", "trained")
 """What `data/` holds of no replication: PPO's checkpoints are too large for git, the model's heads are in no order."""
 REFERENCE_ONLY = ("history.npz", "trajectories.npz", "snapshots.safetensors")
 """What it holds of seed 0 alone."""
-POST_RECIPE, BOOK_RECIPE = "recipe_post", "recipe_book"
-"""The folders of what is made by the post's recipe, and by the book's. What lies in neither is the first edition's."""
-BOOK_SEEDS = tuple(range(10, 20))
-"""The replications that decide by the book's recipe; seeds 0 to 9 served to find it."""
+POST_RECIPE = "recipe_post"
+"""The folder of what is made by the post's recipe."""
+BOOK_SEEDS = tuple(range(10))
+"""The replications by the book's own recipe."""
 CONTROLS = tuple(f"controls/shuffled_{seed}" for seed in range(3))
 """Models trained on the reference's data set with its actions shuffled, which say nothing about what to do."""
 LONG_CONTEXT = "long_context/model"
@@ -111,15 +111,6 @@ class Recipe(Checked):
     def data(self) -> str:
         """Return the file that a transformer learns from."""
         return "history.npz" if self.episodes == "history" else "trajectories.npz"
-
-    @classmethod
-    def book(cls) -> "Recipe":
-        """Return the book's recipe: the post's start and optimiser on episodes of every class in equal number.
-
-        Each difference from the post's was demanded by a bar of behaviour (`sweeps/book_recipe.yml`, chapter 12).
-        """
-        train = replace(TrainConfig.post(), weight_decay=1e-4)
-        return cls(BOOK_RECIPE, model=DTConfig.post(), train=train, snapshots=LOGARITHMIC)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,8 +19,8 @@ STAGES = (
 """The table of stages: what makes each file of `data/`."""
 
 
-RECIPES = {"first": Recipe, "book": Recipe.book, "post": Recipe.post}
-"""Recipes by name: that of the first edition, of which chapters 2 to 9 tell, the book's, and the post's."""
+RECIPES = {"book": Recipe, "post": Recipe.post}
+"""Recipes by name: the book's own, of which chapters 2 to 9 tell, and the post's."""
 
 
 def plan(
@@ -28,8 +28,8 @@ def plan(
 ) -> list[Job]:
     """Return the jobs that make what `data/` holds of these replications, in another store.
 
-    By the post's recipe or the book's these are the replications, their claims and the controls. Of the first edition,
-    seed 0 is the reference: with it come the controls, the model of nine timesteps and, if there are any, the post's
+    By the post's recipe these are the replications, their claims and the controls. Of the book's own, seed 0 is the
+    reference: with it come the controls, the model of nine timesteps and, if there are any, the post's
     weights. With `everything` also the sweeps and traces of chapters 11 and 12 and the causes of chapters 9 and 15.
     """
     if recipe.folder:
@@ -91,7 +91,7 @@ def _seeds_of(
     made: ArtifactStore, recipe: Recipe, everything: bool, workers: int, scheduler: str | None, say: Say
 ) -> list[int]:
     if recipe.folder != POST_RECIPE:
-        return list(BOOK_SEEDS if recipe.folder else range(10))
+        return list(BOOK_SEEDS)
     wanted = deciding.ALL if everything else deciding.DECIDING
     tried = deciding.histories(made, recipe, wanted, workers, scheduler, say)
     return tried["seed"][tried["decides"]].tolist()
