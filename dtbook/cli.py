@@ -176,13 +176,7 @@ def _parse_seeds(context: click.Context, option: click.Parameter, text: str | No
         raise click.BadParameter(str(error)) from error
 
 
-_seeds = click.option(
-    "--seeds",
-    default="0-9",
-    show_default=True,
-    callback=_parse_seeds,
-    help="Replications, like 0-9 or 0,3,5-7.",
-)
+_seeds = click.option("--seeds", default="0-9", show_default=True, callback=_parse_seeds, help="As 0,3,5-7.")
 _workers = click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -331,9 +325,7 @@ def stages() -> None:
     click.echo(listing(CHECKOUT / "notebooks").to_string(index=False))
 
 
-def _compare(
-    made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool, bars: bool
-) -> None:
+def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool, bars: bool) -> Any:
     """Say how alike two stores are; raise ClickException for what is not reproduced, unless it is published."""
     from dtbook.artifacts.comparison import compare
     from dtbook.claims.reproduced import judge
