@@ -325,7 +325,9 @@ def stages() -> None:
     click.echo(listing(CHECKOUT / "notebooks").to_string(index=False))
 
 
-def _compare(made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool, bars: bool) -> Any:
+def _compare(
+    made: ArtifactStore, shipped: ArtifactStore, names: list[str], publish: bool, bars: bool
+) -> None:
     """Say how alike two stores are; raise ClickException for what is not reproduced, unless it is published."""
     from dtbook.artifacts.comparison import compare
     from dtbook.claims.reproduced import judge
