@@ -198,6 +198,13 @@ def test_what_is_not_the_claims_experiment_does_not_decide_it(claims, tables):
     assert table["passed"].isna().all()
 
 
+def test_models_of_balanced_data_beside_those_of_a_history_decide_nothing():
+    balanced = encodings(0.9, 0.95, 0.1, data="trajectories.npz", balanced=True)
+    history = encodings(0.4, 0.95, 0.9)
+    both = experiments.decide_on_training(pd.concat([balanced, history], ignore_index=True), None, {})
+    pd.testing.assert_frame_equal(both, experiments.decide_on_training(history, None, {}))
+
+
 def test_without_the_sweep_of_sizes_its_claim_is_left_out():
     table = experiments.decide_on_training(encodings(0, 0, 0), None, {"a": traced(SLOW, FAST)})
     assert table["claim"].tolist() == ["C25", "C26", "C28"]

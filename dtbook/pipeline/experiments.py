@@ -183,9 +183,9 @@ def decide_on_training(
 ) -> pd.DataFrame:
     """Return what the experiments say to C25 to C28: `model` (which run), `claim`, `effect`, `passed`, `n` (models).
 
-    A claim whose table is None is left out. C25 and C26 are undecided on other data than the post's, a history whose
-    classes are not balanced, and C27 where a shape has fewer than three seeds. `dynamics` maps runs to tables of
-    `dynamics.trace`.
+    A claim whose table is None is left out. C25 and C26 are decided by models of a history whose classes are not
+    balanced, and undecided where there are none; C27 is undecided where a shape has fewer than three seeds. `dynamics`
+    maps runs to tables of `dynamics.trace`.
     """
     rows = [] if encodings is None else [*_over_sampling(encodings)]
     rows += [] if size is None else [_shape(size)]
@@ -198,10 +198,12 @@ def decide_on_training(
 
 
 def _over_sampling(encodings: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    success = encodings.set_index(["encoding", "last_step_share", "seed"])["greedy succeeded 0.9"]
-    share = float(encodings["last_step_share"].max())
-    decided = 1.0 if _are_on_history(encodings) else np.nan
-    for seed in sorted(encodings["seed"].unique()):
+    """Decide C25 and C26 by the models that were trained on a history; where there are none, show the others."""
+    own = encodings[_are_on_history(encodings)]
+    decided, models = (1.0, own) if len(own) else (np.nan, encodings)
+    success = models.set_index(["encoding", "last_step_share", "seed"])["greedy succeeded 0.9"]
+    share = float(models["last_step_share"].max())
+    for seed in sorted(models["seed"].unique()):
         without, mended = float(success["index", 0.0, seed]), float(success["index", share, seed])
         passed = WITHOUT.meets(without) and MENDED.meets(mended)
         run = {"model": f"transformer seed {seed}"}
@@ -210,10 +212,11 @@ def _over_sampling(encodings: pd.DataFrame) -> Iterator[dict[str, Any]]:
         yield run | {"claim": "C26", "effect": alone, "passed": float(meets("C26", alone)) * decided, "n": 1}
 
 
-def _are_on_history(models: pd.DataFrame) -> bool:
+def _are_on_history(models: pd.DataFrame) -> pd.Series:
+    """Return which models learnt from a history whose classes are not balanced, which C25 and C26 are about."""
     if not {"data", "balance_classes"} <= {*models.columns}:
-        return False
-    return bool(models["data"].str.endswith("history.npz").all() and not models["balance_classes"].any())
+        return pd.Series(False, models.index)
+    return models["data"].str.endswith("history.npz") & ~models["balance_classes"].astype(bool)
 
 
 def shape_gaps(size: pd.DataFrame) -> pd.DataFrame:
