@@ -26,6 +26,7 @@ from dtbook.gridworld.rules import FRONT
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline.engine import Job, Writer, table_row, table_writer
 from dtbook.pipeline.measure import EXPERIMENT_CLAIMS
+from dtbook.pipeline.recipes import RECIPE_STAGES
 from dtbook.pipeline.replication import Recipe, folder_of, load_snapshots, name_of, seeds_with
 from dtbook.pipeline.sweep import Point, read_sweep
 from dtbook.protocol import HIGH
@@ -264,6 +265,7 @@ EXPERIMENT_STAGES = (
         )
         for sweep in SWEEPS
     ),
+    *RECIPE_STAGES,
     table_row("dynamics", _dynamics, "{of}/dynamics.parquet", "{of}/snapshots.safetensors {of}/model"),
     table_row("front paths", _post_paths, POST_PATHS, "post/model"),
     table_row(
