@@ -143,6 +143,9 @@ def watched(tmp_path_factory):
         save_file(flat, path)
     with made.write(f"{of}/model", stage="heads", code=["dtbook.analysis.heads"]) as path:
         trained[70].permute_heads(0, [1, 0]).save_pretrained(path)
+    losses = pd.DataFrame({"loss": np.arange(70.0)})
+    with made.write(f"{of}/training.parquet", stage="training", code=["dtbook.training"]) as path:
+        losses.to_parquet(path)
     Job(recipes.ALONG, store, of, RECIPE, (4,), source=made).ensure()
     return trained, pd.read_parquet(store.path(f"{of}/along.parquet")).set_index("step")
 
@@ -160,9 +163,34 @@ def test_along_training_a_model_is_measured_with_the_heads_of_its_end(watched):
         assert table["C14"][step] == pytest.approx(c14, abs=1e-6)
     assert np.isnan(table["C14 passed"][0]), "at the start nothing is learnt"
     assert table["C14 passed"][70] == float(table["C14"][70] >= 0.5)
+    assert np.isnan(table["loss"][0])
+    assert table["loss"][70] == 34.5, "fewer than a hundred updates: the mean of all"
     assert {f"{claim}{end}" for claim in RULES for end in ("", " passed")} <= set(table.columns)
     assert table["explained"].between(table["explained trigram"], 1).all(), "a larger table explains more"
     assert ((table["circuit share"] >= 0.95) == table["circuit size"].notna()).all()
+
+
+def test_the_loss_is_that_of_the_last_hundred_updates():
+    losses = recipes.loss_before(np.arange(1000.0), np.array([0, 1, 50, 1000]))
+    assert losses[1:].tolist() == [0, 24.5, 949.5]
+    assert np.isnan(losses[0])
+
+
+def test_the_graph_has_what_is_there(swept, tmp_path):
+    root, points = swept
+    made, data = ArtifactStore(tmp_path / "made"), ArtifactStore(tmp_path / "data")
+    assert recipes.graph(data, made, points, tmp_path) == []
+    (job,) = recipes.graph(data, made, points, root)
+    assert [point.id for point in job.given] == [points[0].id, points[3].id]
+    tried = pd.DataFrame({"seed": [0, 1, 2], "decides": [True, False, True]})
+    with made.write("recipe_post/histories.parquet", stage="histories", code=["dtbook.pipeline"]) as path:
+        tried.to_parquet(path)
+    for seed in (1, 2):
+        name = f"recipe_post/seed_{seed}/snapshots.safetensors"
+        with made.write(name, stage="training", code=["dtbook.training"]) as path:
+            save_file({}, path)
+    _, watched = recipes.graph(data, made, points, root)
+    assert watched.of == "recipe_post/seed_2"
 
 
 def delayed(sizes, explained, returns):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,9 +23,17 @@ from dtbook.claims.evidence import Evidence
 from dtbook.claims.rules import decide_claims
 from dtbook.gridworld.env import ObservationSet
 from dtbook.model.transformer import DecisionTransformer
+from dtbook.pipeline.deciding import HISTORIES, seeds_that_decide
 from dtbook.pipeline.engine import Job, Writer, table_row, table_writer
 from dtbook.pipeline.measure import observations_of, start_of_rtg
-from dtbook.pipeline.replication import Recipe, calibrate, calibration_of, folder_of, load_snapshots
+from dtbook.pipeline.replication import (
+    Recipe,
+    calibrate,
+    calibration_of,
+    folder_of,
+    load_snapshots,
+    seeds_with,
+)
 from dtbook.pipeline.sweep import Point
 from dtbook.rollout import calibration_row
 
@@ -35,6 +43,8 @@ FACTORS = {"start": ("post", "book"), "data": ("history", "quota"), "optimiser":
 """The columns of a cell, and the levels of each: the post's, and that of the book's first edition."""
 CASE = faithfulness.CIRCUIT_CASES[0]
 """The behaviour whose smallest circuit is looked for along training: avoiding an obstacle when asked for 0.9."""
+OVER = 100
+"""Updates that a loss along training is the mean of."""
 WITHIN_A_FACTOR_OF_TWO = 1.0
 """How near its end a circuit's size must stay to be settled, in powers of two."""
 
@@ -122,7 +132,20 @@ def _along(job: Job) -> list[Writer]:
     models = load_snapshots(job.origin, job.seed, job.recipe)
     settings = calibration_of(job.recipe) | {"episodes": job.settings["episodes"]}
     table = along(models, observations_of(job.recipe.task), settings, job.seed, job.progress)
+    table["loss"] = loss_before(
+        job.table("{of}/training.parquet")["loss"].to_numpy(), table["step"].to_numpy()
+    )
     return [table_writer(table)]
+
+
+def loss_before(
+    losses: Float[np.ndarray, " update"], steps: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    """Return the mean training loss (nats) of the `OVER` updates before each step, or of as many as there were.
+
+    Before the first update there is none: NaN.
+    """
+    return np.array([losses[max(0, step - OVER) : step].mean() if step else np.nan for step in steps])
 
 
 def along(
@@ -185,7 +208,7 @@ def circuit_delay(table: pd.DataFrame) -> dict[str, float]:
     return {"returns": returns, "explained": explained, "size": size, "ratio": ratio}
 
 
-# ------------------------------------------------------------------------------------------- the table of stages
+# ------------------------------------------------------------------------------------------- the table, and its graph
 COLLECT = table_row(
     f"collect {SWEEP}",
     _collect,
@@ -196,8 +219,23 @@ ALONG = table_row(
     "along training",
     _along,
     "{of}/along.parquet",
-    "{of}/snapshots.safetensors {of}/model",
+    "{of}/snapshots.safetensors {of}/model {of}/training.parquet",
     recipe="task calibration",
     episodes=100,
 )
 RECIPE_STAGES = (COLLECT, ALONG)
+
+
+def graph(store: ArtifactStore, made: ArtifactStore, points: Sequence[Point], folder: Path) -> list[Job]:
+    """Return the jobs of chapter 12: the sweep collected as far as it is there, and trainings that `made` has watched.
+
+    These are the replications by the post's recipe that decide, where `made` has the histories that say which.
+    """
+    recipe, entries = Recipe.post(), ArtifactStore(folder / SWEEP).entries()
+    jobs = [collected(store, points, folder, recipe)] if any(p.artifact in entries for p in points) else []
+    if HISTORIES not in made.entries():
+        return jobs
+    watched = {*seeds_that_decide(made)} & {*seeds_with(made, "snapshots.safetensors", recipe.folder)}
+    return jobs + [
+        Job(ALONG, store, folder_of(seed, recipe), recipe, (seed,), source=made) for seed in sorted(watched)
+    ]
