@@ -2,10 +2,11 @@
 
 Nothing of `dtbook.claims` or `dtbook.analysis` is used, so that what those do can be held against this. A rule
 takes a model of one timestep, in float64, whose head 1 is the obstacle head, and a `Sample`; rules about play take
-tables. It returns the numbers that its words compare, and whether they pass. A rule whose words are to be replaced
-stands here in both: as "C23" the first ones, as "C23 token" the new.
+tables. It returns the numbers that its words compare, and whether they pass. A rule that the second edition replaced
+stands here in both words: those of C23 are `c23_token`, those of "C23 first edition" `c23`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -175,6 +176,12 @@ def obstacle_score(model, sample, head):
     return part / whole
 
 
+def has_obstacle_head(model, sample):
+    """Return whether head 1 is the obstacle head: the larger score, of at least 0.25."""
+    zero, one = (obstacle_score(model, sample, head) for head in (0, 1))
+    return one >= 0.25 and one > zero
+
+
 def state_rows(model):
     return model.W_E_state.detach().numpy()
 
@@ -226,7 +233,7 @@ def c03(table):
 
 
 def c04(table):
-    """Mean |achieved − asked| over RTG 0.1 … 0.8 ≥ 0.1, greedy."""
+    """First edition. Mean |achieved − asked| over RTG 0.1 … 0.8 ≥ 0.1, greedy."""
     distance = np.mean([abs(at(table, "greedy", rtg, "mean") - rtg) for rtg in np.arange(1, 9) / 10])
     return Decision((float(distance),), distance >= 0.1)
 
@@ -252,8 +259,8 @@ CELLS = [(rtg, what) for rtg in (-1.0, 0.0, HIGH) for what in ("wall", "obstacle
 AVOIDED = dict(zip("abcdefghi", (True, False, True, True, True, True, True, True, False), strict=True))
 
 
-def c05(model, sample, letter, does_not=0.2):
-    """Table 1 at −1 / 0 / 0.90: *avoids* is P(F) ≤ 0.05, *does not* P(F) ≥ 0.2 (new: 1/3)."""
+def c05(model, sample, letter, does_not=1 / 3):
+    """Table 1 at −1 / 0 / 0.90: *avoids* is P(F) ≤ 0.05, *does not* P(F) ≥ 1/3 (first edition: 0.2)."""
     rtg, what = CELLS["abcdefghi".index(letter)]
     forward = probability(model, sample, what, rtg)
     return Decision((forward,), forward <= 0.05 if AVOIDED[letter] else forward >= does_not)
@@ -324,20 +331,57 @@ def c13(model, sample):
     return Decision((first, second), first < 0.1 and second < 0.1)
 
 
+def log_odds(model, sample, situation, rtg, hooks=()):
+    """Return ln(P(F) ÷ (1 − P(F)))."""
+    forward = probability(model, sample, situation, rtg, hooks=hooks)
+    return np.log(forward / (1 - forward))
+
+
 def log_odds_moved(model, sample, situation, rtg, hooks):
-    """The change of the log odds of forward ≥ half of what returns them to 0 (C08 to C10, beside the rise)."""
-    before = probability(model, sample, situation, rtg)
-    after = probability(model, sample, situation, rtg, hooks=hooks)
-    odds = np.log(before / (1 - before)), np.log(after / (1 - after))
-    return Decision((odds[1] - odds[0],), odds[1] - odds[0] >= -odds[0] / 2)
+    """Return the change of the log odds of forward ÷ what returns them to 0; NaN where nothing speaks against it."""
+    intact = log_odds(model, sample, situation, rtg)
+    if intact >= 0:
+        return np.nan
+    return (log_odds(model, sample, situation, rtg, hooks) - intact) / -intact
+
+
+def c08_odds(model, sample):
+    """C08's log odds: change ≥ half of what returns them to 0."""
+    share = log_odds_moved(model, sample, "goal from the top", -1.0, zero_head(0))
+    return Decision((share,), share >= 0.5)
+
+
+def c09_odds(model, sample):
+    """C09's log odds: change ≥ half of what returns them to 0."""
+    share = log_odds_moved(model, sample, "obstacle", HIGH, zero_head(1))
+    return Decision((share,), share >= 0.5)
+
+
+def c10_odds(model, sample):
+    """C10's log odds: change ≥ half of what returns them to 0."""
+    share = log_odds_moved(model, sample, "goal from the left", -1.0, zero_mlp())
+    return Decision((share,), share >= 0.5)
+
+
+def c11_odds(model, sample):
+    """C11's log odds: change < half of what returns them to 0."""
+    share = log_odds_moved(model, sample, "goal from the left", -1.0, zero_head(0))
+    return Decision((share,), share < 0.5)
+
+
+def c13_odds(model, sample):
+    """C13's log odds: both changes < half of what returns them to 0; one that has nothing to return is left out."""
+    first = log_odds_moved(model, sample, "goal from the top", -1.0, zero_head(1))
+    second = log_odds_moved(model, sample, "obstacle", HIGH, zero_head(0))
+    return Decision((first, second), np.fmax(first, second) < 0.5)
 
 
 # Embeddings.
 
 
 def learnt(model, start):
-    """Cosine of W_E_rtg to its start ≤ 0.9; else C14, C15, C20 and C23 are undecided."""
-    now, then = (m.W_E_rtg.detach().double().numpy() for m in (model, start))
+    """Cosine of W_E_rtg to its start (d_model,) ≤ 0.9; else C14, C15, C20 and C23 are undecided."""
+    now, then = (vector.detach().double().numpy() for vector in (model.W_E_rtg, start))
     cosine = now @ then / np.linalg.norm(now) / np.linalg.norm(then)
     return Decision((float(cosine),), cosine <= 0.9)
 
@@ -353,7 +397,7 @@ def c14(model, sample):
 
 
 def c15(model, sample):
-    """RTG embedding · (R−L): absolute value < 0.3 × that of C14."""
+    """First edition. RTG embedding · (R−L): absolute value < 0.3 × that of C14."""
     ratio = abs(rtg_on(model, RIGHT, LEFT)) / abs(rtg_on(model, FORWARD, RIGHT))
     return Decision((ratio,), ratio < 0.3)
 
@@ -364,8 +408,8 @@ def c15_difference(model, sample):
     return Decision((number,), number <= 0)
 
 
-def c16(model, sample, last=50):
-    """The time embedding's F−R over t = 0 … 50 (new: 0 … 299): slope, its 95 % interval above 0."""
+def c16(model, sample, last=299):
+    """The time embedding's F−R over t = 0 … 299 (first edition: 0 … 50): slope, its 95 % interval above 0."""
     t = np.arange(last + 1)
     y = model.W_E_time.detach().numpy()[t] @ direction(model, FORWARD, RIGHT)
     centred = t - t.mean()
@@ -431,7 +475,7 @@ def c22(model, sample):
 
 
 def c23(model, sample):
-    """The RTG embedding through head 1's OV at R = 0.9 contributes > 0 to F−R."""
+    """First edition. The RTG embedding through head 1's OV at R = 0.9 contributes > 0 to F−R."""
     vector = HIGH * model.W_E_rtg.detach().numpy()
     number = float(through_ov(model, vector) @ direction(model, FORWARD, RIGHT))
     return Decision((number,), number > 0)
@@ -487,3 +531,10 @@ def m3(model, sample, rtg=HIGH):
     right, left = (probability(model, sample, "empty", rtg, action) for action in (RIGHT, LEFT))
     bias = (right - left) / (right + left)
     return Decision((bias,), abs(bias) >= 0.1)
+
+
+def m4(model, sample):
+    """C09, C12, C20, C21a, C22 and C24 all hold in one model; without an obstacle head none does."""
+    rules = (c09, c12, c20, partial(c21, what="obstacle"), c22, c24)
+    holding = sum(rule(model, sample).passes for rule in rules) if has_obstacle_head(model, sample) else 0
+    return Decision((float(holding),), holding == 6)

@@ -78,16 +78,11 @@ See {eq}`eq-named`.
 SCORES = {
     "claim": ["C01", "C02"],
     "statement": ["all classes occur", "unbiased"],
-    "post": ["", "0.48"],
-    "posts_weights": [None, 0.5],
+    "of": ["", ""],
+    "group": ["Data", "Circuit"],
     "passed": [9, 1],
     "n": [10, 10],
-    "effect": [0.25, float("nan")],
-    "low": [-0.125, float("nan")],
-    "high": [0.5, float("nan")],
     "verdict": ["replicated", "not replicated"],
-    "controls_passed": [0, 0],
-    "controls_n": [3, 0],
     "section": ["notebooks/chapter.html#results", "notebooks/99_gone.html"],
 }
 
@@ -137,7 +132,7 @@ def little_book(tmp_path_factory):
         f"# Little book\n\n```{{toctree}}\n{pages}book/glossary\nnotebooks/chapter\n```\n\n"
         "![](plain.svg)\n\n![The model](architecture.svg)\n\n"
         "```{architecture} head-1 mlp\nWhat this is about.\n```\n\n"
-        "```{architecture} tail-1\n```\n\n```{scorecard}\n:small:\n```\n\n```{scorecard}\n```\n"
+        "```{architecture} tail-1\n```\n\n```{scorecard}\n```\n"
     )
     (root / "book" / "glossary.md").write_text(
         "# Glossary\n\n```{glossary}\nLogit\n  A number, see {term}`Agent`.\n\nAgent\n  Who acts.\n```\n"
@@ -291,29 +286,19 @@ def test_components_are_picked_out_in_the_margin(little_book, index):
     ]
 
 
-def test_scorecard_in_small_links_each_claim_to_its_place(index):
+def test_scorecard_has_each_claim_in_its_words_and_leads_to_its_place(index):
     counts = [part.text for part in index.select(".scorecard-counts > span")]
     assert counts == ["1 replicated", "0 mixed", "1 not replicated"]
+    assert [group.text for group in index.select(".scorecard-group")] == ["Data", "Circuit"]
     marks = index.select(".scorecard-marks li")
-    assert [mark.text.strip() for mark in marks] == ["C01", "C02"]
+    assert [mark.text.strip() for mark in marks] == [
+        "replicated: all classes occur",
+        "not replicated: unbiased",
+    ]
     assert marks[0].a["href"] == "notebooks/chapter.html#results"
+    assert marks[0].a["title"] == "C01: replicated, 9 of 10"
     assert marks[1].a is None
     assert "verdict-no" in marks[1].select_one(".verdict")["class"]
-
-
-def test_scorecard_prints_numbers_as_the_book_does(index):
-    rows = [[cell.text for cell in row.select("td")] for row in index.select("table.scorecard tbody tr")]
-    assert rows[0] == [
-        "C01",
-        "all classes occur",
-        "",
-        "",
-        "9 of 10",
-        "0.25 [−0.12, 0.50]",
-        "0 of 3",
-        "replicated",
-    ]
-    assert rows[1] == ["C02", "unbiased", "0.48", "0.50", "1 of 10", "", "", "not replicated"]
 
 
 def test_diagram_names_every_component():

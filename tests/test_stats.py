@@ -33,15 +33,49 @@ def test_weighted_correlation_is_that_of_the_repeated_values():
     assert weighted_correlation(x, y, counts.astype(float)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_bootstrap_interval_is_scipys():
-    values = np.random.default_rng(2).normal(1.0, 2.0, size=10)
-    ours = bootstrap_interval(values, seed=0, resamples=50_000)
-    theirs = reference.bootstrap(
-        (values,), np.mean, n_resamples=50_000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
+def resampled_t(values, resamples, rng):
+    """How far each resample's mean lies from the sample's, in the resample's own standard errors, one by one."""
+    n, away = len(values), []
+    for _ in range(resamples):
+        drawn = rng.choice(values, n)
+        difference = sum(drawn) / n - sum(values) / n
+        error = (sum((x - sum(drawn) / n) ** 2 for x in drawn) / (n - 1) / n) ** 0.5
+        away.append(difference / error if error > 0 else np.copysign(np.inf, difference))
+    return np.sort(away)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_bootstrap_interval_is_a_loops(level):
+    values = np.random.default_rng(2).lognormal(1.0, 1.0, size=10)
+    ours = bootstrap_interval(values, seed=0, level=level, resamples=100_000)
+    away, error = resampled_t(values, 20_000, np.random.default_rng(1)), values.std(ddof=1) / 10**0.5
+    share = [np.mean(away <= (values.mean() - bound) / error) for bound in (ours.low, ours.high)]
     assert ours.value == pytest.approx(values.mean())
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.03)
-    assert ours == bootstrap_interval(np.append(values, np.nan), seed=0, resamples=50_000)
+    assert share == pytest.approx([(1 + level) / 2, (1 - level) / 2], abs=0.006)
+    assert ours.high - ours.value > 1.5 * (ours.value - ours.low), "it follows the skew"
+
+
+def test_bootstrap_interval_is_a_loops_over_the_same_resamples():
+    """The stream of the generator is known, so these are the very resamples."""
+    values, rng = np.array([0.0, 0.3, 1.0, 1.1, 4.0]), np.random.default_rng(7)
+    drawn = values[rng.integers(5, size=(999, 5))]
+    t = [
+        (row.mean() - values.mean()) / (np.std(row, ddof=1) / 5**0.5)
+        if len(set(row)) > 1
+        else np.copysign(np.inf, row[0] - values.mean())
+        for row in drawn
+    ]
+    low, high = np.sort(t)[[25, 973]]  # the nearest to 2.5 % and 97.5 % of 998 steps
+    error = values.std(ddof=1) / 5**0.5
+    expected = values.mean() - high * error, values.mean() - low * error
+    assert bootstrap_interval(values, 7, resamples=999)[1:] == pytest.approx(expected)
+
+
+def test_missing_values_are_left_out_and_a_seed_gives_one_interval():
+    values = np.random.default_rng(2).normal(1.0, 2.0, size=10)
+    ours = bootstrap_interval(values, seed=0)
+    assert ours == bootstrap_interval(np.append(values, np.nan), seed=0)
+    assert ours != bootstrap_interval(values, seed=1)
     assert ours.excludes(10.0)
     assert not ours.excludes(float(values.mean()))
 
@@ -100,6 +134,34 @@ def test_seeds_without_every_cell_are_left_out_of_the_factors():
     assert factor_effects(table[:5], FACTORS, "value").empty
     with pytest.raises(ValueError, match="a row stands twice"):
         factor_effects(pd.concat([table, table[:1]]), FACTORS, "value")
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_few_values_get_students_t(n):
+    values = np.random.default_rng(n).normal(size=n)
+    ours = bootstrap_interval(values, seed=0, level=0.9)
+    theirs = reference.ttest_1samp(values, 0).confidence_interval(0.9)
+    assert ours == pytest.approx((values.mean(), theirs.low, theirs.high))
+
+
+def test_five_values_are_resampled():
+    values = np.array([0.0, 0.0, 0.1, 0.2, 5.0])
+    theirs = reference.ttest_1samp(values, 0).confidence_interval()
+    assert bootstrap_interval(values, seed=0).high > 2 * theirs.high
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("values", [[0.3], [0.3] * 3, [0.3] * 10, [0.3, np.nan]])
+def test_the_same_value_throughout_is_its_own_interval(values):
+    assert bootstrap_interval(np.array(values), seed=0) == pytest.approx((0.3, 0.3, 0.3), abs=1e-15)
+
+
+def test_where_resamples_without_an_error_are_many_the_interval_has_no_end():
+    """Of ten values that are 1 but for one 0, a third of the resamples are all 1."""
+    values = np.array([0.0] + [1.0] * 9)
+    ours = bootstrap_interval(values, seed=0)
+    assert (ours.low, ours.value) == (-np.inf, 0.9)
+    assert np.isfinite(ours.high)
 
 
 def test_a_line_is_scipys():

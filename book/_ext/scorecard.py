@@ -1,123 +1,83 @@
-"""The directive `scorecard`: the table of the post's claims, or with `:small:` only the mark of each."""
+"""The directive `scorecard`: each claim of the post in its own words, with the mark of its verdict."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 from docutils import nodes
-from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
-MARKS = {"replicated": "yes", "mixed": "half", "not replicated": "no", "undecided": "none"}
-COLUMNS = {
-    "claim": "claim",
-    "statement": "the post says",
-    "post": "its number",
-    "posts_weights": "its weights, measured again",
-    "replications": "replications that pass",
-    "effect": "mean effect [95 %]",
-    "controls": "controls that pass",
-    "verdict": "verdict",
+MARKS = {
+    "replicated": "yes",
+    "mixed": "half",
+    "not replicated": "no",
+    "uninformative": "none",
+    "undecided": "none",
 }
+ALWAYS = ("replicated", "mixed", "not replicated")
+"""Verdicts that are counted in words even where no claim has them."""
 NOT_YET = "This build has no scorecard: the replications that it counts are not part of it."
-
-
-def read_scorecard(path: Path) -> pd.DataFrame:
-    """Return the scorecard, one row a claim, with the columns of the page ready to be printed.
-
-    Its own columns are those of `dtbook.claims.scorecard.scorecard`; `section` is where in the book a claim is decided,
-    `notebooks/06_x.html#anchor`.
-    """
-    table = pd.read_parquet(path)
-    table["replications"] = [f"{p:.0f} of {n:.0f}" for p, n in zip(table["passed"], table["n"], strict=True)]
-    table["effect"] = [
-        "" if pd.isna(effect) else f"{effect:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
-        for effect, low, high in zip(table["effect"], table["low"], table["high"], strict=True)
-    ]
-    control = zip(table["controls_passed"], table["controls_n"], strict=True)
-    table["controls"] = [f"{p} of {n}" if n else "" for p, n in control]
-    for column in ("post", "posts_weights"):
-        table[column] = [printed(value) for value in table[column]]
-    return table
-
-
-def printed(value: Any) -> str:
-    """Return a cell of the table as text: what is missing as nothing, numbers with two digits and a true minus."""
-    if isinstance(value, float):
-        return "" if pd.isna(value) else f"{value:.2f}".replace("-", "−")
-    return "" if value is None else str(value)
-
-
-def verdict_node(verdict: str) -> nodes.inline:
-    """Return the word of a verdict with the book's mark for it."""
-    return nodes.inline("", verdict, classes=["verdict", f"verdict-{MARKS.get(verdict, 'half')}"])
 
 
 class Scorecard(SphinxDirective):
     """The claims of the post and what became of them, from data/scorecard.parquet if the build has it."""
 
-    option_spec: ClassVar = {"small": directives.flag}
+    option_spec: ClassVar = {}
 
     def run(self) -> list[nodes.Node]:
-        """Return the table, the marks alone, or the sentence that there are none."""
+        """Return the counts and the claims by group, or the sentence that there are none.
+
+        The columns are those of `dtbook.claims.scorecard.scorecard`; `section` is where in the book a claim is decided,
+        `notebooks/06_x.html#anchor`.
+        """
         path = Path(self.env.srcdir) / "data" / "scorecard.parquet"
         self.env.note_dependency(str(path))
         if not path.exists():
             return [nodes.paragraph("", NOT_YET)]
-        table = read_scorecard(path)
-        return self.marks(table) if "small" in self.options else self.table(table)
+        table = pd.read_parquet(path)
+        claims = table[table["of"] == ""]
+        groups = [self.group(str(name), some) for name, some in claims.groupby("group", sort=False)]
+        return [self.counts(claims["verdict"]), *(node for group in groups for node in group)]
 
-    def marks(self, table: pd.DataFrame) -> list[nodes.Node]:
-        """Return a count in words, then a mark for each claim that links to where it is decided."""
-        counts = table["verdict"].value_counts()
-        line = nodes.paragraph(classes=["scorecard-counts"])
-        for verdict in [name for name in MARKS if name in counts or name != "undecided"]:
+    def counts(self, verdicts: pd.Series) -> nodes.Node:
+        """Return how many claims have which verdict, in words."""
+        counts, line = verdicts.value_counts(), nodes.paragraph(classes=["scorecard-counts"])
+        for verdict in [name for name in MARKS if name in counts or name in ALWAYS]:
             line += nodes.inline("", "", nodes.strong("", str(counts.get(verdict, 0))), nodes.Text(" "))
-            line[-1] += verdict_node(verdict)
+            line[-1] += marked(verdict, verdict)
             line += nodes.Text(" ")
-        claims = nodes.bullet_list(classes=["scorecard-marks"])
-        for row in table.itertuples():
-            label = f"{row.claim}, {row.verdict}: {row.statement}"
-            link = self.link(
-                row.section, row.claim, ["verdict", f"verdict-{MARKS.get(row.verdict, 'half')}"], label
-            )
-            claims += nodes.list_item("", nodes.paragraph("", "", link))
-        return [line, claims]
+        return line
 
-    def table(self, table: pd.DataFrame) -> list[nodes.Node]:
-        """Return the table of all claims."""
-        group = nodes.tgroup(cols=len(COLUMNS))
-        group += [nodes.colspec(colwidth=1) for _ in COLUMNS]
-        head, body = nodes.thead(), nodes.tbody()
-        head += nodes.row("", *[nodes.entry("", nodes.paragraph("", title)) for title in COLUMNS.values()])
-        for row in table.to_dict("records"):
-            entries = []
-            for column in COLUMNS:
-                content: nodes.Node = nodes.Text(str(row[column]))
-                if column == "claim":
-                    content = self.link(row["section"], row["claim"], [], row["statement"])
-                if column == "verdict":
-                    content = verdict_node(row["verdict"])
-                entries.append(nodes.entry("", nodes.paragraph("", "", content)))
-            body += nodes.row("", *entries)
-        group += [head, body]
-        return [nodes.table("", group, classes=["scorecard"])]
+    def group(self, name: str, claims: pd.DataFrame) -> list[nodes.Node]:
+        """Return the group's name, and its claims in their own words: each leads to where it is decided."""
+        listed = nodes.bullet_list(classes=["scorecard-marks"])
+        for row in claims.itertuples():
+            how_many = f", {row.passed:.0f} of {row.n:.0f}" if row.n else ""
+            link = self.link(row.section, marked(row.verdict, row.statement), f"{row.claim}: {row.verdict}{how_many}")
+            listed += nodes.list_item("", nodes.paragraph("", "", link))
+        return [nodes.paragraph("", "", nodes.strong("", name), classes=["scorecard-group"]), listed]
 
-    def link(self, section: str | None, text: str, classes: list[str], title: str) -> nodes.Node:
-        """Return a link to where the claim is decided, with its statement for those who point at it."""
-        if not section:
-            return nodes.inline("", text, classes=classes)
-        page, _, anchor = section.partition("#")
-        inner = nodes.inline("", text, classes=classes)
+    def link(self, section: str | None, text: nodes.inline, title: str) -> nodes.Node:
+        """Return a text that leads to where the claim is decided, with its verdict for those who point at it."""
+        page, _, anchor = (section or "").partition("#")
         docname = Path(page).with_suffix("").as_posix()
-        if docname not in self.env.found_docs:
-            return inner
+        if not section or docname not in self.env.found_docs:
+            return text
         builder = self.env.app.builder
         uri = builder.get_relative_uri(self.env.docname, docname)
         uri += f"#{anchor}" if anchor and builder.name == "html" else ""
-        return nodes.reference("", "", inner, internal=True, refuri=uri, reftitle=title)
+        return nodes.reference("", "", text, internal=True, refuri=uri, reftitle=title)
+
+
+def marked(verdict: str, text: str) -> nodes.inline:
+    """Return a text behind the book's mark for a verdict; who does not see the mark hears the verdict."""
+    mark = nodes.inline("", "", classes=["verdict", f"verdict-{MARKS[verdict]}"])
+    if text != verdict:
+        mark += nodes.inline("", f"{verdict}: ", classes=["visually-hidden"])
+    mark += nodes.Text(text)
+    return mark
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:

@@ -86,12 +86,17 @@ def _is_three_plateaus(e: Evidence) -> Finding | None:
     if e.calibration is None:
         return None
     curve = curve_of(e.calibration, "greedy")["mean"].sort_index()
+    if curve.nunique() == 1:
+        return A_SHARE_OF_NOTHING
     plateaus, line = explained_by_plateaus(curve.to_numpy()), explained_by_line(curve)
     return Finding(plateaus - line, _FITS.meets(plateaus) and _FITS_MORE.meets(plateaus - line))
 
 
 def explained_by_plateaus(values: Float[np.ndarray, " n"]) -> float:
-    """Return the largest share of the values' variance that a step function of three rising levels explains."""
+    """Return the largest share of the values' variance that a step function of three rising levels explains.
+
+    NaN for values that are all the same.
+    """
     whole = len(values) * values.var()
     cuts = [np.split(values, cut) for cut in combinations(range(1, len(values)), 2)]
     rising = [parts for parts in cuts if np.all(np.diff([part.mean() for part in parts]) >= 0)]
