@@ -355,11 +355,14 @@ def experiments(sweeps: Path, made: Path, workers: int) -> None:
     First `dtbook sweep sweeps/NAME.yml` for each of them and `dtbook reproduce`. What is current is not done again.
     """
     from dtbook.pipeline import experiments as rooms
+    from dtbook.pipeline import recipes
     from dtbook.pipeline.replication import Recipe, seeds_with
 
-    store, source = ArtifactStore(), ArtifactStore(made.absolute())
+    store, source, folder = ArtifactStore(), ArtifactStore(made.absolute()), sweeps.absolute()
     seeds = seeds_with(source, "snapshots.safetensors")
-    _run_jobs(rooms.graph(store, source, seeds, sweeps.absolute(), Recipe()), workers, store.root)
+    jobs = rooms.graph(store, source, seeds, folder, Recipe())
+    jobs += recipes.graph(store, source, rooms.read(recipes.SWEEP), folder)
+    _run_jobs(jobs, workers, store.root)
 
 
 @main.command()

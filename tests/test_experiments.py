@@ -160,6 +160,11 @@ def traced(scores, returns):
     return pd.DataFrame({"step": steps} | columns)
 
 
+def watched(sizes):
+    explained = {"explained trigram": [0.9] * 5, "circuit size": sizes}
+    return traced(SLOW, [0.0, 0.9, 0.9, 0.9, 0.9]).assign(**explained)
+
+
 SLOW, FAST = [0, 0, 0, 0, 1.0], [0, 0, 1.0, 1.0, 1.0]
 
 
@@ -175,6 +180,13 @@ SLOW, FAST = [0, 0, 0, 0, 1.0], [0, 0, 1.0, 1.0, 1.0]
         ("C27", (encodings(0, 0, 0), sizes(0.80, 0.9), {}), 0.1, 0),
         ("C28", (encodings(0, 0, 0), sizes(0.9, 0.9), {"a": traced(SLOW, FAST)}), 4, 1),
         ("C28", (encodings(0, 0, 0), sizes(0.9, 0.9), {"a": traced(FAST, SLOW)}), 0.25, 0),
+        (
+            "C28",
+            (None, None, {"a": watched([9.0, 80, 80, 10, 8])}),
+            4,
+            1,
+        ),  # by the circuit, not by the scores
+        ("C28", (None, None, {"a": watched([9.0, 10, 8, 7, 8])}), 0, 0),
     ],
 )
 def test_claims_are_decided_by_their_rules(claim, arguments, effect, passed):
@@ -203,6 +215,13 @@ def test_models_of_balanced_data_beside_those_of_a_history_decide_nothing():
     history = encodings(0.4, 0.95, 0.9)
     both = experiments.decide_on_training(pd.concat([balanced, history], ignore_index=True), None, {})
     pd.testing.assert_frame_equal(both, experiments.decide_on_training(history, None, {}))
+
+
+def test_a_training_that_ends_without_a_faithful_circuit_does_not_decide():
+    (row,) = experiments.decide_on_training(None, None, {"a": watched([9.0, 9, 9, 9, np.nan])}).to_dict(
+        "records"
+    )
+    assert np.isnan([row["effect"], row["passed"]]).all()
 
 
 def test_without_the_sweep_of_sizes_its_claim_is_left_out():

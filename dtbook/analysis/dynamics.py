@@ -1,4 +1,4 @@
-"""Models compared: what they do, which head avoids obstacles, and when along training each of the two settles."""
+"""Models compared: what they do, what their weights weigh, and when along training a measure settles."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from dtbook.analysis.attribution import check_has_action
@@ -76,6 +78,27 @@ def inspect(model: DecisionTransformer, probe: Probe) -> Record:
             "best score": float(scores["score"].max()),
         }
     return row
+
+
+@torch.inference_mode()
+def weight_norms(model: DecisionTransformer) -> Record:
+    """Return the Euclidean norm of all weights together, `norm`, and of each: `norm W_E_rtg`, `norm W_Q` ….
+
+    A weight of a block goes by its name alone; those of several blocks are taken together.
+    """
+    squares: Record = {}
+    for name, weight in model.state_dict().items():
+        short = f"norm {name.rpartition('.')[2]}"
+        squares[short] = squares.get(short, 0.0) + float(weight.double().square().sum())
+    whole = {"norm": sum(squares.values())}
+    return {name: float(np.sqrt(square)) for name, square in (whole | squares).items()}
+
+
+def moved_from(now: Float[Tensor, " d_model"], start: Float[Tensor, " d_model"]) -> Record:
+    """Return a vector's distance from where its training started, and the cosine of the angle between the two."""
+    now, start = now.detach().double(), start.detach().double()
+    cosine = torch.cosine_similarity(now, start, dim=0)
+    return {"distance": float((now - start).norm()), "cosine": float(cosine)}
 
 
 @checked

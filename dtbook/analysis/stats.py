@@ -4,7 +4,9 @@ The observations are the population: what is computed over all of them has no sa
 weights. The replications are the sample: intervals and tests are over them.
 """
 
+import itertools
 import sys
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -123,14 +125,30 @@ def bootstrap_interval(
     if not len(values):
         raise ValueError("values must hold at least one number; there is none.")
     mean, tails = float(values.mean()), np.array([(1 - level) / 2, (1 + level) / 2])
+    if len(values) < FEWEST_TO_RESAMPLE:
+        return student_interval(values, level)
     if np.ptp(values) == 0:
         return Interval(mean, mean, mean)
     error = values.std(ddof=1) / np.sqrt(len(values))
-    if len(values) < FEWEST_TO_RESAMPLE:
-        low, high = scipy.special.stdtrit(len(values) - 1, tails)
-    else:
-        low, high = np.quantile(_resampled_t(values, seed, resamples), tails, method="nearest")
+    low, high = np.quantile(_resampled_t(values, seed, resamples), tails, method="nearest")
     return Interval(mean, float(mean - high * error), float(mean - low * error))
+
+
+def student_interval(values: Float[np.ndarray, " n"], level: float = 0.95) -> Interval:
+    """Return the mean of values with its interval by Student's t; equal values, or one, are their own interval.
+
+    It is for few values whose distribution is near a normal one, such as means over several models. Raises ValueError
+    for no values, and for one that is not finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"values must hold at least one number, all of them finite, not {values}.")
+    mean = float(values.mean())
+    if np.ptp(values) == 0:
+        return Interval(mean, mean, mean)
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    margin = float(scipy.special.stdtrit(len(values) - 1, (1 + level) / 2) * error)
+    return Interval(mean, mean - margin, mean + margin)
 
 
 def _resampled_t(values: Float64[np.ndarray, " n"], seed: int, resamples: int) -> Float64[np.ndarray, " r"]:
@@ -139,6 +157,37 @@ def _resampled_t(values: Float64[np.ndarray, " n"], seed: int, resamples: int) -
     drawn = values[rng.integers(n, size=(resamples, n))]
     away, errors = drawn.mean(1) - values.mean(), drawn.std(1, ddof=1) / np.sqrt(n)
     return np.divide(away, errors, out=np.copysign(np.inf, away), where=errors > 0)
+
+
+def factor_effects(
+    table: pd.DataFrame, factors: Mapping[str, tuple[str, str]], value: str, unit: str = "seed"
+) -> pd.DataFrame:
+    """Return what each of several factors of two levels, and each pair of them, adds to a value; one row a term.
+
+    `table` has one row a cell (a combination of levels) and unit; `factors` maps a factor's column to its two levels.
+    Columns: `term` ("start", "start × data"), `effect` with its 95 % interval `low`, `high`, and `n`, the units behind
+    it; the effect is in the unit of the value. A main effect is the mean at the first level − that at the second, over
+    all cells of the others. An interaction is half of what the one factor's effect is at the other's first level − at
+    its second. Each is a contrast within a unit, and the interval is Student's t over the units' contrasts. Units
+    without a number in every cell are left out; where none is left, so is every term. Raises ValueError where a unit
+    has a cell twice. (Box, Hunter & Hunter 2005, chapter 5.)
+    """
+    names = list(factors)
+    cells = list(itertools.product(*factors.values()))
+    if table.duplicated([unit, *names]).any():
+        raise ValueError(f"table must have one row a cell and {unit}; a row stands twice.")
+    wide = table.pivot(index=unit, columns=names, values=value).reindex(columns=cells).dropna()
+    if wide.empty:
+        return pd.DataFrame(columns=["term", "effect", "low", "high", "n"])
+    signs = {
+        name: np.array([1 if cell[k] == factors[name][0] else -1 for cell in cells])
+        for k, name in enumerate(names)
+    }
+    terms = {name: signs[name] for name in names}
+    terms |= {f"{a} × {b}": signs[a] * signs[b] for a, b in itertools.combinations(names, 2)}
+    found = {term: student_interval(wide.to_numpy() @ sign * 2 / len(cells)) for term, sign in terms.items()}
+    rows = [(term, *interval, len(wide)) for term, interval in found.items()]
+    return pd.DataFrame(rows, columns=["term", "effect", "low", "high", "n"])
 
 
 class Line(NamedTuple):

@@ -28,7 +28,7 @@ _trained(
 )
 _trained(
     "C27",
-    "12_dynamics_and_size",
+    "12_why_it_comes_back",
     statement="One layer, width 128, two heads and one timestep are robustly good.",
     where="Training",
     effect=f"best mean return at {HIGH} in the sweep − this shape's",
@@ -36,10 +36,11 @@ _trained(
 )
 _trained(
     "C28",
-    "12_dynamics_and_size",
+    "12_why_it_comes_back",
     statement="Performance comes long before interpretability.",
     where="Discussion",
-    effect=f"step at which head scores settle ÷ step at which the return at {HIGH} does",
+    effect="step at which the smallest faithful circuit and the share that a program explains have settled ÷ step at "
+    f"which the return at {HIGH} has",
     bar=Bar(">=", 2.0),
     none=1.0,
 )

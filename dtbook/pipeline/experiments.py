@@ -26,7 +26,15 @@ from dtbook.gridworld.rules import FRONT
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline.engine import Job, Writer, table_row, table_writer
 from dtbook.pipeline.measure import EXPERIMENT_CLAIMS
-from dtbook.pipeline.replication import Recipe, folder_of, load_snapshots, name_of, seeds_with
+from dtbook.pipeline.recipes import RECIPE_STAGES, circuit_delay
+from dtbook.pipeline.replication import (
+    POST_RECIPE,
+    Recipe,
+    folder_of,
+    load_snapshots,
+    name_of,
+    seeds_with,
+)
 from dtbook.pipeline.sweep import Point, read_sweep
 from dtbook.protocol import HIGH
 from dtbook.rollout import calibration_row
@@ -37,6 +45,8 @@ FRONT_CELLS = "experiments/front_cells.parquet"
 POST_PATHS = "post/front_paths.parquet"
 SHAPE = {"n_layers": 1, "d_model": 128, "n_heads": 2, "n_timesteps": 1}
 """The shape that the post settled on (C27)."""
+TRACES = ("seed_{seed}/dynamics.parquet", f"{POST_RECIPE}/seed_{{seed}}/along.parquet")
+"""Trainings that were watched."""
 SEEDS_A_SHAPE = 3
 """What C27 needs of each: one run is no replication."""
 
@@ -185,15 +195,16 @@ def decide_on_training(
 
     A claim whose table is None is left out. C25 and C26 are decided by models of a history whose classes are not
     balanced, and undecided where there are none; C27 is undecided where a shape has fewer than three seeds. `dynamics`
-    maps runs to tables of `dynamics.trace`.
+    maps runs to tables of `recipes.along`, by which C28 is decided as its second edition has it, or of
+    `dynamics.trace`, as its first had it.
     """
     rows = [] if encodings is None else [*_over_sampling(encodings)]
     rows += [] if size is None else [_shape(size)]
     for run, traced in dynamics.items():
-        ratio = interpretability_delay(traced)["ratio"]
-        rows.append(
-            {"model": run, "claim": "C28", "effect": ratio, "passed": float(meets("C28", ratio)), "n": 1}
-        )
+        delay = circuit_delay if "circuit size" in traced else interpretability_delay
+        ratio = delay(traced)["ratio"]
+        passed = np.nan if np.isnan(ratio) else float(meets("C28", ratio))
+        rows.append({"model": run, "claim": "C28", "effect": ratio, "passed": passed, "n": 1})
     return pd.DataFrame(rows).sort_values(["claim", "model"], ignore_index=True)
 
 
@@ -245,12 +256,18 @@ def interpretability_delay(traced: pd.DataFrame) -> dict[str, float]:
 
 
 def _experiment_claims(job: Job) -> list[Writer]:
-    """Decide those of C25 to C28 that the store has tables for: sweeps, and traces of replications."""
+    """Decide those of C25 to C28 that the store has tables for: sweeps, and traces of replications.
+
+    Where trainings by the post's recipe were watched, these decide C28, and none of the first edition's.
+    """
     encodings, size = (
         job.table(name) if job.has(name) else None for name in map(table_of, ("encodings", "size"))
     )
-    traces = {folder_of(seed): name_of(seed, "dynamics.parquet") for seed in job.seeds}
-    traced = {run: job.table(name) for run, name in traces.items() if job.has(name)}
+    runs = [f"{POST_RECIPE}/{folder_of(seed)}" for seed in job.seeds]
+    traced = {run: job.table(f"{run}/along.parquet") for run in runs if job.has(f"{run}/along.parquet")}
+    if not traced:
+        traces = {folder_of(seed): name_of(seed, "dynamics.parquet") for seed in job.seeds}
+        traced = {run: job.table(name) for run, name in traces.items() if job.has(name)}
     if encodings is None and size is None and not traced:
         raise ArtifactError(f"{job.store.root} has neither tables of sweeps nor traces of replications")
     return [table_writer(decide_on_training(encodings, size, traced))]
@@ -267,13 +284,14 @@ EXPERIMENT_STAGES = (
         )
         for sweep in SWEEPS
     ),
+    *RECIPE_STAGES,
     table_row("dynamics", _dynamics, "{of}/dynamics.parquet", "{of}/snapshots.safetensors {of}/model"),
     table_row("front paths", _post_paths, POST_PATHS, "post/model"),
     table_row(
         "experiment claims",
         _experiment_claims,
         EXPERIMENT_CLAIMS,
-        uses=f"{table_of('encodings')} {table_of('size')} seed_{{seed}}/dynamics.parquet",
+        uses=" ".join([table_of("encodings"), table_of("size"), *TRACES]),
         recipe="",
         before="dtbook experiments",
     ),
@@ -307,7 +325,8 @@ def graph(
     ]
     if post:
         jobs.append(Job(EXPERIMENT_ROWS["front paths"], store, "post", recipe, label="post front paths"))
-    traced = tuple(dict.fromkeys([*seeds, *seeds_with(store, "dynamics.parquet")]))
+    watched = [*seeds_with(store, "dynamics.parquet"), *seeds_with(store, "along.parquet", POST_RECIPE)]
+    traced = tuple(dict.fromkeys([*seeds, *watched]))
     return [*jobs, Job(EXPERIMENT_ROWS["experiment claims"], store, seeds=traced)]
 
 

@@ -340,11 +340,14 @@ def replicate(store: ArtifactStore, seed: Whole, recipe: Recipe | None = None, p
 
 
 @checked
-def load_snapshots(store: ArtifactStore, seed: Whole = 0) -> dict[int, DecisionTransformer]:
+def load_snapshots(
+    store: ArtifactStore, seed: Whole = 0, recipe: Recipe | None = None
+) -> dict[int, DecisionTransformer]:
     """Return training steps → the model as it was then (float16 on disk), heads numbered as the final model's."""
-    final = DecisionTransformer.from_pretrained(store.path(name_of(seed, "model")))
+    of = folder_of(seed, recipe)
+    final = DecisionTransformer.from_pretrained(store.path(f"{of}/model"))
     models = {}
-    for step, state in _by_step(store.path(name_of(seed, "snapshots.safetensors"))).items():
+    for step, state in _by_step(store.path(f"{of}/snapshots.safetensors")).items():
         model = DecisionTransformer(final.cfg)
         model.load_state_dict({name: value.float() for name, value in state.items()})
         for layer, order in final.metadata["head_order"].items():
