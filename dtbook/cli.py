@@ -361,7 +361,7 @@ def experiments(sweeps: Path, made: Path, workers: int) -> None:
     store, source, folder = ArtifactStore(), ArtifactStore(made.absolute()), sweeps.absolute()
     seeds = seeds_with(source, "snapshots.safetensors")
     jobs = rooms.graph(store, source, seeds, folder, Recipe())
-    jobs += recipes.graph(store, source, rooms.read(recipes.SWEEP), folder)
+    jobs += recipes.recipe_graph(store, source, rooms.read(recipes.SWEEP), folder)
     _run_jobs(jobs, workers, store.root)
 
 

@@ -24,15 +24,21 @@ def rows():
     return listing(ROOT / "notebooks").set_index("artifact")
 
 
+def each(part):
+    """The subjects that "seed_0 … seed_9" or "post" stands for."""
+    recipe, seeds = part.partition("seed_")[0], [int(seed) for seed in re.findall(r"seed_(\d+)", part)]
+    return [f"{recipe}seed_{seed}" for seed in range(seeds[0], seeds[-1] + 1)] if seeds else [part]
+
+
 def test_every_artifact_of_data_is_in_the_table(rows):
     found = set()
     for name, of in rows["of"].items():
         if name.startswith("SUBJECT/") and of != "not in data/":
-            seeds = range(10) if "…" in of else [int(seed) for seed in re.findall(r"seed_(\d+)", of)]
-            subjects = [f"seed_{seed}" for seed in seeds] + (["post"] if "post" in of else [])
-            found |= {name.replace("SUBJECT", subject) for subject in subjects}
-        else:
-            found |= set(of.split(", ")) if name == "controls/shuffled_N" else {name}
+            found |= {name.replace("SUBJECT", subject) for part in of.split(", ") for subject in each(part)}
+        elif name == "controls/shuffled_N":
+            found |= set(of.split(", "))
+        elif of != "not in data/":
+            found |= {name, *(f"{recipe}/{name}" for recipe in of.split(", ") if recipe)}
     assert found - {"SUBJECT/checkpoints.safetensors", "SUBJECT/trained", "own/model"} == set(
         ArtifactStore().entries()
     )

@@ -69,7 +69,7 @@ def swept(tmp_path_factory):
 def tables(swept, tmp_path_factory):
     root, points = swept
     store = ArtifactStore(tmp_path_factory.mktemp("data"))
-    job = recipes.collected(store, points, root, RECIPE)
+    job = recipes.collected_recipes(store, points, root, RECIPE)
     assert job.ensure() > 0
     assert job.ensure() is None, "it was current"
     return [pd.read_parquet(store.path(name)) for name in (recipes.RECIPE_CLAIMS, recipes.RECIPE_MODELS)]
@@ -90,7 +90,7 @@ def test_the_part_of_the_sweep_that_is_there_is_collected(swept, tables):
 @pytest.mark.slow
 def test_without_a_point_there_is_nothing_to_collect(swept, tmp_path):
     with pytest.raises(ArtifactError, match=r"has no point of recipes: `dtbook sweep sweeps/recipes\.yml`"):
-        recipes.collected(ArtifactStore(tmp_path / "data"), swept[1], tmp_path, RECIPE)
+        recipes.collected_recipes(ArtifactStore(tmp_path / "data"), swept[1], tmp_path, RECIPE)
 
 
 @pytest.mark.slow
@@ -179,8 +179,8 @@ def test_the_loss_is_that_of_the_last_hundred_updates():
 def test_the_graph_has_what_is_there(swept, tmp_path):
     root, points = swept
     made, data = ArtifactStore(tmp_path / "made"), ArtifactStore(tmp_path / "data")
-    assert recipes.graph(data, made, points, tmp_path) == []
-    (job,) = recipes.graph(data, made, points, root)
+    assert recipes.recipe_graph(data, made, points, tmp_path) == []
+    (job,) = recipes.recipe_graph(data, made, points, root)
     assert [point.id for point in job.given] == [points[0].id, points[3].id]
     tried = pd.DataFrame({"seed": [0, 1, 2], "decides": [True, False, True]})
     with made.write("recipe_post/histories.parquet", stage="histories", code=["dtbook.pipeline"]) as path:
@@ -189,7 +189,7 @@ def test_the_graph_has_what_is_there(swept, tmp_path):
         name = f"recipe_post/seed_{seed}/snapshots.safetensors"
         with made.write(name, stage="training", code=["dtbook.training"]) as path:
             save_file({}, path)
-    _, watched = recipes.graph(data, made, points, root)
+    _, watched = recipes.recipe_graph(data, made, points, root)
     assert watched.of == "recipe_post/seed_2"
 
 

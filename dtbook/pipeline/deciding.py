@@ -85,7 +85,7 @@ def jobs(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe) -> list[Job
     return [job for seed in seeds for job in replication.replication(store, seed, recipe)] + claims
 
 
-def plan(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe) -> list[Job]:
+def replications_of(store: ArtifactStore, seeds: Sequence[int], recipe: Recipe) -> list[Job]:
     """Return the jobs of a recipe's replications and of its controls, which learn from the first of them."""
     controls = [*replication.controls(store, seeds[0], recipe), measure.control_claims(store, recipe)]
     return jobs(store, seeds, recipe) + controls
@@ -96,7 +96,7 @@ def scorecard_job(store: ArtifactStore) -> Job:
     return Job(measure.MEASURE_ROWS["scorecard"], store, seeds=tuple(seeds_that_decide(store)))
 
 
-def is_shipped(name: str, deciding: Sequence[int]) -> bool:
+def is_kept(name: str, deciding: Sequence[int]) -> bool:
     """Return whether `data/` holds an artifact of the post's recipe: models of those that decide, tables of all."""
     folder, _, file = name.rpartition("/")
     seed = folder.rpartition("seed_")[2]

@@ -56,24 +56,29 @@ def _shown(name: str) -> str:
 def _subjects(name: str, entries: Mapping[str, Any]) -> str:
     """Return of which subjects the store has an artifact: "seed_0 … seed_9, post"."""
     if name == "{of}":
-        return ", ".join(filter(re.compile(r"controls/\w+").fullmatch, entries))
+        return ", ".join(filter(re.compile(r"(?:recipe_\w+/)?controls/\w+").fullmatch, entries))
     if "{of}" not in name:
-        return "" if name in entries else ABSENT
+        folders = [
+            entry.removesuffix(f"/{name}") for entry in entries if re.fullmatch(rf"recipe_\w+/{name}", entry)
+        ]
+        return ", ".join(folders) if name in entries or folders else ABSENT
     found = [
         re.fullmatch(name.replace("{of}", r"((?:recipe_\w+/)?seed_\d+|post)"), entry) for entry in entries
     ]
     subjects = pd.Series([match[1] for match in found if match], dtype=str)
     recipes = subjects[subjects != "post"].groupby(lambda row: subjects[row].rpartition("seed_")[0])
     ranges = [
-        _range(str(recipe), [int(each.rpartition("_")[2]) for each in some]) for recipe, some in recipes
+        _ranges(str(recipe), sorted(int(each.rpartition("_")[2]) for each in some))
+        for recipe, some in recipes
     ]
     return ", ".join([*ranges, *subjects[subjects == "post"]]) or ABSENT
 
 
-def _range(recipe: str, seeds: Sequence[int]) -> str:
+def _ranges(recipe: str, seeds: Sequence[int]) -> str:
     """Return in short which replications these are: "seed_0 … seed_9"."""
-    names = [f"{recipe}seed_{seed}" for seed in sorted(seeds)]
-    return f"{names[0]} … {names[-1]}" if len(names) > 2 else ", ".join(names)
+    runs = pd.Series(seeds).groupby(pd.Series(seeds) - range(len(seeds))).agg(["first", "last"])
+    each = [(f"{recipe}seed_{first}", f"{recipe}seed_{last}") for first, last in runs.to_numpy()]
+    return ", ".join(first if first == last else f"{first} … {last}" for first, last in each)
 
 
 def _used(notebooks: Path) -> Iterator[tuple[str, set[str]]]:

@@ -99,7 +99,7 @@ def _measure_point(
     return measure_model(model, observations, calibration, start_of_rtg(model.cfg, seed))
 
 
-def collected(store: ArtifactStore, points: Sequence[Point], folder: Path, recipe: Recipe) -> Job:
+def collected_recipes(store: ArtifactStore, points: Sequence[Point], folder: Path, recipe: Recipe) -> Job:
     """Return the job that measures the points which the sweep has left in `folder`, all or as many as there are.
 
     Raises ArtifactError where there is none yet.
@@ -226,13 +226,19 @@ ALONG = table_row(
 RECIPE_STAGES = (COLLECT, ALONG)
 
 
-def graph(store: ArtifactStore, made: ArtifactStore, points: Sequence[Point], folder: Path) -> list[Job]:
+def recipe_graph(
+    store: ArtifactStore, made: ArtifactStore, points: Sequence[Point], folder: Path
+) -> list[Job]:
     """Return the jobs of chapter 12: the sweep collected as far as it is there, and trainings that `made` has watched.
 
     These are the replications by the post's recipe that decide, where `made` has the histories that say which.
     """
     recipe, entries = Recipe.post(), ArtifactStore(folder / SWEEP).entries()
-    jobs = [collected(store, points, folder, recipe)] if any(p.artifact in entries for p in points) else []
+    jobs = (
+        [collected_recipes(store, points, folder, recipe)]
+        if any(p.artifact in entries for p in points)
+        else []
+    )
     if HISTORIES not in made.entries():
         return jobs
     watched = {*seeds_that_decide(made)} & {*seeds_with(made, "snapshots.safetensors", recipe.folder)}

@@ -33,7 +33,7 @@ def plan(
     weights. With `everything` also the sweeps and traces of chapters 11 and 12 and the causes of chapters 9 and 15.
     """
     if recipe.folder:
-        return deciding.plan(made, seeds, recipe)
+        return deciding.replications_of(made, seeds, recipe)
     jobs = [job for seed in seeds for job in replication.replication(made, seed, recipe)]
     if 0 in seeds:
         jobs += replication.around(made, recipe)
@@ -80,7 +80,7 @@ def reproduce_data(
     names = [name for job in jobs if job.store is made for name in job.makes if is_shipped(name)]
     if recipe.folder == POST_RECIPE and deciding.HISTORIES in made.entries():
         chosen = deciding.seeds_that_decide(made)
-        names = [name for name in (deciding.HISTORIES, *names) if deciding.is_shipped(name, chosen)]
+        names = [name for name in (deciding.HISTORIES, *names) if deciding.is_kept(name, chosen)]
     if everything and not recipe.folder:
         entries = [name for name in shipped.entries() if name not in names and _is_of(name, seeds)]
         names += [name for name in entries if post or not name.startswith("post/")]
