@@ -107,6 +107,17 @@ def turns():
     return {"r": r["logits"], "r_centred": r["centred"], "C06": WORDS[bool(r["logits"] >= 0.8)]}
 
 
+def along_walls():
+    """Chapter 5: which way it turns, at 0.9 unless the name says otherwise."""
+    table = shipped("along_walls").set_index(["situation", "wall at", "rtg"])
+    bias = (table["right"] - table["left"]) / (table["right"] + table["left"])
+    found = {f"bias_{tag}": bias["empty", "any", rtg] for rtg, tag in TAGS.items()}
+    found |= {"bias_wall": bias["wall", "any", HIGH], "bias_corner": bias["wall", "left", HIGH]}
+    found |= {f"on_{hand}": table["forward"]["empty", hand, HIGH] for hand in ("left", "right")}
+    along = found["on_left"] > found["on_right"] and found["bias_corner"] > 0
+    return found | {"along": "yes" if along else "no", "M3": findings("M3")["M3"][1]}
+
+
 def ablations():
     """Chapter 6: its claims, contributions and ways to ablate."""
     found, decided = {}, findings(*(f"C{n:02}" for n in range(7, 14)))
@@ -183,7 +194,6 @@ def circuit():
     front, to_actions = maps["QK"][:, *FRONT], maps["OV"][:, *FRONT]
     found |= {"qk_object": front[0], "qk_colour": front[1], "qk_bias": maps["QK bias"][0]}
     found |= {"ov_object": to_actions[0][2], "ov_colour": to_actions[1][2]}
-    found |= {"ov_rtg": HIGH * maps["OV rtg"] @ f_r, "ov_token": findings("C23")["C23"][0]}
     return found | {f"ov_{thing}": np.array(code) @ to_actions[:2] @ f_r for thing, code in CELLS.items()}
 
 
@@ -213,13 +223,45 @@ def amplifiers():
     decided = findings("C20", "C21a", "C21b", "C21c", "C22", "C23", "C24")
     found |= {"aligned": by["few"].max(), "H1": WORDS[bool(found["few"] >= 0.5)]}
     found |= {id: word for id, (_, word) in decided.items()} | {"C22_effect": decided["C22"][0]}
-    return found | {"supported": sum(word == "supported" for _, word in decided.values())}
+    return found | {"supported": sum(word == "supported" for _, word in decided.values()), "undecided": 0}
+
+
+def token():
+    """Chapter 8: the parts of the RTG token through head 1; of its embedding, the circuit's own map."""
+    table = shipped("writes").set_index(["head", "token", "what"])
+    parts = (table["forward"] - table["right"]).loc[1].loc["RTG"]
+    found = {f"token_{part}": value for part, value in parts.items()}
+    assert found["token_embedding"] == pytest.approx(HIGH * circuit_maps()["OV rtg"] @ [0, -1, 1], rel=1e-4)
+    return found | {"token": findings("C23")["C23"][0]}
+
+
+def head_0():
+    """Chapter 8: where head 0 looks, what it writes, and its share of two effects, head 1 beside it."""
+    table = shipped("writes").set_index(["head", "token", "what"]).loc[(0, "RTG", "embedding")]
+    found, causal = {"h0_rtg": table["forward"] - table["right"]}, shipped("causal")
+    names = {"empty": "empty", "top": "goal from the top", "obstacle": "obstacle"}
+    for name, situation in names.items():
+        for rtg, tag in TAGS.items():
+            found[f"h0_{name}_{tag}"] = forward(situation, rtg, column="attention L0H0")
+            found[f"h0_{name}_{tag}_writes"] = forward(situation, rtg, column="L0H0")
+    for name, rtg in (("obstacle", HIGH), ("top", -1.0)):
+        here = causal[(causal["situation"] == names[name]) & (causal["rtg"] == rtg)]
+        here = here[(here["change"] == "front cell → empty") & (here["direction"] == "into the clean run")]
+        here = here[here["token"] == "state"].set_index(["kind", "site"])
+        for head in (0, 1):
+            for key, site in {"share": "", "qk": " pattern", "ov": " V"}.items():
+                row = here.loc[("activation", f"L0H{head}{site}")]
+                found[f"{name}_{head}_{key}"] = row["logits"] / row["whole_logits"]
+            without = here.loc[("ablation", f"L0H{head}")]
+            found[f"{name}_{head}_p"] = without["clean"]
+            found[f"{name}_{head}_without"] = without["clean"] + without["probability"]
+    return found
 
 
 CHAPTERS = {
-    "05_behaviours": (table_1, never, turns),
+    "05_behaviours": (table_1, never, turns, along_walls),
     "06_ablations": (ablations, frames, neurons, play),
-    "08_the_obstacle_circuit": (circuit, attention, amplifiers),
+    "08_the_obstacle_circuit": (circuit, attention, amplifiers, token, head_0),
 }
 
 
