@@ -168,10 +168,8 @@ def verify() -> None:
 def _parse_seeds(context: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
     from dtbook.pipeline.replication import parse_seeds  # imports torch and TransformerLens
 
-    if text is None:
-        return None
     try:
-        return parse_seeds(text)
+        return None if text is None else parse_seeds(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 
@@ -359,9 +357,8 @@ def experiments(sweeps: Path, made: Path, workers: int) -> None:
     from dtbook.pipeline.replication import Recipe, seeds_with
 
     store, source, folder = ArtifactStore(), ArtifactStore(made.absolute()), sweeps.absolute()
-    seeds = seeds_with(source, "snapshots.safetensors")
-    jobs = rooms.graph(store, source, seeds, folder, Recipe())
-    jobs += recipes.recipe_graph(store, source, rooms.read(recipes.SWEEP), folder)
+    jobs = recipes.recipe_graph(store, source, rooms.read(recipes.SWEEP), folder)
+    jobs += rooms.graph(store, source, seeds_with(source, "snapshots.safetensors"), folder, Recipe())
     _run_jobs(jobs, workers, store.root)
 
 

@@ -1,7 +1,7 @@
 """All of `data/` from nothing: one graph of jobs, in the order in which one thing needs the other."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from dtbook.artifacts.parameters import Count, checked
 from dtbook.artifacts.store import ArtifactStore
@@ -74,7 +74,7 @@ def reproduce_data(
     jobs = plan(made, seeds, recipe, everything, post)
     deciding.run_jobs(jobs, workers, scheduler, say)
     if recipe.folder:
-        over_all = _over_all(made, shipped)
+        over_all = _over_all(made, shipped, {name for job in jobs for name in job.makes})
         deciding.run_jobs(over_all, workers, scheduler, say)
         jobs += over_all
     names = [name for job in jobs if job.store is made for name in job.makes if is_shipped(name)]
@@ -104,15 +104,16 @@ def _take(names: Iterable[str], made: ArtifactStore, shipped: ArtifactStore) -> 
             made.take(name, shipped)
 
 
-def _over_all(made: ArtifactStore, shipped: ArtifactStore) -> list[Job]:
-    """Return the jobs of what is over all replications: the scorecard, where all that it needs is there."""
+def _over_all(made: ArtifactStore, shipped: ArtifactStore, ours: Set[str]) -> list[Job]:
+    """Return the jobs of what is over all replications: the scorecard, where all that it needs is there.
+
+    What is not made here, as `ours` is, is taken as `shipped` has it now.
+    """
     _take({deciding.HISTORIES} - made.entries().keys(), made, shipped)
     if deciding.HISTORIES not in made.entries():
         return []
     card = deciding.scorecard_job(made)
-    _take(
-        {*card.names(card.stage.needs), *card.names(card.stage.uses)} - made.entries().keys(), made, shipped
-    )
+    _take({*card.names(card.stage.needs), *card.names(card.stage.uses)} - ours, made, shipped)
     return [card] if set(card.names(card.stage.needs)) <= made.entries().keys() else []
 
 
