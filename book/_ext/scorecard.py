@@ -55,7 +55,9 @@ class Scorecard(SphinxDirective):
         listed = nodes.bullet_list(classes=["scorecard-marks"])
         for row in claims.itertuples():
             how_many = f", {row.passed:.0f} of {row.n:.0f}" if row.n else ""
-            link = self.link(row.section, marked(row.verdict, row.statement), f"{row.claim}: {row.verdict}{how_many}")
+            link = self.link(
+                row.section, marked(row.verdict, row.statement), f"{row.claim}: {row.verdict}{how_many}"
+            )
             listed += nodes.list_item("", nodes.paragraph("", "", link))
         return [nodes.paragraph("", "", nodes.strong("", name), classes=["scorecard-group"]), listed]
 
