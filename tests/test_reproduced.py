@@ -22,6 +22,7 @@ from dtbook.claims.reproduced import (
     turned_verdicts,
 )
 from dtbook.cli import _compare
+from dtbook.pipeline.deciding import seeds_that_decide
 from dtbook.pipeline.replication import BARS, bar_measures
 
 SHIPPED = ArtifactStore()
@@ -75,6 +76,8 @@ def test_all_of_data_is_the_same_as_itself():
     report = judged(SHIPPED, list(SHIPPED.entries()))
     groups = [
         *(f"seed_{k}" for k in SEEDS),
+        *(f"recipe_post/seed_{k}" for k in seeds_that_decide(SHIPPED)),
+        "recipe_post/controls",
         "controls",
         "post",
         "experiments",
