@@ -66,9 +66,12 @@ def claim_ranges(known: pd.DataFrame) -> pd.DataFrame:
 
 
 def outside_ranges(findings: pd.DataFrame, known: pd.DataFrame) -> list[str]:
-    """Name each claim whose effect is outside its range over what is known, with the numbers."""
+    """Name each claim whose effect is outside its range over what is known, with the numbers.
+
+    That an effect is missing is no news where it is missing in what is known too.
+    """
     rows = findings.join(claim_ranges(known), on="claim")
-    undecided = rows["effect"].isna() & rows["low"].isna()
+    undecided = rows["effect"].isna() & rows["claim"].isin(known["claim"][known["effect"].isna()])
     outside = rows[~(rows["effect"].between(rows["low"], rows["high"]) | undecided)]
     return [
         f"the effect of {row.claim} is {row.effect:.4g}, not from {row.low:.4g} to {row.high:.4g}"
