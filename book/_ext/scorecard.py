@@ -18,6 +18,8 @@ MARKS = {
 }
 ALWAYS = ("replicated", "mixed", "not replicated")
 """Verdicts that are counted in words even where no claim has them."""
+FOUND_HERE = "Found here"
+"""The group of claims that are not the post's, and not counted among its."""
 NOT_YET = "This build has no scorecard: the replications that it counts are not part of it."
 
 
@@ -39,10 +41,11 @@ class Scorecard(SphinxDirective):
         table = pd.read_parquet(path)
         claims = table[table["of"] == ""]
         groups = [self.group(str(name), some) for name, some in claims.groupby("group", sort=False)]
-        return [self.counts(claims["verdict"]), *(node for group in groups for node in group)]
+        of_post = claims["verdict"][claims["group"] != FOUND_HERE]
+        return [self.counts(of_post), *(node for group in groups for node in group)]
 
     def counts(self, verdicts: pd.Series) -> nodes.Node:
-        """Return how many claims have which verdict, in words."""
+        """Return how many of the post's claims have which verdict, in words."""
         counts, line = verdicts.value_counts(), nodes.paragraph(classes=["scorecard-counts"])
         for verdict in [name for name in MARKS if name in counts or name in ALWAYS]:
             line += nodes.inline("", "", nodes.strong("", str(counts.get(verdict, 0))), nodes.Text(" "))
