@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from dtbook.analysis.behaviour import log_odds
 from dtbook.claims.evidence import Evidence, curve_of
 from dtbook.claims.rules import A_SHARE_OF_NOTHING, FIRST_EDITION, LOG_ODDS, Effect, Finding, beside, claim
 from dtbook.protocol import ACTING, AVOIDS, DOES_NOT, HIGH, TABLE_1, TIMESTEP, Bar, printed
@@ -195,12 +196,8 @@ _Ablation = tuple[str, float, str]
 
 def _log_odds_returned(e: Evidence, situation: str, rtg: float, without: str) -> float | Finding:
     """Of the log odds that speak against forward, the share that ablation takes away; of none, a share of nothing."""
-    before, after = (_log_odds(e.forward(situation, rtg, ablated)) for ablated in ("none", without))
+    before, after = (log_odds(e.forward(situation, rtg, ablated)) for ablated in ("none", without))
     return A_SHARE_OF_NOTHING if before >= 0 else 1 - after / before
-
-
-def _log_odds(probability: float) -> float:
-    return float(np.log(probability / (1 - probability)))
 
 
 def _ablated(id: str, bar: Bar, odds_bar: Bar, *ablations: _Ablation, **texts: Any) -> None:
