@@ -61,10 +61,16 @@ def inputs(cfg, batch=6, time=None, seed=0):
 # Where training starts
 
 
-def test_the_posts_start_is_the_originals():
-    """Mean and standard deviation of each weight, from the code of the original (`design`: W_pos around 0.8/√128)."""
-    model = DecisionTransformer(DTConfig.post(), seed=3)
-    expected = {"W_E_rtg": (0, 1 / 128), "W_E_state": (0, 0.02), "W_E_time": (0, 1), "W_pos": (0.0707, 1)}
+@pytest.mark.parametrize(
+    ("cfg", "rtg"), [(DTConfig.post(), 1 / 128), (DTConfig.book(), 0.1)], ids=["post", "book"]
+)
+def test_the_posts_start_is_the_originals(cfg, rtg):
+    """Mean and standard deviation of each weight, from the code of the original (W_pos around 0.8/√128).
+
+    The book's differs in the RTG embedding alone.
+    """
+    model = DecisionTransformer(cfg, seed=3)
+    expected = {"W_E_rtg": (0, rtg), "W_E_state": (0, 0.02), "W_E_time": (0, 1), "W_pos": (0.0707, 1)}
     expected |= {"W_E_action": (0, 1 / 512), "W_U": (0, 128**-0.5 / 3**0.5), "b_U": (0, 128**-0.5 / 3**0.5)}
     for name, weight in model.named_parameters():
         last, sample = name.rpartition(".")[2], weight.detach().flatten().double()
@@ -76,7 +82,7 @@ def test_the_posts_start_is_the_originals():
         assert abs(sample.std() - std) < 4 * std / (2 * len(sample)) ** 0.5 or last == "b_U", name
     uniform = torch.cat([model.W_U.flatten(), model.b_U])
     assert uniform.abs().max() < 128**-0.5 < 1.02 * uniform.abs().max()
-    assert replace(model.cfg, init="book") == DTConfig()
+    assert replace(model.cfg, init="first") == DTConfig()
 
 
 # Against TransformerLens

@@ -4,22 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from dtbook.analysis.attribution import check_has_action
 from dtbook.analysis.heads import obstacle_head_scores
-from dtbook.artifacts.parameters import Count, Whole, checked
+from dtbook.artifacts.parameters import Whole, checked
 from dtbook.gridworld.env import ObservationSet, all_observations
 from dtbook.gridworld.kernels import FORWARD
 from dtbook.gridworld.rules import Task
 from dtbook.gridworld.situations import batches, sample, select
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.protocol import ACTING, RTGS, TIMESTEP
-from dtbook.rollout import episode_table, rollout, summarise
+from dtbook.protocol import RTGS, TIMESTEP
 
 Record = dict[str, float]
 
@@ -99,45 +96,6 @@ def moved_from(now: Float[Tensor, " d_model"], start: Float[Tensor, " d_model"])
     now, start = now.detach().double(), start.detach().double()
     cosine = torch.cosine_similarity(now, start, dim=0)
     return {"distance": float((now - start).norm()), "cosine": float(cosine)}
-
-
-@checked
-def play_for(
-    model: DecisionTransformer,
-    task: Task,
-    rtgs: Sequence[float] = RTGS,
-    episodes: Count = 200,
-    seed: Whole = 0,
-) -> Record:
-    """Return mean returns (`greedy 0.9` …) and the shares of episodes at the goal (`greedy success 0.9` …)."""
-    each = np.repeat(np.array(rtgs), episodes)
-    row: Record = {}
-    for acting in ACTING:
-        played = rollout(model, each, acting == "greedy", seed=seed, task=task)
-        points = summarise(episode_table(played, each)).set_index("rtg")
-        for rtg in rtgs:
-            row[f"{acting} {rtg:g}"] = float(points["mean"].to_dict()[rtg])
-            row[f"{acting} success {rtg:g}"] = float(points["succeeded"].to_dict()[rtg])
-    return row
-
-
-@checked
-def trace(
-    models: Mapping[int, DecisionTransformer],
-    probe: Probe,
-    episodes: Count = 200,
-    seed: Whole = 0,
-    progress: bool = False,
-) -> pd.DataFrame:
-    """Return one row a snapshot of a training run, by the optimiser steps before it: `step`, `inspect`, `play_for`.
-
-    Where a model sees a longer context in play, `inspect` still shows it single timesteps.
-    """
-    rows = []
-    for step, model in tqdm(models.items(), desc="snapshots", disable=not progress):
-        played = play_for(model, probe.task, RTGS, episodes, seed)
-        rows.append({"step": step} | inspect(model, probe) | played)
-    return pd.DataFrame(rows).sort_values("step", ignore_index=True)
 
 
 def settles(steps: Sequence[int] | np.ndarray, values: np.ndarray, tolerance: float = TOLERANCE) -> float:

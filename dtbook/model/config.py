@@ -43,7 +43,7 @@ class DTConfig(Checked):
     """Actions: left, right, forward."""
     view_size: Count = 7
     """Side of the agent's view, in cells."""
-    init: Literal["book", "post"] = "book"
+    init: Literal["first", "post", "book"] = "first"
     """How a new model's weights are drawn: see `DecisionTransformer`."""
 
     # What TransformerLens's ActivationCache and patching functions ask a configuration.
@@ -57,6 +57,11 @@ class DTConfig(Checked):
     def post(cls) -> "DTConfig":
         """Return the post's shape with the original's initial weights (its `src/decision_transformer/model.py`)."""
         return cls(init="post")
+
+    @classmethod
+    def book(cls) -> "DTConfig":
+        """Return the shape and the initial weights of the book's models: the post's, but for the RTG embedding."""
+        return cls(init="book")
 
     @property
     def n_ctx(self) -> int:

@@ -45,6 +45,8 @@ from dtbook.model.original import convert
 # The weights of a block, and where in it they are.
 STACKED = {f"{kind}_{part}": "attn" for kind in "Wb" for part in "QKVO"}
 STACKED |= {f"{kind}_{part}": "mlp" for kind in "Wb" for part in ("in", "out")}
+RTG_STD = 0.1
+"""Standard deviation of the RTG embedding at the start of the book's models; in the post it is 1/128."""
 
 
 def _linear(n_inputs: int, *shape: int, generator: torch.Generator) -> nn.Parameter:
@@ -147,14 +149,16 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
     ) -> None:
         """Draw the weights of a new model from `seed`, an integer or a torch.Generator on the CPU, as `cfg.init` says.
 
-        "book": the maps of RTG and observation are drawn as PyTorch draws a linear layer, uniformly within
-        ±1/√inputs: an RTG embedding that starts small leaves returns near 0 hard to tell apart. All else is
-        normal with standard deviation 0.02 (W_U: 0.8/√d_model), biases 0.
-
         "post", as the original has it: normal with standard deviation 1 for time and positions, these around
         0.8/√d_model (which its call of `normal_` gives as the mean), 1/d_model for RTG, 1/((n_actions + 1)·d_model)
         for actions, 0.02 for observations, 0.8/√d_model for attention and MLP, whose biases are 0; W_U and b_U
         uniformly within ±1/√d_model.
+
+        "book": the same, but RTG with standard deviation `RTG_STD`: one that starts smaller leaves returns near 0 hard
+        to tell apart (chapter 12).
+
+        "first", as in the first edition of the book: the maps of RTG and observation as PyTorch draws a linear layer,
+        uniformly within ±1/√inputs; all else normal with standard deviation 0.02 (W_U: 0.8/√d_model), biases 0.
 
         `metadata` is a JSON-like dict saved with the weights: where the model comes from, which head is which.
         """
@@ -165,17 +169,17 @@ class DecisionTransformer(HookedRootModule, FolderMixin):
         else:
             generator = torch.Generator().manual_seed(check("seed", seed, Whole))
         linear, normal = partial(_linear, generator=generator), partial(_normal, generator=generator)
-        m, n_inputs, post = cfg.d_model, cfg.n_channels * cfg.view_size**2, cfg.init == "post"
+        m, n_inputs, first = cfg.d_model, cfg.n_channels * cfg.view_size**2, cfg.init == "first"
         std, scale = 0.02, 0.8 / m**0.5
-        self.W_E_rtg = normal(1 / m, m) if post else linear(1, m)
-        self.W_E_state = normal(std, n_inputs, m) if post else linear(n_inputs, n_inputs, m)
-        self.W_E_action = normal(1 / ((cfg.n_actions + 1) * m) if post else std, cfg.n_actions, m)
-        self.W_E_time = normal(1.0 if post else std, cfg.max_steps + 1, m)
-        self.W_pos = normal(1.0, cfg.n_ctx, m, mean=scale) if post else normal(std, cfg.n_ctx, m)
-        blocks = nn.ModuleList(Block(cfg, scale if post else std, generator) for _ in range(cfg.n_layers))
+        self.W_E_rtg = linear(1, m) if first else normal(RTG_STD if cfg.init == "book" else 1 / m, m)
+        self.W_E_state = linear(n_inputs, n_inputs, m) if first else normal(std, n_inputs, m)
+        self.W_E_action = normal(std if first else 1 / ((cfg.n_actions + 1) * m), cfg.n_actions, m)
+        self.W_E_time = normal(std if first else 1.0, cfg.max_steps + 1, m)
+        self.W_pos = normal(std, cfg.n_ctx, m) if first else normal(1.0, cfg.n_ctx, m, mean=scale)
+        blocks = nn.ModuleList(Block(cfg, std if first else scale, generator) for _ in range(cfg.n_layers))
         self.blocks = blocks  # type: ignore[assignment]
-        self.W_U = linear(m, m, cfg.n_actions) if post else normal(scale, m, cfg.n_actions)
-        self.b_U = linear(m, cfg.n_actions) if post else _zeros(cfg.n_actions)
+        self.W_U = normal(scale, m, cfg.n_actions) if first else linear(m, m, cfg.n_actions)
+        self.b_U = _zeros(cfg.n_actions) if first else linear(m, cfg.n_actions)
         self.hook_rtg_embed, self.hook_state_embed, self.hook_action_embed = (HookPoint() for _ in range(3))
         self.hook_time_embed, self.hook_embed, self.hook_pos_embed = (HookPoint() for _ in range(3))
         self.setup()

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from dtbook.analysis.attribution import channel_slices, preference_direction
-from dtbook.analysis.dynamics import Probe, forward_probability, inspect, make_probe, settles, trace
+from dtbook.analysis.dynamics import Probe, forward_probability, inspect, make_probe
 from dtbook.analysis.weights import CELLS, front_cell_table, state_maps
 from dtbook.artifacts.store import CHECKOUT, ArtifactError, ArtifactStore
 from dtbook.claims.evidence import FRONT_ROWS
@@ -31,8 +31,6 @@ from dtbook.pipeline.replication import (
     POST_RECIPE,
     Recipe,
     folder_of,
-    load_snapshots,
-    name_of,
     seeds_with,
 )
 from dtbook.pipeline.sweep import Point, read_sweep
@@ -45,8 +43,8 @@ FRONT_CELLS = "experiments/front_cells.parquet"
 POST_PATHS = "post/front_paths.parquet"
 SHAPE = {"n_layers": 1, "d_model": 128, "n_heads": 2, "n_timesteps": 1}
 """The shape that the post settled on (C27)."""
-TRACES = ("seed_{seed}/dynamics.parquet", f"{POST_RECIPE}/seed_{{seed}}/along.parquet")
-"""Trainings that were watched."""
+WATCHED = f"{POST_RECIPE}/seed_{{seed}}/along.parquet"
+"""Trainings that were watched, which decide C28."""
 SEEDS_A_SHAPE = 3
 """What C27 needs of each: one run is no replication."""
 
@@ -180,29 +178,20 @@ def _post_paths(job: Job) -> list[Writer]:
     return [table_writer(front_paths(job.subject().model, make_probe(job.recipe.task)))]
 
 
-def _dynamics(job: Job) -> list[Writer]:
-    """Trace a replication along its training, from its snapshots; head numbers are those of the finished model."""
-    models = load_snapshots(job.origin, job.seed)
-    traced = trace(models, make_probe(job.recipe.task), seed=job.seed, progress=job.progress, **job.settings)
-    return [table_writer(traced)]
-
-
 # --------------------------------------------------------------------------------------------- claims, decided
 def decide_on_training(
-    encodings: pd.DataFrame | None, size: pd.DataFrame | None, dynamics: Mapping[str, pd.DataFrame]
+    encodings: pd.DataFrame | None, size: pd.DataFrame | None, watched: Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
     """Return what the experiments say to C25 to C28: `model` (which run), `claim`, `effect`, `passed`, `n` (models).
 
     A claim whose table is None is left out. C25 and C26 are decided by models of a history whose classes are not
-    balanced, and undecided where there are none; C27 is undecided where a shape has fewer than three seeds. `dynamics`
-    maps runs to tables of `recipes.along`, by which C28 is decided as its second edition has it, or of
-    `dynamics.trace`, as its first had it.
+    balanced, and undecided where there are none; C27 is undecided where a shape has fewer than three seeds. `watched`
+    maps runs to tables of `recipes.along`, by which C28 is decided.
     """
     rows = [] if encodings is None else [*_over_sampling(encodings)]
     rows += [] if size is None else [_shape(size)]
-    for run, traced in dynamics.items():
-        delay = circuit_delay if "circuit size" in traced else interpretability_delay
-        ratio = delay(traced)["ratio"]
+    for run, table in watched.items():
+        ratio = circuit_delay(table)["ratio"]
         passed = np.nan if np.isnan(ratio) else float(meets("C28", ratio))
         rows.append({"model": run, "claim": "C28", "effect": ratio, "passed": passed, "n": 1})
     return pd.DataFrame(rows).sort_values(["claim", "model"], ignore_index=True)
@@ -244,33 +233,16 @@ def _shape(size: pd.DataFrame) -> dict[str, Any]:
     return {"model": "sweep", "claim": "C27", "effect": gap, "passed": passed, "n": len(size)}
 
 
-def interpretability_delay(traced: pd.DataFrame) -> dict[str, float]:
-    """Return the steps at which `scores` and `returns` settle, and their `ratio` (C28).
-
-    Scores of all heads together; the return at 0.9 greedy or sampled, whichever settles later.
-    """
-    steps = traced["step"].to_numpy()
-    scores = settles(steps, traced.filter(like="score L").to_numpy())
-    returns = settles(steps, traced[["greedy 0.9", "sampled 0.9"]].to_numpy())
-    return {"scores": scores, "returns": returns, "ratio": scores / returns}
-
-
 def _experiment_claims(job: Job) -> list[Writer]:
-    """Decide those of C25 to C28 that the store has tables for: sweeps, and traces of replications.
-
-    Where trainings by the post's recipe were watched, these decide C28, and none of the first edition's.
-    """
+    """Decide those of C25 to C28 that the store has tables for: sweeps, and trainings by the post's recipe, watched."""
     encodings, size = (
         job.table(name) if job.has(name) else None for name in map(table_of, ("encodings", "size"))
     )
     runs = [f"{POST_RECIPE}/{folder_of(seed)}" for seed in job.seeds]
-    traced = {run: job.table(f"{run}/along.parquet") for run in runs if job.has(f"{run}/along.parquet")}
-    if not traced:
-        traces = {folder_of(seed): name_of(seed, "dynamics.parquet") for seed in job.seeds}
-        traced = {run: job.table(name) for run, name in traces.items() if job.has(name)}
-    if encodings is None and size is None and not traced:
-        raise ArtifactError(f"{job.store.root} has neither tables of sweeps nor traces of replications")
-    return [table_writer(decide_on_training(encodings, size, traced))]
+    watched = {run: job.table(f"{run}/along.parquet") for run in runs if job.has(f"{run}/along.parquet")}
+    if encodings is None and size is None and not watched:
+        raise ArtifactError(f"{job.store.root} has neither tables of sweeps nor trainings that were watched")
+    return [table_writer(decide_on_training(encodings, size, watched))]
 
 
 # ------------------------------------------------------------------------------------------- the table, and its graph
@@ -285,13 +257,12 @@ EXPERIMENT_STAGES = (
         for sweep in SWEEPS
     ),
     *RECIPE_STAGES,
-    table_row("dynamics", _dynamics, "{of}/dynamics.parquet", "{of}/snapshots.safetensors {of}/model"),
     table_row("front paths", _post_paths, POST_PATHS, "post/model"),
     table_row(
         "experiment claims",
         _experiment_claims,
         EXPERIMENT_CLAIMS,
-        uses=" ".join([table_of("encodings"), table_of("size"), *TRACES]),
+        uses=" ".join([table_of("encodings"), table_of("size"), WATCHED]),
         recipe="",
         before="dtbook experiments",
     ),
@@ -307,27 +278,17 @@ def collected(store: ArtifactStore, sweep: str, points: Sequence[Point], folder:
 
 
 def graph(
-    store: ArtifactStore,
-    made: ArtifactStore,
-    seeds: Sequence[int],
-    folder: Path,
-    recipe: Recipe,
-    post: bool = True,
+    store: ArtifactStore, seeds: Sequence[int], folder: Path, recipe: Recipe, post: bool = True
 ) -> list[Job]:
-    """Return the jobs of chapters 11 and 12: sweeps collected, replications that `made` has traced, claims decided.
+    """Return the jobs of chapters 11 and 12: sweeps collected, claims decided, C28 by these seeds or all watched.
 
     The sweeps have been run, or are run with them, in `folder`.
     """
     jobs = [collected(store, sweep, read(sweep), folder, recipe) for sweep in SWEEPS]
-    jobs += [
-        Job(EXPERIMENT_ROWS["dynamics"], store, folder_of(seed), recipe, (seed,), source=made)
-        for seed in seeds
-    ]
     if post:
         jobs.append(Job(EXPERIMENT_ROWS["front paths"], store, "post", recipe, label="post front paths"))
-    watched = [*seeds_with(store, "dynamics.parquet"), *seeds_with(store, "along.parquet", POST_RECIPE)]
-    traced = tuple(dict.fromkeys([*seeds, *watched]))
-    return [*jobs, Job(EXPERIMENT_ROWS["experiment claims"], store, seeds=traced)]
+    watched = tuple(dict.fromkeys([*seeds, *seeds_with(store, "along.parquet", POST_RECIPE)]))
+    return [*jobs, Job(EXPERIMENT_ROWS["experiment claims"], store, seeds=watched)]
 
 
 def read(sweep: str) -> list[Point]:

@@ -29,6 +29,7 @@ from dtbook.pipeline.replication import (
     BOOK_SEEDS,
     CONTROLS,
     POST_RECIPE,
+    REFERENCE,
     Recipe,
     calibrate,
     calibration_of,
@@ -271,16 +272,16 @@ def measured(
 ) -> list[Job]:
     """Return the jobs that measure these replications, the longest ones first.
 
-    With the reference, seed 0, come the controls, and what chapters 5 to 8 show of it and, where there are any, of the
+    With the reference come the controls, and what chapters 5 to 8 show of it and, where there are any, of the
     post's weights.
     """
-    jobs, looked_at = [], [folder_of(0), *(["post"] if post else [])]
-    if 0 in seeds:
+    jobs, looked_at = [], [folder_of(REFERENCE), *(["post"] if post else [])]
+    if REFERENCE in seeds:
         jobs = [control_claims(store, recipe)]
         jobs += [Job(stage, store, of, recipe) for stage in BEHAVIOUR for of in looked_at]
     if everything:
         jobs += causal_jobs(store, seeds, recipe, post)
-    if post and 0 in seeds:
+    if post and REFERENCE in seeds:
         calibration = replication.REPLICATION_ROWS["calibration"]
         jobs += of_subject(store, "post", recipe, (calibration, CLAIMS_STAGE))
     for seed in seeds:

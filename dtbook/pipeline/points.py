@@ -174,7 +174,7 @@ def run_replication(parameters: Mapping[str, Any], folder: Path, resume: Path) -
     for job in replication.replication(made, seed, recipe):
         job.ensure()
     for name in made.entries():
-        if name.rpartition("/")[2] not in (*replication.NOT_SHIPPED, *replication.REFERENCE_ONLY):
+        if name.rpartition("/")[2] not in (*replication.NOT_SHIPPED, *replication.EPISODES):
             kept.take(name, made)
     at = kept.root / replication.folder_of(seed)
     scores = pd.read_parquet(at / "heads.parquet").to_dict("records")
@@ -182,12 +182,13 @@ def run_replication(parameters: Mapping[str, Any], folder: Path, resume: Path) -
     return row | calibration_row(pd.read_parquet(at / "calibration.parquet"))
 
 
+_REFERENCE = replication.folder_of(replication.REFERENCE)
 POINT_KINDS = {
     "training": Kind(
         run_training,
         {
             "seed": 0,
-            "data": "seed_0/trajectories.npz",
+            "data": f"{_REFERENCE}/trajectories.npz",
             "head_scores": True,
             **flat_defaults("model", "train", "calibration"),
         },
@@ -195,7 +196,7 @@ POINT_KINDS = {
     ),
     "calibration": Kind(
         run_calibration,
-        {"weights": "seed_0/model", "seed": 0, **flat_defaults("task", "calibration")},
+        {"weights": f"{_REFERENCE}/model", "seed": 0, **flat_defaults("task", "calibration")},
         ("weights",),
     ),
     "ppo": Kind(run_ppo, {"seed": 0, **flat_defaults("task", "ppo", "envs")}),

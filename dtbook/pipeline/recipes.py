@@ -39,7 +39,7 @@ from dtbook.rollout import calibration_row
 
 SWEEP = "recipes"
 RECIPE_CLAIMS, RECIPE_MODELS = "experiments/recipes.parquet", "experiments/recipe_models.parquet"
-FACTORS = {"start": ("post", "book"), "data": ("history", "quota"), "optimiser": ("post", "book")}
+FACTORS = {"start": ("post", "first"), "data": ("history", "quota"), "optimiser": ("post", "first")}
 """The columns of a cell, and the levels of each: the post's, and that of the book's first edition."""
 CASE = faithfulness.CIRCUIT_CASES[0]
 """The behaviour whose smallest circuit is looked for along training: avoiding an obstacle when asked for 0.9."""
@@ -86,7 +86,7 @@ def _collect(job: Job) -> list[Writer]:
 def cell_of(point: Point) -> dict[str, Any]:
     """Return which cell a point of the sweep belongs to: `point`, the factors by their levels, and `seed`."""
     given = point.parameters
-    optimiser = "post" if given["train.schedule"] == "constant" else "book"
+    optimiser = "post" if given["train.schedule"] == "constant" else "first"
     cell = {"start": given["model.init"], "data": given["episodes"], "optimiser": optimiser}
     return {"point": point.id, **cell, "seed": given["seed"]}
 

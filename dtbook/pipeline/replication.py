@@ -29,14 +29,16 @@ from dtbook.trajectories.episodes import Trajectories
 from dtbook.trajectories.ppo import PPOConfig
 from dtbook.trajectories.recording import RecordEpisodes
 
-NOT_SHIPPED = ("checkpoints.safetensors", "trained")
-"""What `data/` holds of no replication: PPO's checkpoints are too large for git, the model's heads are in no order."""
-REFERENCE_ONLY = ("history.npz", "trajectories.npz", "snapshots.safetensors")
-"""What it holds of seed 0 alone."""
-POST_RECIPE = "recipe_post"
-"""The folder of what is made by the post's recipe."""
-BOOK_SEEDS = tuple(range(10))
-"""The replications by the book's own recipe."""
+NOT_SHIPPED = ("checkpoints.safetensors", "snapshots.safetensors", "trained")
+"""What `data/` holds of no replication: weights along the way are too large for git, `trained` has unordered heads."""
+EPISODES = ("history.npz", "trajectories.npz")
+"""What it holds of two replications alone: of the reference, and of the one that the recipe was tuned on."""
+POST_RECIPE, FIRST_RECIPE = "recipe_post", "recipe_first"
+"""The folders of what is made by the post's recipe, and by that of the book's first edition."""
+TUNING, REFERENCE = 0, 10
+"""The seed on whose data the book's recipe was tuned; and that of which chapters 2 to 9 tell."""
+BOOK_SEEDS, FIRST_SEEDS = tuple(range(10, 20)), tuple(range(10))
+"""The replications by the book's recipe that decide; and those of its first edition, on which it was tuned."""
 CONTROLS = tuple(f"controls/shuffled_{seed}" for seed in range(3))
 """Models trained on the reference's data set with its actions shuffled, which say nothing about what to do."""
 LONG_CONTEXT = "long_context/model"
@@ -64,8 +66,9 @@ class LongContext(Checked):
     """A window has nine actions to predict, so that 64 have more of them than a batch of 384 single steps."""
 
 
-LOGARITHMIC = (0, *np.unique(np.geomspace(20, 70_000, 41).round().astype(int)).tolist())
-"""Training steps on a logarithmic grid, from the start to the end of the post's training."""
+def logarithmic(steps: int) -> tuple[int, ...]:
+    """Return 42 training steps on a logarithmic grid, from the start, 0, to the end."""
+    return (0, *np.unique(np.geomspace(20, steps, 41).round().astype(int)).tolist())
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ class Recipe(Checked):
     episodes: Literal["quota", "history"] = "quota"
     """What is learnt from: episodes collected from PPO's checkpoints by `quota`, or all that PPO played on its way."""
     quota: QuotaConfig = QuotaConfig()
-    model: DTConfig = DTConfig()
-    train: TrainConfig = TrainConfig()
-    snapshots: tuple[Whole, ...] = (0, 50, 100, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800, 9000)
+    model: DTConfig = DTConfig.book()
+    train: TrainConfig = TrainConfig.book()
+    snapshots: tuple[Whole, ...] = logarithmic(TrainConfig.book().steps)
     """Training steps after which the weights are kept."""
     calibration: Mapping[str, Any] = field(
         default_factory=lambda: {"rtgs": list(CALIBRATION_RTGS), "episodes": 500, "max_steps": 300}
@@ -104,8 +107,13 @@ class Recipe(Checked):
             episodes="history",
             model=DTConfig.post(),
             train=TrainConfig.post(),
-            snapshots=LOGARITHMIC,
+            snapshots=logarithmic(TrainConfig.post().steps),
         )
+
+    @classmethod
+    def first(cls) -> "Recipe":
+        """Return the recipe of the book's first edition, which changed more of the post's than behaviour needs."""
+        return cls(FIRST_RECIPE, model=DTConfig(), train=TrainConfig(), snapshots=())
 
     @property
     def data(self) -> str:
@@ -153,9 +161,13 @@ def seeds_with(store: ArtifactStore, file: str, recipe: str = "") -> list[int]:
 def is_shipped(name: str) -> bool:
     """Return whether an artifact is one that `data/` holds."""
     folder, _, file = name.rpartition("/")
-    if folder.startswith("recipe_"):
-        return file not in (*NOT_SHIPPED, *REFERENCE_ONLY, "training.parquet")
-    return file not in NOT_SHIPPED and (folder == folder_of(0) or file not in REFERENCE_ONLY)
+    if folder.startswith(FIRST_RECIPE):
+        return file == "claims.parquet"
+    if folder.startswith(POST_RECIPE):
+        return file not in (*NOT_SHIPPED, *EPISODES, "training.parquet")
+    if folder == folder_of(TUNING):
+        return file in (*EPISODES, "ppo.parquet", "collection.parquet")
+    return file not in NOT_SHIPPED and (folder == folder_of(REFERENCE) or file not in EPISODES)
 
 
 # ------------------------------------------------------------------------------------------- the stages' functions
@@ -243,7 +255,7 @@ def _control(job: Job) -> list[Writer]:
 
 
 def _long_context(job: Job) -> list[Writer]:
-    data, how = Trajectories.load(job.path("seed_0/trajectories.npz")), job.recipe
+    data, how = Trajectories.load(job.path(_DATA)), job.recipe
     result = training.train(data, how.model, how.train, job.seed, job.resume, job.progress)
     return [result.model.save_pretrained]
 
@@ -279,7 +291,7 @@ def bar_measures(curves: pd.DataFrame) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- the table, and its graph
 _FROM_NOTHING = "{of}/ppo.parquet {of}/history.npz {of}/checkpoints.safetensors"
 _TRAINED = "{of}/training.parquet {of}/evaluations.parquet {of}/snapshots.safetensors {of}/trained"
-_DATA = "seed_0/trajectories.npz"
+_DATA = f"{folder_of(REFERENCE)}/trajectories.npz"
 REPLICATION_STAGES = (
     table_row("ppo", _ppo, _FROM_NOTHING, recipe="task ppo envs"),
     table_row(
@@ -315,9 +327,9 @@ def replication(store: ArtifactStore, seed: Whole, recipe: Recipe, progress: boo
 
 
 def around(store: ArtifactStore, recipe: Recipe) -> list[Job]:
-    """Return the jobs that start from the data set of seed 0: the controls and the model of nine timesteps."""
+    """Return the jobs that start from the reference's data set: the controls and the model of nine timesteps."""
     long_context = Job(REPLICATION_ROWS["long context"], store, recipe=recipe.long_context)
-    return [*controls(store, 0, recipe), long_context]
+    return [*controls(store, REFERENCE, recipe), long_context]
 
 
 def controls(store: ArtifactStore, reference: int, recipe: Recipe) -> list[Job]:

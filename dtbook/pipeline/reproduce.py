@@ -8,7 +8,16 @@ from dtbook.artifacts.store import ArtifactStore
 from dtbook.model.files import read_post_checkpoint
 from dtbook.pipeline import deciding, experiments, measure, replication
 from dtbook.pipeline.engine import Job, Say
-from dtbook.pipeline.replication import BOOK_SEEDS, POST_RECIPE, Recipe, is_shipped
+from dtbook.pipeline.replication import (
+    BOOK_SEEDS,
+    FIRST_RECIPE,
+    FIRST_SEEDS,
+    POST_RECIPE,
+    REFERENCE,
+    TUNING,
+    Recipe,
+    is_shipped,
+)
 
 STAGES = (
     *replication.REPLICATION_STAGES,
@@ -19,8 +28,8 @@ STAGES = (
 """The table of stages: what makes each file of `data/`."""
 
 
-RECIPES = {"book": Recipe, "post": Recipe.post}
-"""Recipes by name: the book's own, of which chapters 2 to 9 tell, and the post's."""
+RECIPES = {"book": Recipe, "post": Recipe.post, "first": Recipe.first}
+"""Recipes by name: the book's own, of which chapters 2 to 9 tell, the post's, and that of the book's first edition."""
 
 
 def plan(
@@ -28,21 +37,26 @@ def plan(
 ) -> list[Job]:
     """Return the jobs that make what `data/` holds of these replications, in another store.
 
-    By the post's recipe these are the replications, their claims and the controls. Of the book's own, seed 0 is the
-    reference: with it come the controls, the model of nine timesteps and, if there are any, the post's
-    weights. With `everything` also the sweeps and traces of chapters 11 and 12 and the causes of chapters 9 and 15.
+    By the post's recipe these are the replications, their claims and the controls; by the first edition's no controls.
+    With the reference of the book's own come the controls, the model of nine timesteps and, if there are any, the
+    post's weights. With `everything` also the sweeps of chapters 11 and 12, with the episodes that they learn from,
+    and the causes of chapters 9 and 15.
     """
-    if recipe.folder:
+    if recipe.folder == POST_RECIPE:
         return deciding.replications_of(made, seeds, recipe)
+    if recipe.folder == FIRST_RECIPE:
+        return deciding.jobs(made, seeds, recipe)
     jobs = [job for seed in seeds for job in replication.replication(made, seed, recipe)]
-    if 0 in seeds:
+    if REFERENCE in seeds:
         jobs += replication.around(made, recipe)
     if len(seeds) > 1:
         jobs.append(Job(replication.REPLICATION_ROWS["replicas"], made, seeds=tuple(seeds)))
     if everything:
+        if TUNING not in seeds:
+            jobs += replication.replication(made, TUNING, recipe)[:2]  # PPO and collection
         folder = made.root / "sweeps"
         jobs += [point.job(folder / name) for name in experiments.SWEEPS for point in experiments.read(name)]
-        jobs += experiments.graph(made, made, seeds, folder, recipe, post)
+        jobs += experiments.graph(made, seeds, folder, recipe, post)
     return jobs + measure.measured(made, seeds, recipe, post, everything)
 
 
@@ -67,8 +81,8 @@ def reproduce_data(
     recipe = recipe or Recipe()
     if seeds is None:
         seeds = _seeds_of(made, recipe, everything, workers, scheduler, say)
-    post = not recipe.folder and 0 in seeds and has_post()
-    if not recipe.folder and 0 in seeds:
+    post = not recipe.folder and REFERENCE in seeds and has_post()
+    if not recipe.folder and REFERENCE in seeds:
         known = [name for name in shipped.entries() if name.startswith("post/")]
         _take([*([] if post else known), *([] if everything else [measure.EXPERIMENT_CLAIMS])], made, shipped)
     jobs = plan(made, seeds, recipe, everything, post)
@@ -91,7 +105,7 @@ def _seeds_of(
     made: ArtifactStore, recipe: Recipe, everything: bool, workers: int, scheduler: str | None, say: Say
 ) -> list[int]:
     if recipe.folder != POST_RECIPE:
-        return list(BOOK_SEEDS)
+        return list(FIRST_SEEDS if recipe.folder == FIRST_RECIPE else BOOK_SEEDS)
     wanted = deciding.ALL if everything else deciding.DECIDING
     tried = deciding.histories(made, recipe, wanted, workers, scheduler, say)
     return tried["seed"][tried["decides"]].tolist()
