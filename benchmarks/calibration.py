@@ -21,7 +21,7 @@ from dtbook.rollout import CALIBRATION_RTGS, calibration_curve, rollout_in
 
 def measure(episodes: int, minigrid_episodes: int) -> pd.DataFrame:
     """One row an engine: `episodes`, `seconds`, `episodes/s` and the ratio to minigrid's."""
-    model = DecisionTransformer.from_pretrained(ArtifactStore().path("seed_0/model"))
+    model = DecisionTransformer.from_pretrained(ArtifactStore().path("seed_10/model"))
     calibration_curve(model, [0.9], episodes=10)  # compile the simulator
 
     start = time.perf_counter()

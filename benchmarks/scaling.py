@@ -63,7 +63,7 @@ def one_pass(size: int = 8, n_obstacles: int = 4, **shape: int) -> Work:
 
 
 def works(number: int) -> Iterator[tuple[str, int, Work]]:
-    data = Trajectories.load(ArtifactStore().path("seed_0/trajectories.npz"))
+    data = Trajectories.load(ArtifactStore().path("seed_10/trajectories.npz"))
     for n in (1, 2, 4):
         yield "seeds (PPO, 12,288 steps each)", n, seeds(n)
     for size in (5, 6, 8, 16):

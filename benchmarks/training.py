@@ -102,7 +102,7 @@ def measure_one(name: str, step: Callable[[Batch], object], batches: list[Batch]
 
 def measure(updates: int, seed: int = 0) -> tuple[pd.DataFrame, dict[str, float]]:
     """One row a run, and the processor seconds of drawing a batch and of one evaluation."""
-    data = Trajectories.load(ArtifactStore().path("seed_0/trajectories.npz"))
+    data = Trajectories.load(ArtifactStore().path("seed_10/trajectories.npz"))
     cfg, config = DTConfig(), TrainConfig()
     sampler = Sampler(data, cfg.n_timesteps, config)
     next(sampler.batches(seed, 0, 1))  # compile the simulator
@@ -118,7 +118,7 @@ def measure(updates: int, seed: int = 0) -> tuple[pd.DataFrame, dict[str, float]
     table = pd.DataFrame([measure_one(name, step, batches) for name, step in runs.items()])
     start = time.process_time()
     evaluate(
-        DecisionTransformer.from_pretrained(ArtifactStore().path("seed_0/model")),
+        DecisionTransformer.from_pretrained(ArtifactStore().path("seed_10/model")),
         config.evaluation_episodes,
         seed,
         data,

@@ -297,7 +297,7 @@ def causes(seeds: list[int], workers: int) -> None:
 @click.option("--only", multiple=True, metavar="STAGE", help="Only what this stage makes; repeatable.")
 @_workers
 def measure(subject: str, out: Path | None, only: tuple[str, ...], workers: int) -> None:
-    """Make every table of chapters 4 to 9 and 15 for SUBJECT: a folder that `save_pretrained` wrote, or "seed_4".
+    """Make every table of chapters 4 to 9 and 15 for SUBJECT: a folder that `save_pretrained` wrote, or "seed_14".
 
     A checkpoint of the original may take its place, where the architecture is the post's.
     What is there already, of the same model, is not made again, so an interrupted call goes on where it stopped.

@@ -267,8 +267,8 @@ def test_compute_time_counts_a_stage_once_for_all_its_artifacts():
     def entry(stage, seed, seconds):
         return {"stage": stage, "seeds": [seed], "seconds": seconds}
 
-    training = {f"seed_0/{name}": entry("training", 0, 60.0) for name in ("model", "training.parquet")}
-    others = {"seed_1/model": entry("training", 1, 70.0), "seed_0/heads": entry("heads", 0, 60.0)}
+    training = {f"seed_10/{name}": entry("training", 0, 60.0) for name in ("model", "training.parquet")}
+    others = {"seed_11/model": entry("training", 1, 70.0), "seed_10/heads": entry("heads", 0, 60.0)}
     artifacts = training | others | {"replicas.parquet": {"stage": "replicas", "seeds": [0, 1]}}
     assert front.making_time(artifacts) == "made in 3 min of processor time, training included"
     assert front.making_time({"replicas.parquet": artifacts["replicas.parquet"]}) == ""
@@ -416,7 +416,7 @@ def test_what_one_may_set_has_limits(path):
 def test_what_is_looked_at_has_one_name_in_all_chapters(path):
     """One that finds a model, or the tables of some, takes it by `subject`, several by `subjects`."""
     declared = declared_parameters(path)
-    defaults = {"subject": "seed_0", "subjects": []}
+    defaults = {"subject": "seed_10", "subjects": []}
     taken = {name: declared[name].default for name in defaults if name in declared}
     assert taken.items() <= defaults.items()
     assert bool(taken) == ("Subject.find" in python_of(path))

@@ -227,15 +227,15 @@ def test_push_to_hub_saves_makes_the_repository_and_uploads(hub, model):
 
 def test_a_store_goes_to_the_hub_as_it_is(hub, model, tmp_path):
     mine = ArtifactStore(tmp_path / "mine")
-    for name in ("seed_0/model", "seed_1/model"):
+    for name in ("seed_10/model", "seed_11/model"):
         with mine.write(name, stage="training", code=["dtbook.training"]) as path:
             model.save_pretrained(path)
     huggingface_hub.create_repo("you/your-data", repo_type="dataset")
     huggingface_hub.upload_folder(repo_id="you/your-data", folder_path=mine.root, repo_type="dataset")
     received = ArtifactStore(huggingface_hub.snapshot_download("you/your-data", repo_type="dataset"))
     assert received.verify() == []
-    assert_same(model, DecisionTransformer.from_pretrained(received.path("seed_0/model")))
-    config = hub / "you/your-data/seed_1/model/config.json"
+    assert_same(model, DecisionTransformer.from_pretrained(received.path("seed_10/model")))
+    config = hub / "you/your-data/seed_11/model/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"metadata": {}}))
-    with pytest.raises(ArtifactError, match=r"seed_1/model is not what .* says"):
-        received.path("seed_1/model")
+    with pytest.raises(ArtifactError, match=r"seed_11/model is not what .* says"):
+        received.path("seed_11/model")

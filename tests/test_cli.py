@@ -305,7 +305,7 @@ def test_a_subject_is_a_name_or_a_path_from_the_callers_folder_and_a_wrong_one_i
 ):
     (tmp_path / "caller/mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "caller")
-    parameters = 'subject = "seed_0"  # subject looked at\nsubjects = ["seed_0"]  # subjects compared'
+    parameters = 'subject = "seed_10"  # subject looked at\nsubjects = ["seed_10"]  # subjects compared'
     write_notebook(checkout / "notebooks/02_asks.ipynb", "print(subject, subjects)", parameters=parameters)
     for given, there in (("post", "post"), ("mine", tmp_path / "caller/mine")):
         both = dtbook("run", "2", "-p", f"subject={given}", "-p", f'subjects=["post", "{given}"]')

@@ -81,7 +81,7 @@ def test_a_point_that_is_a_replication_keeps_what_data_would(tmp_path):
         {**POINT_KINDS["replication"].defaults, **given}, tmp_path / "kept", tmp_path / "made"
     )
     kept = ArtifactStore(tmp_path / "kept")
-    scores = pd.read_parquet(kept.path("seed_2/heads.parquet"))["score"]
+    scores = pd.read_parquet(kept.path("seed_12/heads.parquet"))["score"]
     assert [row["score L0H0"], row["score L0H1"]] == scores.tolist()
     assert not [name for name in kept.entries() if name.endswith(("trained", "history.npz"))]
 

@@ -155,7 +155,7 @@ def test_on_colab_a_notebook_s_file_alone_runs_to_the_end(elsewhere, colab_pytho
         text=True,
     )
     assert Path(found.stdout.strip()).is_relative_to(tmp_path / "venv")
-    fetched = [path.name for path in (tmp_path / "home").rglob("seed_0/model/*")]
+    fetched = [path.name for path in (tmp_path / "home").rglob("seed_10/model/*")]
     assert "model.safetensors" in fetched
     assert sorted(path.name for path in elsewhere.iterdir()) == [NOTEBOOK.name, "out.ipynb"]
 

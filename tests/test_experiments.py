@@ -132,7 +132,7 @@ def test_the_front_cell_s_path_begins_and_ends_at_what_the_model_says_of_obstacl
 
 
 def encodings(without, mended, alone, data="history.npz", balanced=False):
-    how = {"data": f"seed_0/{data}", "balance_classes": balanced, "seed": 0}
+    how = {"data": f"seed_10/{data}", "balance_classes": balanced, "seed": 0}
     rows = [
         how | {"encoding": encoding, "last_step_share": share, "greedy succeeded 0.9": value}
         for encoding, share, value in (
@@ -290,18 +290,18 @@ def test_dynamics_follow_the_finished_models_head_numbers(probe, tmp_path, monke
     made, store = ArtifactStore(tmp_path / "made"), ArtifactStore(tmp_path / "data")
     trained = {step: DecisionTransformer(DTConfig(**SMALL), seed=step) for step in (0, 7)}
     flat = {f"{at}/{k}": v.clone() for at, m in trained.items() for k, v in m.state_dict().items()}
-    with made.write("seed_4/snapshots.safetensors", stage="training", code=["dtbook.training"]) as path:
+    with made.write("seed_14/snapshots.safetensors", stage="training", code=["dtbook.training"]) as path:
         save_file(flat, path)
-    with made.write("seed_4/model", stage="heads", code=["dtbook.analysis.heads"]) as path:
+    with made.write("seed_14/model", stage="heads", code=["dtbook.analysis.heads"]) as path:
         trained[7].permute_heads(0, [1, 0]).save_pretrained(path)
     assert seeds_with(made, "snapshots.safetensors") == [4]
     row = experiments.EXPERIMENT_ROWS["dynamics"]
-    Job(row, store, "seed_4", Recipe(), (4,), source=made).ensure()
-    table = pd.read_parquet(store.path("seed_4/dynamics.parquet")).set_index("step")
+    Job(row, store, "seed_14", Recipe(), (4,), source=made).ensure()
+    table = pd.read_parquet(store.path("seed_14/dynamics.parquet")).set_index("step")
     for step, model in trained.items():
         before = dynamics.inspect(model.eval(), probe)
         assert table["score L0H1"][step] == pytest.approx(before["score L0H0"], abs=1e-5)
     with pytest.raises(
-        ArtifactError, match=r"has no seed_5/snapshots\.safetensors and 1 more: `dtbook repro"
+        ArtifactError, match=r"has no seed_15/snapshots\.safetensors and 1 more: `dtbook repro"
     ):
-        Job(row, store, "seed_5", Recipe(), (5,), source=made).ensure()
+        Job(row, store, "seed_15", Recipe(), (5,), source=made).ensure()

@@ -25,7 +25,7 @@ def rows():
 
 
 def each(part):
-    """The subjects that "seed_0 … seed_9" or "post" stands for."""
+    """The subjects that "seed_10 … seed_19" or "post" stands for."""
     recipe, seeds = part.partition("seed_")[0], [int(seed) for seed in re.findall(r"seed_(\d+)", part)]
     return [f"{recipe}seed_{seed}" for seed in range(seeds[0], seeds[-1] + 1)] if seeds else [part]
 
@@ -76,7 +76,7 @@ def test_the_command_prints_it(rows):
     assert result.exit_code == 0
     assert len(result.output.splitlines()) == len(rows) + 1
     assert re.search(
-        r"^ *SUBJECT/situations.parquet +seed_0, post +situations +dtbook reproduce ", result.output, re.M
+        r"^ *SUBJECT/situations.parquet +seed_10, post +situations +dtbook reproduce ", result.output, re.M
     )
 
 

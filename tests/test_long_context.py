@@ -129,7 +129,7 @@ def test_what_cannot_be_read_does_not_move_the_action(model, batch):
 def test_the_model_is_made_once_of_the_references_trajectories(tmp_path, data):
     store = ArtifactStore(tmp_path)
     with store.write(
-        "seed_0/trajectories.npz", stage="collection", code=["dtbook.trajectories.collection"]
+        "seed_10/trajectories.npz", stage="collection", code=["dtbook.trajectories.collection"]
     ) as path:
         data.save(path)
 
@@ -140,7 +140,7 @@ def test_the_model_is_made_once_of_the_references_trajectories(tmp_path, data):
 
     job(CONFIG).ensure()
     entry, made = store.entries()[LONG_CONTEXT], store.path(LONG_CONTEXT)
-    trajectories = "seed_0/trajectories.npz"
+    trajectories = "seed_10/trajectories.npz"
     assert entry["parameters"]["from"] == {trajectories: store.entries()[trajectories]["sha256"]}
     assert entry["parameters"]["model"]["n_timesteps"] == N_TIMESTEPS
     assert json.loads((made / "config.json").read_text())["cfg"]["n_timesteps"] == N_TIMESTEPS

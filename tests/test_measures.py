@@ -97,7 +97,7 @@ RECIPE = Recipe(task=Task(5, 2, max_steps=10))
 
 def put_model(store, seed):
     model = DecisionTransformer(TINY, seed=seed).eval()
-    with store.write("seed_0/model", stage="heads", code=["dtbook.model.transformer"], seeds=[seed]) as path:
+    with store.write("seed_10/model", stage="heads", code=["dtbook.model.transformer"], seeds=[seed]) as path:
         model.save_pretrained(path)
     return model
 
@@ -105,7 +105,7 @@ def put_model(store, seed):
 def jobs_of(store, **settings):
     """The jobs of these stages, with these settings."""
     recipe = replace(RECIPE, settings=settings)
-    return measure.of_subject(store, "seed_0", recipe, [measure.MEASURE_ROWS[name] for name in settings])
+    return measure.of_subject(store, "seed_10", recipe, [measure.MEASURE_ROWS[name] for name in settings])
 
 
 def test_tables_are_kept_by_the_models_hash(tmp_path):
@@ -115,12 +115,12 @@ def test_tables_are_kept_by_the_models_hash(tmp_path):
         model = put_model(store, seed)
         done = [job.ensure() for job in jobs_of(ArtifactStore(tmp_path), neurons=small, ablated_play=play)]
         assert [seconds is not None for seconds in done] == [is_made, is_made]
-        entry = store.entries()["seed_0/neurons.parquet"]["parameters"]
-        assert entry["from"] == {"seed_0/model": store.entries()["seed_0/model"]["sha256"]}
+        entry = store.entries()["seed_10/neurons.parquet"]["parameters"]
+        assert entry["from"] == {"seed_10/model": store.entries()["seed_10/model"]["sha256"]}
         assert (entry["task"]["size"], entry["timesteps"], entry["seed"]) == (5, [3], 0)
     expected = neuron_table(model, all_observations(5, 2), **small)
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "seed_0/neurons.parquet"), expected)
-    played = pd.read_parquet(tmp_path / "seed_0/ablated_play.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "seed_10/neurons.parquet"), expected)
+    played = pd.read_parquet(tmp_path / "seed_10/ablated_play.parquet")
     assert set(played["ablated"]) == {"none", "L0H0", "L0H1", "L0 MLP"}
     expected = ablations.ablated_play(model, task=RECIPE.task, **play)
     pd.testing.assert_frame_equal(played, expected)
@@ -132,11 +132,11 @@ def test_the_circuit_is_what_is_measured_of_the_model(tmp_path):
     model = put_model(store, 1)
     for job in jobs_of(store, circuit=few, embeddings={}):
         job.ensure()
-    found = Circuit.load(store.path("seed_0/circuit"))
+    found = Circuit.load(store.path("seed_10/circuit"))
     expected = measure_circuit(model, all_observations(5, 2), **few)
     assert np.array_equal(found.maps["OV"], expected.maps["OV"])
     pd.testing.assert_frame_equal(found.effects, expected.effects)
-    on = Embeddings.load(store.path("seed_0/embeddings.safetensors")).on("F-R")
+    on = Embeddings.load(store.path("seed_10/embeddings.safetensors")).on("F-R")
     assert np.allclose(on["rtg"], (model.W_E_rtg @ preference_direction(model, "F-R")).detach(), atol=1e-6)
 
 
@@ -152,13 +152,13 @@ def test_absent_controls_are_named(tmp_path):
 
 
 def test_a_subject_is_found_by_its_name_or_its_folder(tmp_path):
-    shipped, entries = Subject.find("seed_1"), ArtifactStore().entries()
-    assert (shipped.name, shipped.sha256) == ("seed_1", entries["seed_1/model"]["sha256"])
+    shipped, entries = Subject.find("seed_11"), ArtifactStore().entries()
+    assert (shipped.name, shipped.sha256) == ("seed_11", entries["seed_11/model"]["sha256"])
     assert Subject.find("controls/shuffled_0").sha256 == entries["controls/shuffled_0"]["sha256"]
-    own = Subject.find(str(ArtifactStore().path("seed_1/model")))
+    own = Subject.find(str(ArtifactStore().path("seed_11/model")))
     assert own.sha256 == shipped.sha256
     assert (own.model.W_E_rtg == shipped.model.W_E_rtg).all()
-    allowed = "give post, controls/shuffled_0, .*seed_0, .* or a model's folder"
+    allowed = "give post, controls/shuffled_0, .*seed_10, .* or a model's folder"
     for absent in ("seed_77", str(tmp_path / "nowhere"), ""):
         with pytest.raises(ValueError, match=f"^there is no subject '{absent}': {allowed}"):
             Subject.find(absent)
@@ -171,18 +171,18 @@ def test_what_was_measured_of_a_subject_is_found_with_it(tmp_path, monkeypatch):
     assert of_post.path("causal.parquet") == shipped.path("post/causal.parquet")
     assert (of_post.has("circuit"), of_post.has("model")) == (True, False)
     other = ArtifactStore(tmp_path)
-    for artifact in ("seed_1/model", "seed_1/calibration.parquet"):
+    for artifact in ("seed_11/model", "seed_11/calibration.parquet"):
         other.take(artifact, shipped)
     monkeypatch.chdir(tmp_path.parent)
-    own = Subject.find(f"{tmp_path.name}/seed_1")
-    assert own.name == str(tmp_path / "seed_1")
-    assert own.path("calibration.parquet") == tmp_path / "seed_1/calibration.parquet"
-    assert (own.model.W_E_rtg == Subject.find("seed_1").model.W_E_rtg).all()
-    alone = Subject.find(str(tmp_path / "seed_1/model"))
+    own = Subject.find(f"{tmp_path.name}/seed_11")
+    assert own.name == str(tmp_path / "seed_11")
+    assert own.path("calibration.parquet") == tmp_path / "seed_11/calibration.parquet"
+    assert (own.model.W_E_rtg == Subject.find("seed_11").model.W_E_rtg).all()
+    alone = Subject.find(str(tmp_path / "seed_11/model"))
     assert not alone.has("calibration.parquet")
     for subject in (own, alone):
         sentence = (
-            f"subject is '{subject.name}'; it must be one with turns.parquet: post, seed_0, or a folder "
+            f"subject is '{subject.name}'; it must be one with turns.parquet: post, seed_10, or a folder "
         )
         with pytest.raises(ValueError, match=sentence):
             subject.path("turns.parquet")
@@ -204,7 +204,7 @@ def test_a_folder_that_cannot_be_measured_is_one_sentence_at_once(tmp_path):
     assert "model has max_steps 10; the tables need at least 300" in said(tmp_path / "short")
     (tmp_path / "short/model.safetensors").write_bytes(b"altered")
     assert "model.safetensors" in said(tmp_path / "short")
-    shipped = ArtifactStore().path("seed_1/model")
+    shipped = ArtifactStore().path("seed_11/model")
     assert "there is no stage 'casual': there are calibration, claims, " in said(shipped, "--only", "casual")
     assert not (tmp_path / "out").exists()
 
@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_measured_is_one_sentence_at_once(tmp_path):
 def test_a_model_of_ones_own_gets_the_tables_that_the_shipped_ones_have(tmp_path):
     """A copy of seed 1 with its heads exchanged: they come back in order, and the table is that of `data/`."""
     shipped = ArtifactStore()
-    model = DecisionTransformer.from_pretrained(shipped.path("seed_1/model"))
+    model = DecisionTransformer.from_pretrained(shipped.path("seed_11/model"))
     model.permute_heads(0, [1, 0]).save_pretrained(tmp_path / "mine")
     command = [
         "measure",
@@ -230,7 +230,7 @@ def test_a_model_of_ones_own_gets_the_tables_that_the_shipped_ones_have(tmp_path
     assert [line.rpartition(": ")[2] for line in second.output.splitlines()[:2]] == ["up to date"] * 2
     ours = pd.read_parquet(ArtifactStore(tmp_path / "out").path("own/causal.parquet"))
     pd.testing.assert_frame_equal(
-        ours, pd.read_parquet(shipped.path("seed_1/causal.parquet")), rtol=1e-4, atol=1e-5
+        ours, pd.read_parquet(shipped.path("seed_11/causal.parquet")), rtol=1e-4, atol=1e-5
     )
 
 

@@ -155,7 +155,7 @@ def violations(page):
 
 
 def test_the_data_are_those_of_the_figure(browser, address):
-    table = pd.read_parquet(ROOT / "data/seed_0/calibration.parquet").query("acting == 'greedy'")
+    table = pd.read_parquet(ROOT / "data/seed_10/calibration.parquet").query("acting == 'greedy'")
     with visit(browser, address, "notebooks/04_calibration.html") as opened:
         figure = opened.page.locator("#fig-calibration")
         figure.locator("details.figure-data > summary").click()

@@ -32,7 +32,7 @@ PAGE = """<!doctype html><html lang="en" data-theme="{theme}" data-content_root=
 
 @pytest.fixture(scope="module")
 def models():
-    first = DecisionTransformer.from_pretrained(ArtifactStore().path("seed_0/model"))
+    first = DecisionTransformer.from_pretrained(ArtifactStore().path("seed_10/model"))
     return {"seed 0": first, "another": DecisionTransformer(DTConfig(), seed=3).eval()}
 
 

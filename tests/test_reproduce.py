@@ -42,7 +42,7 @@ def test_all_is_made_and_named_for_the_comparison(made):
     assert store.verify() == []
     assert len(said) == int(said[0].partition("/")[2].partition("]")[0])
     assert all(": done in " in line for line in said)
-    shipped = [name for name in ArtifactStore().entries() if name.startswith(("seed_0/", "seed_1/"))]
+    shipped = [name for name in ArtifactStore().entries() if name.startswith(("seed_10/", "seed_11/"))]
     of_everything = ("causal", "circuits", "units", "program", "dynamics")
     expected = {name for name in shipped if not name.rpartition("/")[2].startswith(of_everything)}
     expected |= {
@@ -88,9 +88,9 @@ def test_a_second_call_makes_nothing(made, monkeypatch):
 
 
 def test_what_failed_is_named(tmp_path):
-    (tmp_path / "seed_1").write_text("in the way of a folder")
+    (tmp_path / "seed_11").write_text("in the way of a folder")
     with pytest.raises(
-        ArtifactError, match=r"seed_1 ppo, seed_1 collection, .* failed; the same command goes on"
+        ArtifactError, match=r"seed_11 ppo, seed_11 collection, .* failed; the same command goes on"
     ):
         reproduce_data(ArtifactStore(tmp_path), ArtifactStore(), [1], recipe=RECIPE)
 

@@ -49,7 +49,7 @@ def enter(store, name, entry):
 def as_if_made(store, names, of=None):
     """Put shipped artifacts into a store; with `of`, those of another replication under the names of seed 0."""
     for name in names:
-        source = name.replace("seed_0", of or "seed_0")
+        source = name.replace("seed_10", of or "seed_10")
         (store.root / name).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if SHIPPED.path(source).is_dir() else shutil.copyfile
         copy(SHIPPED.path(source), store.root / name)
@@ -95,9 +95,9 @@ def scaled(by):
 
 
 def test_numbers_that_were_rounded_otherwise(made):
-    names = [f"seed_0/{file}" for file in REPLICATION]
+    names = [f"seed_10/{file}" for file in REPLICATION]
     as_if_made(made, names)
-    alter(made, "seed_0/calibration.parquet", scaled(1 + 1e-9))
+    alter(made, "seed_10/calibration.parquet", scaled(1 + 1e-9))
     row = judged(made, names).table.iloc[0]
     assert row[["same bytes", "rounding", "another path", "outcome"]].tolist() == [4, 1, 0, ROUNDING]
 
@@ -105,7 +105,7 @@ def test_numbers_that_were_rounded_otherwise(made):
 @pytest.mark.parametrize("seed", [1, 3, 9])
 def test_another_replication_in_a_replications_place_is_another_path(made, seed):
     """What another processor makes of seed 0 is as far from it as another seed is."""
-    names = [f"seed_0/{file}" for file in [*REPLICATION, "model", "program.parquet"]]
+    names = [f"seed_10/{file}" for file in [*REPLICATION, "model", "program.parquet"]]
     as_if_made(made, names, of=f"seed_{seed}")
     report = judged(made, names)
     row = report.table.iloc[0]
@@ -117,12 +117,12 @@ def test_another_replication_in_a_replications_place_is_another_path(made, seed)
     )
     turned = own.index[own != other]
     assert len(turned) > 0
-    assert report.notes == [f"seed_0: {id} {other[id]}, in data/ {own[id]}" for id in turned]
+    assert report.notes == [f"seed_10: {id} {other[id]}, in data/ {own[id]}" for id in turned]
 
 
 def of_another_path(made):
-    names = [f"seed_0/{file}" for file in REPLICATION]
-    as_if_made(made, names, of="seed_3")
+    names = [f"seed_10/{file}" for file in REPLICATION]
+    as_if_made(made, names, of="seed_13")
     return names
 
 
@@ -133,24 +133,24 @@ def test_a_bar_that_is_missed_is_named_with_its_numbers(made):
         asked = (curves["acting"] == "greedy") & np.isclose(curves["rtg"], 0.9)
         return curves.assign(mean=curves["mean"].mask(asked, 0.5))
 
-    alter(made, "seed_0/calibration.parquet", worse)
+    alter(made, "seed_10/calibration.parquet", worse)
     report = judged(made, names)
     assert report.table["outcome"].tolist() == [FAILED]
-    assert report.problems == ["seed_0: greedy 0.9 is 0.5, not from 0.93 to 1"]
+    assert report.problems == ["seed_10: greedy 0.9 is 0.5, not from 0.93 to 1"]
 
 
 def test_an_effect_outside_the_replications_is_named_with_its_numbers(made):
     names = of_another_path(made)
     alter(
         made,
-        "seed_0/claims.parquet",
+        "seed_10/claims.parquet",
         lambda table: table.assign(effect=table["effect"].mask(table["claim"] == "C06", 0.5)),
     )
     effects = [float(findings(seed).set_index("claim")["effect"]["C06"]) for seed in SEEDS]
     low, high = min(effects), max(effects)
     more = max(2 * (high - low), 0.05)
     (problem,) = judged(made, names).problems
-    assert problem == f"seed_0: the effect of C06 is 0.5, not from {low - more:.4g} to {high + more:.4g}"
+    assert problem == f"seed_10: the effect of C06 is 0.5, not from {low - more:.4g} to {high + more:.4g}"
 
 
 def test_what_is_made_of_the_same_has_to_be_the_same(made):
@@ -164,7 +164,7 @@ def test_what_is_made_of_the_same_has_to_be_the_same(made):
 
 
 def test_a_table_over_replications_that_are_the_same_has_to_be_the_same(made):
-    names = ["seed_0/calibration.parquet", "replicas.parquet"]
+    names = ["seed_10/calibration.parquet", "replicas.parquet"]
     as_if_made(made, names)
     alter(made, names[1], scaled(1.001))
     problem = "all together: replicas.parquet: not the same, though made of the same"
@@ -178,7 +178,7 @@ def test_a_table_of_the_same_weights_is_held_to_its_findings_where_paths_part(ma
     report = judged(made, names)
     assert report.problems == []
     assert report.table[["of", "from", "outcome"]].to_numpy().tolist() == [
-        ["seed_0", "ppo", OTHER_PATH],
+        ["seed_10", "ppo", OTHER_PATH],
         ["post", "situations", OTHER_PATH],
     ]
     alter(made, names[-1], lambda table: table.assign(effect=table["effect"] + 0.06))
@@ -187,9 +187,9 @@ def test_a_table_of_the_same_weights_is_held_to_its_findings_where_paths_part(ma
 
 
 def test_what_was_not_made_is_named(made):
-    names = ["seed_0/ppo.parquet", "seed_0/model"]
+    names = ["seed_10/ppo.parquet", "seed_10/model"]
     as_if_made(made, names[:1])
-    assert judged(made, names).problems == ["seed_0: seed_0/model: not made"]
+    assert judged(made, names).problems == ["seed_10: seed_10/model: not made"]
 
 
 def test_of_controls_only_what_they_do_counts(made):
@@ -251,9 +251,9 @@ def test_the_command_ends_well_on_another_path_and_not_otherwise(made, capsys):
     said = capsys.readouterr().out
     assert OTHER_PATH in said
     assert "C05c fails, in data/ passes" in said
-    assert "seed_0/ppo.parquet" not in said, "a table, no list of names"
-    alter(made, "seed_0/claims.parquet", lambda table: table.assign(effect=1e9))
+    assert "seed_10/ppo.parquet" not in said, "a table, no list of names"
+    alter(made, "seed_10/claims.parquet", lambda table: table.assign(effect=1e9))
     with pytest.raises(
-        click.ClickException, match="not reproduced:\n  seed_0: the effect of C01 is 1e\\+09, not from"
+        click.ClickException, match="not reproduced:\n  seed_10: the effect of C01 is 1e\\+09, not from"
     ):
         _compare(ArtifactStore(made.root), SHIPPED, names, publish=False, bars=True)

@@ -34,7 +34,7 @@ class Subject:
 
     @classmethod
     def find(cls, name: str, store: ArtifactStore | None = None) -> "Subject":
-        """Return the subject of that name: "post", a folder of a store, like "seed_3", or a path.
+        """Return the subject of that name: "post", a folder of a store, like "seed_13", or a path.
 
         A path is that of a model's folder, of a checkpoint of the original, or of a folder of another store, like the
         `own` that `dtbook measure` leaves. The store is `data/` if none is given. Raises ValueError for a name that is

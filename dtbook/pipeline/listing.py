@@ -54,7 +54,7 @@ def _shown(name: str) -> str:
 
 
 def _subjects(name: str, entries: Mapping[str, Any]) -> str:
-    """Return of which subjects the store has an artifact: "seed_0 … seed_9, post"."""
+    """Return of which subjects the store has an artifact: "seed_10 … seed_19, post"."""
     if name == "{of}":
         return ", ".join(filter(re.compile(r"(?:recipe_\w+/)?controls/\w+").fullmatch, entries))
     if "{of}" not in name:
@@ -75,7 +75,7 @@ def _subjects(name: str, entries: Mapping[str, Any]) -> str:
 
 
 def _ranges(recipe: str, seeds: Sequence[int]) -> str:
-    """Return in short which replications these are: "seed_0 … seed_9"."""
+    """Return in short which replications these are: "seed_10 … seed_19"."""
     runs = pd.Series(seeds).groupby(pd.Series(seeds) - range(len(seeds))).agg(["first", "last"])
     each = [(f"{recipe}seed_{first}", f"{recipe}seed_{last}") for first, last in runs.to_numpy()]
     return ", ".join(first if first == last else f"{first} … {last}" for first, last in each)

@@ -76,7 +76,7 @@ class Recipe(Checked):
     """All settings of what is made, but the seeds."""
 
     folder: str = ""
-    """Where its replications lie in a store: "" for those of the book, `seed_0` …"""
+    """Where its replications lie in a store: "" for those of the book, `seed_10` …"""
     task: Task = Task()
     ppo: PPOConfig = PPOConfig(
         checkpoint_every=1
@@ -131,7 +131,7 @@ class Recipe(Checked):
 
 
 def folder_of(seed: int, recipe: Recipe | None = None) -> str:
-    """Where a replication's artifacts lie in a store: `seed_0`, `seed_1` …, in the recipe's folder if it has one."""
+    """Where a replication's artifacts lie in a store: `seed_10`, `seed_11` …, in the recipe's folder if it has one."""
     return "/".join([*filter(None, [recipe.folder if recipe else ""]), f"seed_{seed}"])
 
 
