@@ -26,7 +26,7 @@ from dtbook.pipeline.deciding import seeds_that_decide
 from dtbook.pipeline.replication import BARS, bar_measures
 
 SHIPPED = ArtifactStore()
-SEEDS = range(10)
+SEEDS = range(10, 20)
 REPLICATION = [
     "ppo.parquet",
     "collection.parquet",
@@ -47,7 +47,7 @@ def enter(store, name, entry):
 
 
 def as_if_made(store, names, of=None):
-    """Put shipped artifacts into a store; with `of`, those of another replication under the names of seed 0."""
+    """Put shipped artifacts into a store; with `of`, those of another replication under the names of seed 10."""
     for name in names:
         source = name.replace("seed_10", of or "seed_10")
         (store.root / name).parent.mkdir(parents=True, exist_ok=True)
