@@ -281,9 +281,7 @@ def graph(store: ArtifactStore, folder: Path, recipe: Recipe, post: bool = True)
 def graph_of_chapters(store: ArtifactStore, made: ArtifactStore, folder: Path) -> list[Job]:
     """Return the jobs of `graph` and of `recipes.recipe_graph`, by whose watched trainings C28 is decided."""
     swept = {name: read(name) for name in COLLECTED}
-    return recipe_graph(store, made, swept, folder) + graph(
-        store, WATCHED_SEEDS[POST_RECIPE], folder, Recipe()
-    )
+    return recipe_graph(store, made, swept, folder) + graph(store, folder, Recipe())
 
 
 def read(sweep: str) -> list[Point]:
