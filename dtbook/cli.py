@@ -174,7 +174,9 @@ def _parse_seeds(context: click.Context, option: click.Parameter, text: str | No
         raise click.BadParameter(str(error)) from error
 
 
-_seeds = click.option("--seeds", default="0-9", show_default=True, callback=_parse_seeds, help="As 0,3,5-7.")
+_seeds = click.option(
+    "--seeds", default="10-19", show_default=True, callback=_parse_seeds, help="As 0,3,5-7."
+)
 _workers = click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -235,7 +237,7 @@ def sweep(file: Path, folder: Path | None, workers: int, scheduler: str | None, 
 
 @main.command()
 @click.option("--recipe", type=click.Choice(["book", "post", "first"]), default="book", show_default=True)
-@click.option("--seeds", callback=_parse_seeds, help="As 0-9 or 0,3,5-7.  [default: those that decide]")
+@click.option("--seeds", callback=_parse_seeds, help="As 10-19 or 0,3,5-7.  [default: those that decide]")
 @_workers
 @_scheduler
 @click.option("--folder", type=_PATH, help="Where it goes.  [default: runs/reproduce, or runs/portable]")
@@ -353,12 +355,9 @@ def experiments(sweeps: Path, made: Path, workers: int) -> None:
     First `dtbook sweep sweeps/NAME.yml` for each of them and `dtbook reproduce`. What is current is not done again.
     """
     from dtbook.pipeline import experiments as rooms
-    from dtbook.pipeline import recipes
-    from dtbook.pipeline.replication import Recipe
 
     store, source, folder = ArtifactStore(), ArtifactStore(made.absolute()), sweeps.absolute()
-    jobs = recipes.recipe_graph(store, source, rooms.read(recipes.SWEEP), folder)
-    jobs += rooms.graph(store, (), folder, Recipe())
+    jobs = rooms.graph_of_chapters(store, source, folder)
     _run_jobs(jobs, workers, store.root)
 
 

@@ -50,7 +50,7 @@ def swept(tmp_path_factory):
         "stage": "replication",
         "points": [
             {"model.init": "post", "episodes": "history", "train.schedule": "constant"},
-            {"model.init": "book", "episodes": "quota", "train.schedule": "cosine"},
+            {"model.init": "first", "episodes": "quota", "train.schedule": "cosine"},
         ],
         "grid": {"seed": [2, 3]},
     }
@@ -78,7 +78,7 @@ def tables(swept, tmp_path_factory):
 @pytest.mark.slow
 def test_the_part_of_the_sweep_that_is_there_is_collected(swept, tables):
     claims, models = tables
-    cells = [("post", "history", "post", 2), ("book", "quota", "book", 3)]
+    cells = [("post", "history", "post", 2), ("first", "quota", "first", 3)]
     names = [*recipes.FACTORS, "seed"]
     assert list(models[names].itertuples(index=False, name=None)) == cells
     assert models["point"].tolist() == [swept[1][0].id, swept[1][3].id]
@@ -96,7 +96,7 @@ def test_without_a_point_there_is_nothing_to_collect(swept, tmp_path):
 @pytest.mark.slow
 def test_a_model_of_the_sweep_is_measured_as_by_hand(tables):
     claims, models = tables
-    model = moved(DTConfig(**SMALL, init="book"), 3)
+    model = moved(DTConfig(**SMALL, init="first"), 3)
     row = models.set_index("seed").loc[3]
     scores = obstacle_head_scores(model, all_observations(5, 1))["score"]
     assert row[["score L0H0", "score L0H1"]].tolist() == pytest.approx(scores.tolist())
@@ -116,9 +116,9 @@ def test_a_model_of_the_sweep_is_measured_as_by_hand(tables):
 def test_a_claim_s_effects_are_the_contrasts_between_its_cells():
     rows = [
         {"start": s, "data": d, "optimiser": o, "seed": seed, "claim": claim, "effect": value, "passed": 1.0}
-        for s in ("post", "book")
+        for s in recipes.FACTORS["start"]
         for d in ("history", "quota")
-        for o in ("post", "book")
+        for o in recipes.FACTORS["optimiser"]
         for seed in (0, 1)
         for claim, value in (("C09", 0.2 + 0.5 * (o == "post") + seed), ("C14", np.nan))
     ]
@@ -179,18 +179,16 @@ def test_the_loss_is_that_of_the_last_hundred_updates():
 def test_the_graph_has_what_is_there(swept, tmp_path):
     root, points = swept
     made, data = ArtifactStore(tmp_path / "made"), ArtifactStore(tmp_path / "data")
-    assert recipes.recipe_graph(data, made, points, tmp_path) == []
-    (job,) = recipes.recipe_graph(data, made, points, root)
+    swept = {"recipes": points, "book_recipe": points}
+    assert recipes.recipe_graph(data, made, swept, tmp_path) == []
+    (job,) = recipes.recipe_graph(data, made, swept, root)
     assert [point.id for point in job.given] == [points[0].id, points[3].id]
-    tried = pd.DataFrame({"seed": [0, 1, 2], "decides": [True, False, True]})
-    with made.write("recipe_post/histories.parquet", stage="histories", code=["dtbook.pipeline"]) as path:
-        tried.to_parquet(path)
-    for seed in (1, 2):
-        name = f"recipe_post/seed_{seed}/snapshots.safetensors"
+    for of in ("recipe_post/seed_1", "recipe_post/seed_2", "seed_10"):
+        name = f"{of}/snapshots.safetensors"
         with made.write(name, stage="training", code=["dtbook.training"]) as path:
             save_file({}, path)
-    _, watched = recipes.recipe_graph(data, made, points, root)
-    assert watched.of == "recipe_post/seed_2"
+    _, *watched = recipes.recipe_graph(data, made, swept, root)
+    assert [job.of for job in watched] == ["recipe_post/seed_1", "seed_10"]
 
 
 def delayed(sizes, explained, returns):

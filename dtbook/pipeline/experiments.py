@@ -26,12 +26,11 @@ from dtbook.gridworld.rules import FRONT
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline.engine import Job, Writer, table_row, table_writer
 from dtbook.pipeline.measure import EXPERIMENT_CLAIMS
-from dtbook.pipeline.recipes import RECIPE_STAGES, circuit_delay
+from dtbook.pipeline.recipes import COLLECTED, RECIPE_STAGES, WATCHED_SEEDS, circuit_delay, recipe_graph
 from dtbook.pipeline.replication import (
     POST_RECIPE,
     Recipe,
     folder_of,
-    seeds_with,
 )
 from dtbook.pipeline.sweep import Point, read_sweep
 from dtbook.protocol import HIGH
@@ -62,7 +61,7 @@ def _collect(job: Job) -> list[Writer]:
     for point in tqdm(job.given, desc=str(job), disable=not job.progress):
         row, cells = measure_point(point, job.path(point.artifact), probe)
         rows.append(row)
-        fronts.append(cells.assign(**_settings(point)))
+        fronts.append(cells.assign(**point.settings))
     tables = [pd.DataFrame(rows), pd.concat(fronts, ignore_index=True)]
     return [table_writer(table) for table in tables[: len(job.makes)]]
 
@@ -74,21 +73,11 @@ def measure_point(point: Point, folder: Path, probe: Probe) -> tuple[dict[str, A
     for 0.9, `dynamics.inspect` and `state_channel`, the largest weight of the channel that is always 0.
     """
     model = DecisionTransformer.from_pretrained(folder / "model")
-    row = _settings(point) | json.loads((folder / "row.json").read_text(encoding="utf-8"))
+    row = point.settings | json.loads((folder / "row.json").read_text(encoding="utf-8"))
     curves = pd.read_parquet(folder / "calibration.parquet")
     row |= calibration_row(curves, dict.fromkeys(("succeeded", "survived", "died"), (HIGH,)))
     row |= inspect(model, probe) | {"state_channel": _largest_state_weight(model)}
     return row, front_cells(model)
-
-
-def _settings(point: Point) -> dict[str, Any]:
-    """The point's settings by their last names, without lists: `model.n_layers` is `n_layers`."""
-    given = {
-        name.rpartition(".")[2]: value
-        for name, value in point.parameters.items()
-        if not isinstance(value, list)
-    }
-    return {"point": point.id} | given
 
 
 def _largest_state_weight(model: DecisionTransformer) -> float:
@@ -277,18 +266,22 @@ def collected(store: ArtifactStore, sweep: str, points: Sequence[Point], folder:
     return Job(stage, store, recipe=recipe, source=source, given=points)
 
 
-def graph(
-    store: ArtifactStore, seeds: Sequence[int], folder: Path, recipe: Recipe, post: bool = True
-) -> list[Job]:
-    """Return the jobs of chapters 11 and 12: sweeps collected, claims decided, C28 by these seeds or all watched.
+def graph(store: ArtifactStore, folder: Path, recipe: Recipe, post: bool = True) -> list[Job]:
+    """Return the jobs of chapters 11 and 12: sweeps collected, claims decided.
 
     The sweeps have been run, or are run with them, in `folder`.
     """
     jobs = [collected(store, sweep, read(sweep), folder, recipe) for sweep in SWEEPS]
     if post:
         jobs.append(Job(EXPERIMENT_ROWS["front paths"], store, "post", recipe, label="post front paths"))
-    watched = tuple(dict.fromkeys([*seeds, *seeds_with(store, "along.parquet", POST_RECIPE)]))
-    return [*jobs, Job(EXPERIMENT_ROWS["experiment claims"], store, seeds=watched)]
+    claims = Job(EXPERIMENT_ROWS["experiment claims"], store, seeds=WATCHED_SEEDS[POST_RECIPE])
+    return [*jobs, claims]
+
+
+def graph_of_chapters(store: ArtifactStore, made: ArtifactStore, folder: Path) -> list[Job]:
+    """Return the jobs of `graph` and of `recipes.recipe_graph`, by whose watched trainings C28 is decided."""
+    swept = {name: read(name) for name in COLLECTED}
+    return recipe_graph(store, made, swept, folder) + graph(store, folder, Recipe())
 
 
 def read(sweep: str) -> list[Point]:

@@ -23,10 +23,10 @@ from dtbook.claims.evidence import Evidence
 from dtbook.claims.rules import decide_claims
 from dtbook.gridworld.env import ObservationSet
 from dtbook.model.transformer import DecisionTransformer
-from dtbook.pipeline.deciding import HISTORIES, seeds_that_decide
 from dtbook.pipeline.engine import Job, Writer, table_row, table_writer
 from dtbook.pipeline.measure import observations_of, start_of_rtg
 from dtbook.pipeline.replication import (
+    POST_RECIPE,
     Recipe,
     calibrate,
     calibration_of,
@@ -37,10 +37,14 @@ from dtbook.pipeline.replication import (
 from dtbook.pipeline.sweep import Point
 from dtbook.rollout import calibration_row
 
-SWEEP = "recipes"
+SWEEP, TRIED = "recipes", "book_recipe"
 RECIPE_CLAIMS, RECIPE_MODELS = "experiments/recipes.parquet", "experiments/recipe_models.parquet"
+RECIPES_TRIED = "experiments/recipes_tried.parquet"
+"""The trainings by which the book's recipe was chosen."""
 FACTORS = {"start": ("post", "first"), "data": ("history", "quota"), "optimiser": ("post", "first")}
 """The columns of a cell, and the levels of each: the post's, and that of the book's first edition."""
+WATCHED_SEEDS = {POST_RECIPE: (0, 1, 11), "": (10, 11, 12)}
+"""Replications whose training is watched: by the post's recipe the first, and the two with the most of the circuit."""
 CASE = faithfulness.CIRCUIT_CASES[0]
 """The behaviour whose smallest circuit is looked for along training: avoiding an obstacle when asked for 0.9."""
 OVER = 100
@@ -99,18 +103,32 @@ def _measure_point(
     return measure_model(model, observations, calibration, start_of_rtg(model.cfg, seed))
 
 
-def collected_recipes(store: ArtifactStore, points: Sequence[Point], folder: Path, recipe: Recipe) -> Job:
+def collected_recipes(
+    store: ArtifactStore, points: Sequence[Point], folder: Path, recipe: Recipe, sweep: str = SWEEP
+) -> Job:
     """Return the job that measures the points which the sweep has left in `folder`, all or as many as there are.
 
     Raises ArtifactError where there is none yet.
     """
-    source = ArtifactStore(folder / SWEEP)
+    source, stage = ArtifactStore(folder / sweep), COLLECTED[sweep]
     entries = source.entries()
     there = [point for point in points if point.artifact in entries]
     if not there:
-        raise ArtifactError(f"{source.root} has no point of {SWEEP}: `{COLLECT.before}` makes them")
-    stage = replace(COLLECT, needs=tuple(point.artifact for point in there))
+        raise ArtifactError(f"{source.root} has no point of {sweep}: `{stage.before}` makes them")
+    stage = replace(stage, needs=tuple(point.artifact for point in there))
     return Job(stage, store, recipe=recipe, source=source, given=there)
+
+
+def _collect_tried(job: Job) -> list[Writer]:
+    """Keep of each training by which a recipe was chosen its settings, its behaviour and where its RTG embedding is."""
+    rows = []
+    for point in job.given:
+        folder = job.path(point.artifact)
+        model = DecisionTransformer.from_pretrained(folder / "model")
+        row = point.settings | calibration_row(pd.read_parquet(folder / "calibration.parquet"))
+        moved = moved_from(model.W_E_rtg, start_of_rtg(model.cfg, point.parameters["seed"]))
+        rows.append(row | {"cosine W_E_rtg": moved["cosine"]})
+    return [table_writer(pd.DataFrame(rows))]
 
 
 def claim_effects(claims: pd.DataFrame) -> pd.DataFrame:
@@ -215,6 +233,13 @@ COLLECT = table_row(
     f"{RECIPE_CLAIMS} {RECIPE_MODELS}",
     before=f"dtbook sweep sweeps/{SWEEP}.yml",
 )
+COLLECT_TRIED = table_row(
+    f"collect {TRIED}",
+    _collect_tried,
+    RECIPES_TRIED,
+    before=f"dtbook sweep sweeps/{TRIED}.yml",
+)
+COLLECTED = {SWEEP: COLLECT, TRIED: COLLECT_TRIED}
 ALONG = table_row(
     "along training",
     _along,
@@ -223,25 +248,24 @@ ALONG = table_row(
     recipe="task calibration",
     episodes=100,
 )
-RECIPE_STAGES = (COLLECT, ALONG)
+RECIPE_STAGES = (COLLECT, COLLECT_TRIED, ALONG)
 
 
 def recipe_graph(
-    store: ArtifactStore, made: ArtifactStore, points: Sequence[Point], folder: Path
+    store: ArtifactStore, made: ArtifactStore, swept: Mapping[str, Sequence[Point]], folder: Path
 ) -> list[Job]:
-    """Return the jobs of chapter 12: the sweep collected as far as it is there, and trainings that `made` has watched.
+    """Return the jobs of chapter 12: its sweeps, of name `swept`, collected as far as they are there, and trainings.
 
-    These are the replications by the post's recipe that decide, where `made` has the histories that say which.
+    A training is watched where `made` has its snapshots (`WATCHED_SEEDS`).
     """
-    recipe, entries = Recipe.post(), ArtifactStore(folder / SWEEP).entries()
-    jobs = (
-        [collected_recipes(store, points, folder, recipe)]
-        if any(p.artifact in entries for p in points)
-        else []
-    )
-    if HISTORIES not in made.entries():
-        return jobs
-    watched = {*seeds_that_decide(made)} & {*seeds_with(made, "snapshots.safetensors", recipe.folder)}
-    return jobs + [
-        Job(ALONG, store, folder_of(seed, recipe), recipe, (seed,), source=made) for seed in sorted(watched)
+    jobs = [
+        collected_recipes(store, points, folder, Recipe.post(), sweep)
+        for sweep, points in swept.items()
+        if {point.artifact for point in points} & ArtifactStore(folder / sweep).entries().keys()
     ]
+    for recipe in (Recipe.post(), Recipe()):
+        there = seeds_with(made, "snapshots.safetensors", recipe.folder)
+        for seed in WATCHED_SEEDS[recipe.folder]:
+            if seed in there:
+                jobs.append(Job(ALONG, store, folder_of(seed, recipe), recipe, (seed,), source=made))
+    return jobs

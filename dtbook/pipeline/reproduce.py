@@ -56,7 +56,7 @@ def plan(
             jobs += replication.replication(made, TUNING, recipe)[:2]  # PPO and collection
         folder = made.root / "sweeps"
         jobs += [point.job(folder / name) for name in experiments.SWEEPS for point in experiments.read(name)]
-        jobs += experiments.graph(made, seeds, folder, recipe, post)
+        jobs += experiments.graph(made, folder, recipe, post)
     return jobs + measure.measured(made, seeds, recipe, post, everything)
 
 

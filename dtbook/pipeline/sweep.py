@@ -96,6 +96,16 @@ class Point:
         """The artifact's name: an executed notebook, or the folder of a stage."""
         return f"points/{self.id}{'.ipynb' if self.target.notebook else ''}"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings by their last names, without lists, and the `point`: `model.n_layers` is `n_layers`."""
+        given = {
+            name.rpartition(".")[2]: value
+            for name, value in self.parameters.items()
+            if not isinstance(value, list)
+        }
+        return {"point": self.id} | given
+
     def job(self, folder: Path) -> Job:
         """Return the job that makes the point's artifact in a folder."""
         made_from = {"point": dict(self.parameters), "inputs": self.target.inputs(self.parameters)}
