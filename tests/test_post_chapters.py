@@ -94,7 +94,9 @@ def never():
         found[f"worst_{tag}_any"] = (
             (exceptions["situation"] == "obstacle") & (exceptions["rtg"] == rtg)
         ).sum()
-    return found
+    goal = every[(every["situation"] == "goal") & (every["rtg"] == -1)].set_index("timestep")["forward"]
+    early = goal[goal.index <= 100].max()
+    return found | {"goal_late_first": goal[0], "goal_late_early": early, "goal_late_last": goal.max()}
 
 
 def turns():
@@ -126,10 +128,11 @@ def ablations():
     for id, (situation, rtg, removed) in ABLATIONS.items():
         found |= {f"{id}_before": forward(situation, rtg), f"{id}_after": forward(situation, rtg, removed)}
     found["supported"] = sum(word == "supported" for _, word in decided.values())
-    found |= {f"goal_ahead_{n[-2:]}": forward("goal", HIGH, n) for n in ("none", "L0H1")}
+    found |= {f"goal_ahead_{n[-2:]}": forward("goal", HIGH, n) for n in ("none", "L0H0")}
     columns = {"state": "state", "MLP": "L0 MLP", "H0": "L0H0"}
     left = {name: forward("obstacle", HIGH, "L0H1", column=of) for name, of in columns.items()}
     left |= {"left": sum(left.values()), "H1": forward("obstacle", HIGH, column="L0H1")}
+    left["MLP_before"] = forward("obstacle", HIGH, column="L0 MLP")
     found |= {f"obstacle_{name}": value for name, value in left.items()}
     found["left_MLP"] = forward("goal from the left", -1.0, column="L0 MLP")
     ways = {how: {id: rise(id, how) for id in ABLATIONS} for how in ("zero", "mean", "feature mean")}
