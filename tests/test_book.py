@@ -15,6 +15,7 @@ from bs4 import BeautifulSoup
 from sphinx.application import Sphinx
 
 from dtbook.pages.notebooks import declared_parameters, notebook_digest, python_of
+from dtbook.pipeline.replication import BOOK_SEEDS, TUNING
 
 ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())
@@ -390,7 +391,6 @@ TWO_SIDED = re.compile(
     "rtgs?|asked_for|slow_return|bar|timesteps?|last_timestep|late|noise|certified_to|size|"
     "n_obstacles|state|exported|few|every|control_every"
 )
-N_REPLICATIONS = len(list((ROOT / "data").glob("seed_*/model")))
 
 
 def refuses(parameter, value):
@@ -421,6 +421,6 @@ def test_what_is_looked_at_has_one_name_in_all_chapters(path):
     assert taken.items() <= defaults.items()
     assert bool(taken) == ("Subject.find" in python_of(path))
     for name in taken:
-        shipped = [f"seed_{n}" for n in range(N_REPLICATIONS)]
+        shipped = [f"seed_{seed}" for seed in BOOK_SEEDS]
         assert declared[name].accept(shipped if name == "subjects" else "post")
-        refuses(declared[name], f"seed_{N_REPLICATIONS}")
+        refuses(declared[name], f"seed_{TUNING}")

@@ -114,3 +114,10 @@ def test_the_plan_of_everything_makes_each_file_of_data_once(tmp_path):
         *("histories", "scorecard"),  # by the post's recipe
         *(stage.name for stage in RECIPE_STAGES),  # `dtbook experiments`
     }
+
+
+def test_of_the_first_edition_only_claims_are_kept(tmp_path):
+    jobs = plan(ArtifactStore(tmp_path), [3], Recipe.first())
+    made = [name for job in jobs for name in job.makes]
+    assert all(name.startswith("recipe_first/seed_3/") for name in made)
+    assert [name for name in made if replication.is_shipped(name)] == ["recipe_first/seed_3/claims.parquet"]
