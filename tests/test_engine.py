@@ -159,7 +159,7 @@ def test_a_killed_worker_loses_nothing(tmp_path, log):
     def kill_one():
         while not killed:
             for of, name, pid in log():
-                if (of, name) == ("seed_11", "training"):
+                if (of, name) == ("seed_1", "training"):
                     os.kill(int(pid), signal.SIGKILL)
                     killed.append(int(pid))
             time.sleep(0.01)
@@ -171,7 +171,7 @@ def test_a_killed_worker_loses_nothing(tmp_path, log):
     assert store.verify() == []
     begun = [line[:2] for line in log()]
     assert len(begun) == 11
-    assert begun.count(["seed_11", "training"]) == 2
+    assert begun.count(["seed_1", "training"]) == 2
     assert set(run_graph(jobs).values()) == {Outcome()}
     assert len(log()) == 11
     alone = ArtifactStore(tmp_path / "alone")
@@ -184,8 +184,8 @@ def test_a_killed_worker_loses_nothing(tmp_path, log):
     assert {"L0H0", "L0H1", "meets", "missed", *BARS} <= set(table)
     models = load_snapshots(store, 1)
     assert list(models) == [0, 4, 30]
-    final = Subject.find("seed_11", store)
-    assert final.sha256 == store.entries()["seed_11/model"]["sha256"]
+    final = Subject.find("seed_1", store)
+    assert final.sha256 == store.entries()["seed_1/model"]["sha256"]
     for name, value in final.model.state_dict().items():
         assert (models[30].state_dict()[name] - value).abs().max() <= 1e-3 * (1 + value.abs().max())
 

@@ -43,7 +43,7 @@ def dying(job):
 engine.Job.writers = dying
 replicate(Art""",
 )
-FILES = [name.format(of="seed_13") for stage in REPLICATION for name in REPLICATION_ROWS[stage].makes]
+FILES = [name.format(of="seed_3") for stage in REPLICATION for name in REPLICATION_ROWS[stage].makes]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(whole, tmp_path):
         time.sleep(rng.uniform(0, 0.5))
         kills += process.poll() is None
         process.kill()
-        for path in (tmp_path / "seed_13").glob("*"):
+        for path in (tmp_path / "seed_3").glob("*"):
             if path.suffix == ".npz":
                 Trajectories.load(path)
             elif path.suffix == ".parquet":
