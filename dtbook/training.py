@@ -89,17 +89,10 @@ class TrainConfig(Checked):
         Source: `scripts/reproduce_initial_decision_transformer.sh` and `src/decision_transformer/train.py` in
         github.com/jbloomAus/DecisionTransformerInterpretability.
         """
-        return cls(
-            steps=70_000,
-            batch_size=128,
-            lr=1e-4,
-            warmup_steps=0,
-            schedule="constant",
-            weight_decay=1e-3,
-            last_step_share=0.1,
-            balance_classes=False,
-            checkpoint_every=10_000,
+        small = cls(
+            steps=70_000, batch_size=128, lr=1e-4, warmup_steps=0, schedule="constant", weight_decay=1e-3
         )
+        return replace(small, last_step_share=0.1, balance_classes=False, checkpoint_every=10_000)
 
     @classmethod
     def book(cls) -> "TrainConfig":
