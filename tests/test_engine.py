@@ -22,7 +22,15 @@ from dtbook.model.subject import Subject
 from dtbook.model.transformer import DecisionTransformer
 from dtbook.pipeline import name_of, replicate, replication
 from dtbook.pipeline.engine import Job, Outcome, Stage, failures, run_graph
-from dtbook.pipeline.replication import BARS, CONTROLS, REPLICATION_ROWS, load_snapshots, parse_seeds, summary
+from dtbook.pipeline.replication import (
+    BARS,
+    CONTROLS,
+    REFERENCE,
+    REPLICATION_ROWS,
+    load_snapshots,
+    parse_seeds,
+    summary,
+)
 from dtbook.rollout import calibration_row
 from dtbook.trajectories.episodes import Trajectories
 
@@ -234,7 +242,7 @@ if __name__ == "__main__":
 
 def test_shuffled_controls_see_the_same_steps_with_other_actions(tmp_path, monkeypatch):
     store, seen = ArtifactStore(tmp_path), []
-    replicate(store, 0, RECIPE, progress=False)
+    replicate(store, REFERENCE, RECIPE, progress=False)
     train = replication.training.train
 
     def spy(data, *args):
@@ -243,7 +251,7 @@ def test_shuffled_controls_see_the_same_steps_with_other_actions(tmp_path, monke
 
     monkeypatch.setattr(replication.training, "train", spy)
     Job(REPLICATION_ROWS["controls"], store, CONTROLS[1], RECIPE, (1,)).ensure()
-    data = Trajectories.load(store.path(name_of(0, "trajectories.npz")))
+    data = Trajectories.load(store.path(name_of(REFERENCE, "trajectories.npz")))
     assert (seen[0].agent == data.agent).all()
     assert (seen[0].returns == data.returns).all()
     assert sorted(seen[0].actions) == sorted(data.actions)
