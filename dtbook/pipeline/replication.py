@@ -52,7 +52,7 @@ BARS = {
     "survived 0": (0.8, 1.0),
     "error": (0.0, 0.1),
 }
-"""Lowest and highest value of each measure of `TABLE` that a replication must keep to."""
+"""Lowest and highest value of each measure of `TABLE` that a replication must keep to; for survival the bar of C03."""
 
 
 @dataclass(frozen=True)
