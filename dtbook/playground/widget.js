@@ -190,7 +190,8 @@ class Widget {
 
   // Whether a model has the components of the one that is shown.
   alike(name) {
-    return name === this.scene.model || JSON.stringify(this.configs[name]) === JSON.stringify(this.configs[this.scene.model]);
+    const shape = (of) => JSON.stringify({ ...this.configs[of], init: null }); // of the same components, wherever training began
+    return name === this.scene.model || shape(name) === shape(this.scene.model);
   }
 
   play(action, random, who) {
